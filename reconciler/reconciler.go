@@ -1,0 +1,87 @@
+package reconciler
+
+import (
+	"context"
+	"errors"
+	"time"
+
+	"github.com/kindos/kmo/policy/trust"
+)
+
+// Commit is a commit as Git has it, not yet trusted.
+type Commit = trust.Commit
+
+// ErrMoved says that the branch is no longer where the caller believes it is: nothing was pushed.
+var ErrMoved = errors.New("the branch has moved")
+
+// ErrPushRefused says that the remote received the revert and will not have it: no permission, a protected branch.
+var ErrPushRefused = errors.New("the remote refuses the push")
+
+// Source is where commits come from and where reverts go: an untrusted carrier.
+type Source interface {
+	// Head returns the newest commit of the branch, fetched into quarantine, checked against limits and promoted. When nothing
+	// is new it costs one look at the reference. A *refusal.Error says that what the remote sent must not be had; any other
+	// error, that the remote did not answer.
+	Head(context.Context) (Commit, error)
+	// At returns a promoted commit by id, without the network.
+	At(ctx context.Context, id string) (Commit, error)
+	// Revert makes a signed commit (parent: r.Head, tree: that of r.Good) and pushes it with a lease on r.Head.
+	// It must return ErrMoved if the branch is elsewhere, ErrPushRefused if the remote will not take it.
+	Revert(ctx context.Context, r Revert) (Commit, error)
+	trust.History
+}
+
+// Revert is what to take back and why. The range is every commit reachable from Head but not from Good.
+type Revert struct {
+	Good     string // the commit whose tree comes back
+	Head     string // the commit on which the revert stands
+	Unit     string // the unit whose gate failed
+	Gate     string // what failed: "http /healthz"
+	Evidence string // what was seen, one line
+	Host     string // who judged
+}
+
+// Outcome is how a reconcile ended.
+type Outcome string
+
+// The outcomes.
+const (
+	Converged Outcome = "converged" // the host runs what the head says, and it is healthy
+	Refused   Outcome = "refused"   // the head must not run; what ran goes on running; a person must act
+	Waiting   Outcome = "waiting"   // the world did not answer; tried again by itself
+	Reverted  Outcome = "reverted"  // the head ran, was not healthy, and was taken back
+	Stuck     Outcome = "stuck"     // the good commit itself does not pass, or repairs do not help; a person must act
+)
+
+// Record is what a host knows of itself: what was good, what was being tried, how the last reconcile ended.
+type Record struct {
+	Seq     uint64    `json:"seq"` // grows by one with each save
+	Host    string    `json:"host"`
+	Good    string    `json:"good,omitempty"`   // the last commit that passed its gate
+	Trying  string    `json:"trying,omitempty"` // set at the commit point, cleared by a verdict
+	Bad     []Bad     `json:"bad,omitempty"`    // commits that failed here, newest first; never tried again by themselves
+	Head    string    `json:"head,omitempty"`   // the commit the outcome speaks of
+	Outcome Outcome   `json:"outcome,omitempty"`
+	Stage   string    `json:"stage,omitempty"`  // where it ended: "trust", "policy", "gate"
+	Reason  string    `json:"reason,omitempty"` // one line a person can act on
+	When    time.Time `json:"when,omitzero"`
+}
+
+// Bad is a commit that ran on this host and was not healthy.
+type Bad struct {
+	Commit   string    `json:"commit"`
+	Unit     string    `json:"unit"`
+	Gate     string    `json:"gate"`
+	Evidence string    `json:"evidence"`
+	Revert   string    `json:"revert,omitempty"` // the commit that took it back; empty while it is not pushed
+	Why      string    `json:"why,omitempty"`    // why there is no revert commit yet, or needs to be none
+	When     time.Time `json:"when"`
+}
+
+// Journal keeps the host's record over a crash. It is trusted storage.
+type Journal interface {
+	// Load returns the record last saved, and the zero Record if none ever was.
+	Load() (Record, error)
+	// Save makes the record durable before it returns; after a crash Load returns the old one or the new one whole.
+	Save(Record) error
+}
