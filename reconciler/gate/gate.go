@@ -1,0 +1,185 @@
+// Package gate says whether what was just changed is good: it probes workloads until they have passed long enough, until one
+// of them has failed for good, or until there is nothing left to hope for.
+//
+// A verdict is one of three. Pass promotes, Fail reverts, NoData does neither: a probe that cannot be made (the backend does
+// not answer, the context ends) says nothing about the workload. A probe that is made and not answered is a failure.
+//
+//	finding := gate.Gate{Observe: observe}.Watch(ctx, []gate.Target{{
+//		Workload: "relay-3f9a2c1d",
+//		Probe:    gate.Probe{Kind: gate.HTTP, Port: "http", Path: "/healthz"},
+//	}}, time.Minute)
+package gate
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"time"
+
+	"github.com/kindos/kmo/backends"
+)
+
+// Kind is how a workload is asked.
+type Kind string
+
+// The kinds of probe. Every kind also fails when the workload's program has ended.
+const (
+	Process Kind = "process" // its program runs
+	HTTP    Kind = "http"    // GET Path on Port is answered with Status, or any 2xx or 3xx if Status is 0
+	TCP     Kind = "tcp"     // Port accepts a connection
+	Exec    Kind = "exec"    // Argv, run inside the workload, ends with 0
+)
+
+// Probe is one question, how often it is asked and how many answers count. Zero fields get the defaults in brackets.
+type Probe struct {
+	Kind     Kind          // [process]
+	Port     string        // name of the port
+	Path     string        // ["/"]
+	Status   int           // wanted HTTP status; 0 is any 2xx or 3xx
+	Argv     []string      // for exec
+	Every    time.Duration // between the start of one probe and of the next [5s]
+	Timeout  time.Duration // of one probe [the lesser of Every and 5s, at least 100ms]
+	Start    time.Duration // from the first probe on, in which failures do not count [10s]
+	After    int           // successes in a row that make a pass [1]
+	Failures int           // failures in a row, after Start, that make a fail [3]
+}
+
+// String is how people name the probe: "http /healthz".
+func (p Probe) String() string {
+	switch p.Kind {
+	case HTTP:
+		return "http " + p.Path
+	case TCP:
+		return "tcp " + p.Port
+	case Exec:
+		return fmt.Sprintf("exec %q", p.Argv)
+	}
+	return "process"
+}
+
+func (p Probe) withDefaults() Probe {
+	set := func(d *time.Duration, to time.Duration) {
+		if *d == 0 {
+			*d = to
+		}
+	}
+	if p.Kind == "" {
+		p.Kind = Process
+	}
+	if p.Kind == HTTP && p.Path == "" {
+		p.Path = "/"
+	}
+	set(&p.Every, 5*time.Second)
+	set(&p.Timeout, max(100*time.Millisecond, min(p.Every, 5*time.Second)))
+	set(&p.Start, 10*time.Second)
+	p.After = max(p.After, 1)
+	if p.Failures == 0 {
+		p.Failures = 3
+	}
+	return p
+}
+
+// Target is one workload under watch.
+type Target struct {
+	Workload string
+	Unit     string
+	Probe    Probe
+	Bake     time.Duration // how long it must go on passing once it has passed
+}
+
+// Verdict is what a gate says.
+type Verdict string
+
+// The verdicts.
+const (
+	Pass   Verdict = "pass"
+	Fail   Verdict = "fail"
+	NoData Verdict = "no data"
+)
+
+// Finding is a verdict with its evidence. For Fail and NoData it names the first workload that decided.
+type Finding struct {
+	Verdict  Verdict
+	Workload string
+	Unit     string
+	Gate     string // the probe: "http /healthz"
+	Evidence string // one line: "3 times in a row: 500 Internal Server Error"
+}
+
+// Gate watches workloads.
+type Gate struct {
+	// Observe returns the workloads of every backend by name, as they are now.
+	Observe func(context.Context) (map[string]backends.Status, error)
+	// Exec runs a command inside a workload.
+	Exec func(ctx context.Context, workload string, argv []string) (status int, output []byte, err error)
+}
+
+// errDeadline ends a watch that had its time.
+var errDeadline = errors.New("the gate's deadline has passed")
+
+// Watch probes every target until all have passed and baked (Pass), until one has failed (Fail), or until deadline has gone by
+// with neither: then a target whose last answer was a failure has failed, any other has given no data. A ctx that ended judges nothing.
+func (g Gate) Watch(ctx context.Context, targets []Target, deadline time.Duration) Finding {
+	if len(targets) == 0 {
+		return Finding{Verdict: Pass}
+	}
+	watch, stop := context.WithTimeoutCause(ctx, deadline, errDeadline)
+	defer stop()
+	results := make(chan Finding, len(targets))
+	for _, target := range targets {
+		target.Probe = target.Probe.withDefaults()
+		go func() { results <- g.watchOne(watch, target) }()
+	}
+	worst := Finding{Verdict: Pass}
+	for range targets {
+		finding := <-results
+		switch {
+		case finding.Verdict == Fail && worst.Verdict != Fail:
+			worst = finding
+			stop()
+		case finding.Verdict == NoData && worst.Verdict == Pass:
+			worst = finding
+		}
+	}
+	if ctx.Err() != nil {
+		return Finding{Verdict: NoData, Evidence: context.Cause(ctx).Error()}
+	}
+	return worst
+}
+
+// Once probes every target one time, side by side, and returns the findings that are not a pass.
+func (g Gate) Once(ctx context.Context, targets []Target) []Finding {
+	results := make([]Finding, len(targets))
+	parallel(len(targets), func(i int) {
+		target := targets[i]
+		target.Probe = target.Probe.withDefaults()
+		answer := g.ask(ctx, target)
+		results[i] = target.finding(answer.verdict, answer.evidence)
+	})
+	var bad []Finding
+	for _, finding := range results {
+		if finding.Verdict != Pass {
+			bad = append(bad, finding)
+		}
+	}
+	return bad
+}
+
+// parallel calls f(0) … f(n-1), at most 16 at once, and waits for all.
+func parallel(n int, f func(int)) {
+	slots, done := make(chan struct{}, 16), make(chan struct{}, n)
+	for i := range n {
+		slots <- struct{}{}
+		go func() {
+			defer func() { <-slots; done <- struct{}{} }()
+			f(i)
+		}()
+	}
+	for range n {
+		<-done
+	}
+}
+
+func (t Target) finding(verdict Verdict, evidence string) Finding {
+	return Finding{Verdict: verdict, Workload: t.Workload, Unit: t.Unit, Gate: t.Probe.String(), Evidence: evidence}
+}
