@@ -24,7 +24,8 @@ type Backend interface {
 	Observe(context.Context) ([]Status, error)
 	// Apply makes the workload exist as specified and returns once its program has been started; it does not wait for
 	// health. Applying what already runs with the same spec changes nothing; applying what is there but damaged repairs it.
-	// It must return a *FeatureError, having changed nothing, for anything asked that it cannot give.
+	// It must return a *FeatureError, having changed nothing, for anything asked that it cannot give, and a *StartError if the
+	// workload itself is at fault.
 	Apply(context.Context, Workload) error
 	// Remove runs the exit hooks, stops the workload and clears everything of it but kept paths. It returns nil if there is none.
 	Remove(ctx context.Context, name string) error
@@ -45,8 +46,8 @@ var ErrNotFound = errors.New("no such workload")
 // FeatureError says that a workload asks for something this backend does not have here.
 type FeatureError struct {
 	Backend string
-	Feature Feature
-	Detail  string // why not, on this host
+	Feature Feature // or the Format, where that is what it lacks
+	Detail  string  // why not, on this host
 }
 
 func (e *FeatureError) Error() string {
@@ -207,13 +208,15 @@ type Mount struct {
 	ReadOnly bool   `json:"readOnly"`
 }
 
-// Overlay is where the workload may write; the base below it never changes.
+// Overlay is where the workload may write; the base below it never changes. With a size, /tmp is there and anybody may write
+// in it. A kept path is a folder, made for Run.User where it is not there yet; it belongs to the unit, not to one spec of it.
 type Overlay struct {
 	Size int64    `json:"size,omitempty"` // bytes; 0 means that nothing can be written but kept paths
 	Keep []string `json:"keep,omitempty"` // clean absolute paths that outlive a change of spec
 }
 
-// Hooks are commands run inside the workload at its moments, each an argv.
+// Hooks are commands run inside the workload at its moments, each an argv; argv[0] is a path inside. An image that is one
+// program (Native, WASM, AppImage) is /app there.
 type Hooks struct {
 	PreInit  [][]string `json:"preInit,omitempty"`  // before the program, same image and mounts; each must end 0
 	PostInit [][]string `json:"postInit,omitempty"` // once the program has been started

@@ -1,0 +1,251 @@
+package conformance
+
+import (
+	"bufio"
+	"crypto/sha3"
+	"encoding/json"
+	"fmt"
+	"io"
+	"net/http"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/kindos/kmo/backends"
+	"github.com/kindos/kmo/registry/merkle"
+)
+
+// patience is how long a check waits for what the contract promises without a time.
+const patience = 20 * time.Second
+
+// route is a way to reach a backend: the value itself, or the same over gRPC.
+type route struct {
+	name string
+	via  func(t *testing.T, b backends.Backend) (seen backends.Backend, hangUp func())
+}
+
+// bench is one check's place of work.
+type bench struct {
+	*testing.T
+	subject Subject
+	route   route
+	format  backends.Format
+	print   backends.Fingerprint
+	backend backends.Backend
+	end     func() // of the present process
+	names   []string
+}
+
+func newBench(t *testing.T, subject Subject, route route, format backends.Format) *bench {
+	b := &bench{T: t, subject: subject, route: route, format: format}
+	b.reopen()
+	print, err := b.backend.Fingerprint(t.Context())
+	if err != nil {
+		t.Fatalf("fingerprint: %v", err)
+	}
+	b.print = print
+	t.Cleanup(func() { b.end() })
+	return b
+}
+
+// reopen ends the present process, if there is one, and begins another over the same state.
+func (b *bench) reopen() {
+	b.Helper()
+	if b.end != nil {
+		b.end()
+	}
+	value := b.subject.Open(b.T)
+	seen, hangUp := b.route.via(b.T, value)
+	b.backend = seen
+	b.end = func() {
+		hangUp()
+		if closer, ok := value.(io.Closer); ok {
+			if err := closer.Close(); err != nil {
+				b.Errorf("close: %v", err)
+			}
+		}
+		b.end = func() {}
+	}
+}
+
+// clear removes what the check applied and looks for leaks.
+func (b *bench) clear() {
+	b.Helper()
+	for _, name := range b.names {
+		b.remove(name)
+	}
+	if left := b.observe(); len(left) > 0 {
+		b.Errorf("after removing all, observe lists %v", names(left))
+	}
+	if b.subject.Leaks != nil {
+		if left := b.subject.Leaks(b.T); len(left) > 0 {
+			b.Errorf("left behind: %q", left)
+		}
+	}
+}
+
+// unit is a workload of a unit whose program runs the steps. It asks for nothing that the fingerprint lacks.
+func (b *bench) unit(unit string, steps ...string) backends.Workload {
+	w := backends.Workload{
+		Unit: unit, Backend: b.print.Backend, Tier: 3, Format: b.format, Image: b.subject.Images[b.format],
+		Run: backends.Run{Args: steps, User: b.subject.User, Grace: 2 * time.Second},
+	}
+	if w.Run.User == 0 {
+		w.Run.User = 65532
+	}
+	w.Image.Config.Entrypoint = []string{"/app"}
+	if b.print.Has(backends.LimitCPU) {
+		w.Resources.CPU = 1000
+	}
+	if b.print.Has(backends.LimitMemory) {
+		w.Resources.Memory = 128 << 20
+	}
+	if b.print.Has(backends.LimitPIDs) {
+		w.Resources.PIDs = 64
+	}
+	if b.print.Has(backends.LimitDisk) {
+		w.Resources.Disk = 32 << 20
+	}
+	return w
+}
+
+// seal gives a workload its spec and its name.
+func seal(w backends.Workload) backends.Workload {
+	cover := w
+	cover.Name, cover.Spec, cover.Backend, cover.Image.Content = "", merkle.Digest{}, "", ""
+	text, err := json.Marshal(cover)
+	if err != nil {
+		panic(err) // a Workload always has a JSON form
+	}
+	w.Spec = merkle.Digest(sha3.Sum256(text))
+	w.Name = w.Unit + "-" + w.Spec.Short()
+	return w
+}
+
+// apply seals and applies a workload, which must succeed, and returns it sealed.
+func (b *bench) apply(w backends.Workload) backends.Workload {
+	b.Helper()
+	w = seal(w)
+	b.names = append(b.names, w.Name)
+	if err := b.backend.Apply(b.Context(), w); err != nil {
+		b.Fatalf("apply %s: %v", w.Name, err)
+	}
+	return w
+}
+
+func (b *bench) remove(name string) {
+	b.Helper()
+	if err := b.backend.Remove(b.Context(), name); err != nil {
+		b.Fatalf("remove %s: %v", name, err)
+	}
+}
+
+func (b *bench) observe() []backends.Status {
+	b.Helper()
+	list, err := b.backend.Observe(b.Context())
+	if err != nil {
+		b.Fatalf("observe: %v", err)
+	}
+	if !slices.IsSortedFunc(list, func(x, y backends.Status) int { return strings.Compare(x.Name, y.Name) }) {
+		b.Errorf("observe is not sorted by name: %v", names(list))
+	}
+	return list
+}
+
+// status is what Observe says of one workload; ok is false if it lists none of that name.
+func (b *bench) status(name string) (s backends.Status, ok bool) {
+	b.Helper()
+	for _, s := range b.observe() {
+		if s.Name == name {
+			return s, true
+		}
+	}
+	return backends.Status{}, false
+}
+
+// until observes one workload until it is as wanted.
+func (b *bench) until(name, wanted string, is func(backends.Status) bool) backends.Status {
+	b.Helper()
+	var last backends.Status
+	b.poll("workload "+name+" "+wanted, func() (string, bool) {
+		last, _ = b.status(name)
+		return fmt.Sprintf("%+v", last), is(last)
+	})
+	return last
+}
+
+// poll asks until it is answered true, or fails with what was seen last.
+func (b *bench) poll(wanted string, ask func() (seen string, ok bool)) {
+	b.Helper()
+	deadline := time.Now().Add(patience)
+	for pause := time.Millisecond; ; pause = min(2*pause, 100*time.Millisecond) {
+		seen, ok := ask()
+		if ok {
+			return
+		}
+		if time.Now().After(deadline) {
+			b.Fatalf("%s: not within %v; last seen: %s", wanted, patience, seen)
+		}
+		time.Sleep(pause)
+	}
+}
+
+func running(s backends.Status) bool { return s.State == backends.Running }
+
+// log is everything that a workload has written so far.
+func (b *bench) log(name string) string {
+	b.Helper()
+	text, err := b.logs(name, backends.LogOptions{})
+	if err != nil {
+		b.Fatalf("logs of %s: %v", name, err)
+	}
+	return text
+}
+
+func (b *bench) logs(name string, options backends.LogOptions) (string, error) {
+	r, err := b.backend.Logs(b.Context(), name, options)
+	if err != nil {
+		return "", err
+	}
+	defer r.Close()
+	text, err := io.ReadAll(r)
+	return string(text), err
+}
+
+// line waits until a workload has written a line that starts with prefix, and returns the rest of the last such line.
+func (b *bench) line(name, prefix string) string {
+	b.Helper()
+	var found string
+	b.poll("log of "+name+" with a line "+prefix, func() (string, bool) {
+		text := b.log(name)
+		ok := false
+		for lines := bufio.NewScanner(strings.NewReader(text)); lines.Scan(); {
+			if rest, has := strings.CutPrefix(lines.Text(), prefix); has {
+				found, ok = strings.TrimPrefix(rest, " "), true
+			}
+		}
+		return text, ok
+	})
+	return found
+}
+
+// get fetches a page of a workload.
+func get(address string) (string, error) {
+	client := http.Client{Timeout: 2 * time.Second, Transport: &http.Transport{DisableKeepAlives: true}}
+	answer, err := client.Get("http://" + address + "/")
+	if err != nil {
+		return "", err
+	}
+	defer answer.Body.Close()
+	body, err := io.ReadAll(answer.Body)
+	return string(body), err
+}
+
+func names(list []backends.Status) []string {
+	var names []string
+	for _, s := range list {
+		names = append(names, s.Name)
+	}
+	return names
+}

@@ -1,0 +1,117 @@
+// Package conformance is the contract of package backends as a test, for the backends of kMO and of others alike.
+//
+// A backend's test is one call:
+//
+//	func TestConformance(t *testing.T) {
+//		program := conformance.Build(t, "linux", runtime.GOARCH)
+//		conformance.Test(t, func(t *testing.T) conformance.Subject {
+//			dir := t.TempDir()
+//			return conformance.Subject{
+//				Open:   func(t *testing.T) backends.Backend { return open(t, dir) },
+//				Images: map[backends.Format]backends.Image{backends.Native: {Content: program}},
+//				Leaks:  func(t *testing.T) []string { return whatIsLeft(dir) },
+//			}
+//		})
+//	}
+//
+// Every check runs for every format, once on the value and once over gRPC, each on a subject of its own. What the fingerprint
+// does not promise is not asked of a backend; then its refusal is what is checked. The images hold one program, package
+// testprogram, which tells in the workload's log what it sees.
+package conformance
+
+import (
+	"context"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"testing"
+
+	"github.com/kindos/kmo/backends"
+)
+
+// Subject is a backend under test, with state of its own. Open and Images are needed.
+type Subject struct {
+	// Open returns a backend over the subject's state as a new process would: it shares nothing with an earlier one but that
+	// state. If it is an io.Closer, Close is the end of that process, which no workload may notice.
+	Open func(t *testing.T) backends.Backend
+	// Images holds the test program in each format to be tested: Content, and ContentRoot where the backend looks at it. The
+	// program is at /app inside, where a format has an inside.
+	Images map[backends.Format]backends.Image
+	// User is the uid the workloads run as; 0 means 65532.
+	User int
+	// Leaks names what is left of workloads on this host: processes, mounts, cgroups, folders. It is called when all are
+	// removed, and must return nothing then. Kept paths are no leak.
+	Leaks func(t *testing.T) []string
+	// Kill ends a workload's program from outside. Nil means SIGKILL to Status.PID.
+	Kill func(t *testing.T, s backends.Status)
+	// Damage changes, behind the backend's back, something of a running workload that Observe must notice. Nil: there is no such thing.
+	Damage func(t *testing.T, w backends.Workload)
+	// Stranger starts something in the same runtime that is not kMO's, and returns a check that it is untouched. Nil: there is no such thing.
+	Stranger func(t *testing.T) (check func(t *testing.T))
+}
+
+// Test checks a backend. New makes a fresh subject; what it starts it clears by t.Cleanup.
+func Test(t *testing.T, newSubject func(t *testing.T) Subject) {
+	for _, route := range routes() {
+		t.Run(route.name, func(t *testing.T) {
+			for _, format := range formats(t, newSubject) {
+				t.Run(string(format), func(t *testing.T) { testFormat(t, newSubject, route, format) })
+			}
+		})
+	}
+}
+
+func testFormat(t *testing.T, newSubject func(t *testing.T) Subject, route route, format backends.Format) {
+	for _, check := range checks() {
+		t.Run(check.name, func(t *testing.T) {
+			b := newBench(t, newSubject(t), route, format)
+			check.run(b)
+			b.clear()
+		})
+	}
+}
+
+func formats(t *testing.T, newSubject func(t *testing.T) Subject) []backends.Format {
+	subject := newSubject(t)
+	print, err := subject.Open(t).Fingerprint(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	var formats []backends.Format
+	for _, format := range print.Formats {
+		if _, ok := subject.Images[format]; ok {
+			formats = append(formats, format)
+		}
+	}
+	if len(formats) == 0 || len(formats) != len(subject.Images) {
+		t.Fatalf("the fingerprint says formats %q, the subject has %d images", print.Formats, len(subject.Images))
+	}
+	return formats
+}
+
+// check is one rule of the contract.
+type check struct {
+	name string
+	run  func(b *bench)
+}
+
+// checks lists every rule, in the order in which a new backend comes to fulfil them.
+func checks() []check {
+	return lifeChecks()
+}
+
+// Build builds the test program for a platform, statically, and returns its path. It lives as long as the test.
+func Build(t *testing.T, goos, goarch string) string {
+	t.Helper()
+	path := filepath.Join(t.TempDir(), "app")
+	build := exec.CommandContext(context.Background(), "go", "build", "-trimpath", "-ldflags=-s -w", "-o", path,
+		"github.com/kindos/kmo/backends/conformance/testprogram")
+	build.Env = append(os.Environ(), "GOOS="+goos, "GOARCH="+goarch, "CGO_ENABLED=0")
+	if output, err := build.CombinedOutput(); err != nil {
+		t.Fatalf("building the test program: %v\n%s", err, output)
+	}
+	if err := os.Chmod(path, 0o755); err != nil { //nolint:gosec // a program is to be executed
+		t.Fatal(err)
+	}
+	return path
+}

@@ -1,0 +1,180 @@
+package conformance
+
+import (
+	"errors"
+	"slices"
+	"strconv"
+	"strings"
+	"syscall"
+
+	"github.com/kindos/kmo/backends"
+)
+
+// lifeChecks are about being applied, ending, coming back and being removed.
+func lifeChecks() []check {
+	return []check{
+		{"apply starts the program", applyStarts},
+		{"apply twice is once", applyTwice},
+		{"two specs of one unit stand side by side", sideBySide},
+		{"remove clears and is nil if there is none", removeClears},
+		{"remove gives the program its grace", removeGrace},
+		{"a new process finds what an old one left", newProcess},
+		{"a killed program comes back", killedComesBack},
+		{"a program that ends is told with its exit code", exitTold},
+	}
+}
+
+func applyStarts(b *bench) {
+	w := b.apply(b.unit("relay", "say hello", "wait"))
+	s, ok := b.status(w.Name)
+	if !ok || s.State != backends.Running && s.State != backends.Starting {
+		b.Fatalf("right after apply the workload is %+v", s)
+	}
+	s = b.until(w.Name, "running", running)
+	if s.Spec != w.Spec {
+		b.Errorf("spec is %v, want %v", s.Spec, w.Spec)
+	}
+	if s.Restarts != 0 || s.Started.IsZero() {
+		b.Errorf("restarts %d, started %v; want 0 and a time", s.Restarts, s.Started)
+	}
+	b.line(w.Name, "hello")
+}
+
+func applyTwice(b *bench) {
+	w := b.apply(b.unit("relay", "wait"))
+	b.line(w.Name, "waiting")
+	before := b.until(w.Name, "running", running)
+	b.apply(w)
+	after, _ := b.status(w.Name)
+	if before.PID != after.PID || !before.Started.Equal(after.Started) || after.Restarts != 0 {
+		b.Errorf("the second apply changed the program: %+v, was %+v", after, before)
+	}
+	if list := b.observe(); len(list) != 1 {
+		b.Errorf("observe lists %v, want one", names(list))
+	}
+}
+
+func sideBySide(b *bench) {
+	one := b.apply(b.unit("relay", "say one", "wait"))
+	two := b.apply(b.unit("relay", "say two", "wait"))
+	b.line(one.Name, "waiting")
+	b.line(two.Name, "waiting")
+	want := []string{one.Name, two.Name}
+	slices.Sort(want)
+	if got := names(b.observe()); !slices.Equal(got, want) {
+		b.Fatalf("observe lists %v, want %v", got, want)
+	}
+	before := b.until(two.Name, "running", running)
+	b.remove(one.Name)
+	after, ok := b.status(two.Name)
+	if !ok || after.State != backends.Running || after.PID != before.PID {
+		b.Errorf("removing %s changed %s: %+v, was %+v", one.Name, two.Name, after, before)
+	}
+	if text := b.log(two.Name); strings.Contains(text, "one") {
+		b.Errorf("the log of the one holds lines of the other: %q", text)
+	}
+}
+
+func removeClears(b *bench) {
+	b.remove("nothing-00000000")
+	w := b.apply(b.unit("relay", "wait"))
+	s := b.until(w.Name, "running", running)
+	b.remove(w.Name)
+	if list := b.observe(); len(list) != 0 {
+		b.Errorf("observe still lists %v", names(list))
+	}
+	if s.PID != 0 && syscall.Kill(s.PID, 0) == nil {
+		b.Errorf("process %d lives on", s.PID)
+	}
+	b.remove(w.Name)
+	if _, err := b.logs(w.Name, backends.LogOptions{}); !errors.Is(err, backends.ErrNotFound) {
+		b.Errorf("logs of a removed workload: error %v, want ErrNotFound", err)
+	}
+	again := b.apply(b.unit("relay", "wait"))
+	if s := b.until(again.Name, "running", running); s.Restarts != 0 {
+		b.Errorf("a workload applied anew has %d restarts", s.Restarts)
+	}
+}
+
+// removeGrace: the program gets its signal and its time; its last write is seen in a kept path.
+func removeGrace(b *bench) {
+	if !b.print.Has(backends.Keep) || b.format == backends.WASM {
+		return // a WASI program has no signals, and without a kept path nothing could be seen afterwards
+	}
+	w := b.unit("relay", "trap /keep/end")
+	w.Overlay.Keep = []string{"/keep"}
+	w = b.apply(w)
+	b.line(w.Name, "waiting")
+	b.remove(w.Name)
+	look := b.unit("relay", "cat /keep/end", "wait")
+	look.Overlay.Keep = []string{"/keep"}
+	look = b.apply(look)
+	if got := b.line(look.Name, "cat /keep/end:"); got != `"stopped\n"` {
+		b.Errorf("the program wrote %s at its end, want \"stopped\\n\"", got)
+	}
+}
+
+func newProcess(b *bench) {
+	w := b.apply(b.unit("relay", "say before", "wait"))
+	b.line(w.Name, "waiting")
+	before := b.until(w.Name, "running", running)
+	b.reopen()
+	after, ok := b.status(w.Name)
+	if !ok || after.State != backends.Running || after.PID != before.PID || !after.Started.Equal(before.Started) || after.Restarts != 0 {
+		b.Fatalf("the new process sees %+v, the old one saw %+v", after, before)
+	}
+	b.line(w.Name, "before")
+	b.apply(w)
+	if again, _ := b.status(w.Name); again.PID != before.PID || !again.Started.Equal(before.Started) {
+		b.Errorf("applying the same in a new process changed the program: %+v, was %+v", again, before)
+	}
+	b.reopen()
+	b.remove(w.Name)
+	if list := b.observe(); len(list) != 0 {
+		b.Errorf("observe still lists %v", names(list))
+	}
+}
+
+func killedComesBack(b *bench) {
+	w := b.apply(b.unit("relay", "wait"))
+	b.line(w.Name, "waiting")
+	before := b.until(w.Name, "running", running)
+	b.kill(before)
+	after := b.until(w.Name, "running again", func(s backends.Status) bool { return running(s) && s.Restarts == before.Restarts+1 })
+	if before.PID != 0 && after.PID == before.PID {
+		b.Errorf("the program has process %d as before", after.PID)
+	}
+	if !after.Started.After(before.Started) {
+		b.Errorf("started %v, before it was %v", after.Started, before.Started)
+	}
+	b.reopen()
+	b.kill(after)
+	b.until(w.Name, "running again in a new process", func(s backends.Status) bool { return running(s) && s.Restarts == after.Restarts+1 })
+}
+
+func (b *bench) kill(s backends.Status) {
+	b.Helper()
+	if b.subject.Kill != nil {
+		b.subject.Kill(b.T, s)
+		return
+	}
+	if s.PID <= 1 {
+		b.Fatalf("pid is %d: the subject needs a Kill", s.PID)
+	}
+	if err := syscall.Kill(s.PID, syscall.SIGKILL); err != nil {
+		b.Fatalf("killing %d: %v", s.PID, err)
+	}
+}
+
+func exitTold(b *bench) {
+	for _, code := range []int{0, 3} {
+		w := b.apply(b.unit("relay", "say bye", "exit "+strconv.Itoa(code)))
+		ended := func(s backends.Status) bool { return s.State == backends.Backoff || s.State == backends.Exited }
+		s := b.until(w.Name, "ended", ended)
+		if s.ExitCode != code || s.OOM {
+			b.Errorf("exit code %d, oom %t; want %d, false", s.ExitCode, s.OOM, code)
+		}
+		b.line(w.Name, "bye")
+		b.remove(w.Name)
+	}
+}

@@ -1,0 +1,37 @@
+//go:build !wasip1
+
+package main
+
+import (
+	"fmt"
+	"net"
+	"os"
+	"os/exec"
+	"os/signal"
+	"syscall"
+)
+
+func listen(port string) (net.Listener, error) { return net.Listen("tcp", ":"+port) }
+
+func fork(n int) {
+	self, err := os.Executable()
+	for i := range n {
+		if err == nil {
+			err = exec.Command(self, "wait").Start()
+		}
+		if err != nil {
+			fmt.Printf("fork: %d of %d: %v\n", i, n, err)
+			return
+		}
+	}
+	fmt.Println("forked", n)
+}
+
+// wait returns never: when the program is told to stop, it does the last thing and ends.
+func wait(last func()) {
+	stop := make(chan os.Signal, 1)
+	signal.Notify(stop, syscall.SIGTERM, syscall.SIGINT)
+	<-stop
+	last()
+	os.Exit(0)
+}
