@@ -1,0 +1,199 @@
+package policy
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"maps"
+	"path"
+	"slices"
+	"strconv"
+	"strings"
+
+	"github.com/open-policy-agent/opa/v1/ast"
+	"github.com/open-policy-agent/opa/v1/rego"
+
+	"github.com/kindos/kmo/policy/refusal"
+	shipped "github.com/kindos/kmo/rego"
+)
+
+// corpus is the shipped inputs that each required rule must deny, and those that it must not.
+type corpus struct {
+	base  []byte             // a whole input document that passes
+	cases map[string]verdict // by id
+}
+
+// verdict is the fixtures of one rule: by name, the patch that makes the input of base.
+type verdict struct {
+	Trip map[string][]operation `json:"trip"`
+	Near map[string][]operation `json:"near"`
+}
+
+// operation is one step of a JSON patch (RFC 6902): add, replace or remove.
+type operation struct {
+	Op    string `json:"op"`
+	Path  string `json:"path"`
+	Value any    `json:"value"`
+}
+
+func readCorpus() (*corpus, error) {
+	files, err := shipped.Fixtures()
+	if err != nil {
+		return nil, err
+	}
+	c := &corpus{cases: map[string]verdict{}}
+	if c.base, err = fs.ReadFile(files, "base.json"); err != nil {
+		return nil, err
+	}
+	names, err := fs.Glob(files, "KT*.json")
+	if err != nil {
+		return nil, err
+	}
+	for _, name := range names {
+		text, err := fs.ReadFile(files, name)
+		if err != nil {
+			return nil, err
+		}
+		var v verdict
+		if err := json.Unmarshal(text, &v); err != nil {
+			return nil, fmt.Errorf("fixture %s: %v", name, err)
+		}
+		c.cases[strings.TrimSuffix(path.Base(name), ".json")] = v
+	}
+	return c, nil
+}
+
+// input is the base with a patch.
+func (c *corpus) input(patch []operation) ([]byte, error) {
+	var tree any
+	if err := json.Unmarshal(c.base, &tree); err != nil {
+		return nil, err
+	}
+	for _, op := range patch {
+		var err error
+		if tree, err = op.apply(tree, strings.Split(op.Path, "/")[1:]); err != nil {
+			return nil, fmt.Errorf("%s %s: %v", op.Op, op.Path, err)
+		}
+	}
+	return json.Marshal(tree)
+}
+
+// apply returns node with the operation done at the path below it.
+func (o operation) apply(node any, path []string) (any, error) {
+	if len(path) == 0 {
+		return o.Value, nil
+	}
+	key, last := path[0], len(path) == 1
+	switch node := node.(type) {
+	case map[string]any:
+		if last && o.Op == "remove" {
+			delete(node, key)
+			return node, nil
+		}
+		child, err := o.apply(node[key], path[1:])
+		node[key] = child
+		return node, err
+	case []any:
+		if last && key == "-" {
+			return append(node, o.Value), nil
+		}
+		n, err := strconv.Atoi(key)
+		if err != nil || n < 0 || n >= len(node) {
+			return node, errors.New("no such element")
+		}
+		if last && o.Op == "remove" {
+			return slices.Delete(node, n, n+1), nil
+		}
+		node[n], err = o.apply(node[n], path[1:])
+		return node, err
+	}
+	return node, errors.New("no such member")
+}
+
+// try runs every fixture: the set must deny what must trip, with that rule's id, and must not call a near miss by it.
+func (s *Set) try() error {
+	c, err := readCorpus()
+	if err != nil {
+		return err
+	}
+	for _, id := range shipped.IDs() {
+		v := c.cases[id]
+		if len(v.Trip) == 0 || len(v.Near) == 0 {
+			return &refusal.Error{Code: codeMissing, Subject: "fixtures of " + id, Got: "none", Want: "one that must trip and one near miss"}
+		}
+		if err := s.tryAll(c, id, v.Trip, true); err != nil {
+			return err
+		}
+		if err := s.tryAll(c, id, v.Near, false); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (s *Set) tryAll(c *corpus, id string, patches map[string][]operation, trip bool) error {
+	for _, name := range slices.Sorted(maps.Keys(patches)) {
+		input, err := c.input(patches[name])
+		if err != nil {
+			return fmt.Errorf("fixture %s, %s: %v", id, name, err)
+		}
+		decision, err := s.Replay(context.Background(), input)
+		if err != nil {
+			return err
+		}
+		tripped := slices.ContainsFunc(decision.Denied, func(d Denial) bool { return d.ID == id })
+		if trip && !tripped {
+			return &refusal.Error{Code: codeMissing, Subject: id + " on the fixture " + strconv.Quote(name), Got: "not denied", Want: "rules that deny it"}
+		}
+		if !trip && tripped {
+			return &refusal.Error{Code: codeMissing, Subject: id + " on the near miss " + strconv.Quote(name), Got: "denied", Want: "rules that let it pass"}
+		}
+	}
+	return nil
+}
+
+// runTests runs the site's own tests: each rule test_… of its *_test.rego must be true. A site with rules must have tests.
+func (p *modules) runTests() error {
+	rules := slices.ContainsFunc(slices.Collect(maps.Keys(p.rules)), func(name string) bool { return strings.HasPrefix(name, "policy/") })
+	names := p.testNames()
+	if rules && len(names) == 0 {
+		return &refusal.Error{Code: codeCompile, Subject: "policy/", Got: "rules without tests", Want: "rules test_… in *_test.rego beside them"}
+	}
+	if len(names) == 0 {
+		return nil
+	}
+	compiler, err := p.compile(true)
+	if err != nil {
+		return err
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), 10*maxTime)
+	defer cancel()
+	var faults []error
+	for _, name := range names {
+		results, err := rego.New(rego.Query(name), rego.Compiler(compiler), rego.Store(p.store()), rego.Capabilities(p.capabilities),
+			rego.StrictBuiltinErrors(true)).Eval(ctx)
+		switch {
+		case err != nil:
+			faults = append(faults, &refusal.Error{Code: codeCompile, Subject: name, Got: refusal.Clip(err.Error(), 300), Want: "a test that comes to an end"})
+		case !results.Allowed():
+			faults = append(faults, &refusal.Error{Code: codeCompile, Subject: name, Got: "the test does not pass", Want: "true"})
+		}
+	}
+	return errors.Join(faults...)
+}
+
+// testNames lists the site's tests as references, sorted.
+func (p *modules) testNames() []string {
+	var names []string
+	for _, module := range p.tests {
+		for _, rule := range module.Rules {
+			if name := string(rule.Head.Name); strings.HasPrefix(name, "test_") {
+				names = append(names, module.Package.Path.Append(ast.StringTerm(name)).String())
+			}
+		}
+	}
+	slices.Sort(names)
+	return slices.Compact(names)
+}

@@ -1,0 +1,188 @@
+package policy
+
+import (
+	"bytes"
+	"cmp"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/open-policy-agent/opa/v1/ast"
+	"github.com/open-policy-agent/opa/v1/rego"
+	"github.com/open-policy-agent/opa/v1/topdown"
+
+	"github.com/kindos/kmo/policy/refusal"
+	shipped "github.com/kindos/kmo/rego"
+)
+
+// Decide judges one change. With a nil error the decision is complete, and its Refusal says whether the change may run. A
+// *refusal.Error says that no judgement came about, and counts as a denial that the decision shows too; any other error is
+// the caller's own context having ended, and then nothing was judged.
+func (s *Set) Decide(ctx context.Context, input Input) (decision Decision, err error) {
+	defer func() { // a value in the input that panics when it is written down
+		if r := recover(); r != nil {
+			err = &refusal.Error{Code: codeError, Subject: "policy input", Got: refusal.Clip(fmt.Sprintf("panic: %v", r), 200), Want: "values that can be written as JSON"}
+			decision = Decision{Policy: s.digest, Denied: []Denial{denialOf(err)}}
+		}
+	}()
+	document, err := json.Marshal(input)
+	if err != nil {
+		err = &refusal.Error{Code: codeError, Subject: "policy input", Got: refusal.Clip(err.Error(), 200), Want: "values that can be written as JSON"}
+		return Decision{Policy: s.digest, Denied: []Denial{denialOf(err)}}, err
+	}
+	return s.Replay(ctx, document)
+}
+
+// Replay judges an input document as Decide made it and the audit log keeps it: same set, same bytes, same decision.
+func (s *Set) Replay(ctx context.Context, document []byte) (decision Decision, err error) {
+	start := time.Now()
+	decision = Decision{Policy: s.digest, Input: document}
+	defer func() {
+		if r := recover(); r != nil {
+			err = &refusal.Error{Code: codeError, Subject: "policy", Got: refusal.Clip(fmt.Sprintf("panic: %v", r), 200), Want: "a judgement"}
+		}
+		if err != nil {
+			decision.Denied, decision.Warned, decision.Evaluated = nil, nil, nil
+			if refusal.Of(err) != nil {
+				decision.Denied = []Denial{denialOf(err)}
+			}
+		}
+		decision.Took = time.Since(start)
+	}()
+	value, err := decode(document)
+	if err != nil {
+		return decision, err
+	}
+	found, err := s.evaluate(ctx, value)
+	if err != nil {
+		return decision, err
+	}
+	return decision, found.into(&decision)
+}
+
+// decode reads a document and holds it against what the rules take for granted.
+func decode(document []byte) (ast.Value, error) {
+	if len(document) > maxInput {
+		return nil, &refusal.Error{Code: codeLimit, Subject: "policy input", Got: fmt.Sprintf("%d bytes", len(document)), Want: fmt.Sprintf("at most %d", maxInput)}
+	}
+	decoder := json.NewDecoder(bytes.NewReader(document))
+	decoder.UseNumber()
+	var tree any
+	if err := decoder.Decode(&tree); err != nil {
+		return nil, &refusal.Error{Code: codeDecode, Subject: "policy input", Got: refusal.Clip(err.Error(), 200), Want: "one JSON object"}
+	}
+	if _, err := decoder.Token(); !errors.Is(err, io.EOF) {
+		return nil, &refusal.Error{Code: codeDecode, Subject: "policy input", Got: "more after the first value", Want: "one JSON object"}
+	}
+	if err := checkShape(tree); err != nil {
+		return nil, err
+	}
+	value, err := ast.InterfaceToValue(tree)
+	if err != nil {
+		return nil, &refusal.Error{Code: codeDecode, Subject: "policy input", Got: refusal.Clip(err.Error(), 200), Want: "one JSON object"}
+	}
+	return value, nil
+}
+
+// findings are what the query answers, of all packages together. Only the shipped ones can say that a shipped rule looked.
+type findings struct{ denied, siteDenied, warned, siteWarned, evaluated []any }
+
+func (s *Set) evaluate(ctx context.Context, input ast.Value) (findings, error) {
+	bounded, cancel := context.WithTimeout(ctx, s.limit)
+	defer cancel()
+	results, err := s.query.Eval(bounded, rego.EvalParsedInput(input))
+	switch {
+	case ctx.Err() != nil:
+		return findings{}, fmt.Errorf("policy decision: %w", ctx.Err())
+	case bounded.Err() != nil || topdown.IsCancel(err):
+		return findings{}, &refusal.Error{Code: codeError, Subject: "policy", Got: "timeout: no decision after " + s.limit.String(),
+			Want: "rules that are done in time: no loops over pairs of units"}
+	case err != nil:
+		return findings{}, &refusal.Error{Code: codeError, Subject: "policy", Got: refusal.Clip(err.Error(), 300), Want: "rules that come to an end without an error"}
+	}
+	undefined := &refusal.Error{Code: codeError, Subject: "policy", Got: "an undefined result", Want: "a set of findings of every package"}
+	if len(results) != 1 {
+		return findings{}, undefined
+	}
+	lists, ok := results[0].Bindings["findings"].([]any)
+	if !ok || len(lists) != 5 {
+		return findings{}, undefined
+	}
+	var found findings
+	for i, into := range []*[]any{&found.denied, &found.siteDenied, &found.warned, &found.siteWarned, &found.evaluated} {
+		for _, set := range lists[i].([]any) {
+			members, ok := set.([]any)
+			if !ok {
+				return findings{}, undefined
+			}
+			*into = append(*into, members...)
+		}
+	}
+	return found, nil
+}
+
+// into fills in the decision, and refuses findings that say nothing and required rules that did not look.
+func (f findings) into(d *Decision) error {
+	var err error
+	if d.Denied, err = denials(f.denied, f.siteDenied); err != nil {
+		return err
+	}
+	if d.Warned, err = denials(f.warned, f.siteWarned); err != nil {
+		return err
+	}
+	for _, id := range f.evaluated {
+		d.Evaluated = append(d.Evaluated, fmt.Sprint(id))
+	}
+	slices.Sort(d.Evaluated)
+	if missing := unlooked(d.Evaluated); len(missing) > 0 {
+		return &refusal.Error{Code: codeMissing, Subject: "policy", Got: strings.Join(missing, ", ") + " did not look at the change", Want: "every required rule evaluated"}
+	}
+	return nil
+}
+
+// unlooked lists the required ids that are not among the evaluated.
+func unlooked(evaluated []string) []string {
+	return slices.DeleteFunc(shipped.IDs(), func(id string) bool { return slices.Contains(evaluated, id) })
+}
+
+// denials reads findings. One that is not of the agreed form is an error: a denial must not get lost for its form.
+func denials(ours, sites []any) ([]Denial, error) {
+	var list []Denial
+	for i, one := range slices.Concat(ours, sites) {
+		d, ok := denialFrom(one)
+		if shippedID := strings.HasPrefix(d.ID, "KT"); !ok || shippedID != (i < len(ours)) {
+			return nil, &refusal.Error{Code: codeError, Subject: "policy", Got: "a finding " + refusal.Clip(fmt.Sprint(one), 200),
+				Want: `{"id", "unit", "path", "msg"}, all of them texts; a site's id in upper case, without KT or E_ before it`}
+		}
+		list = append(list, d)
+	}
+	slices.SortFunc(list, func(a, b Denial) int {
+		return cmp.Or(strings.Compare(a.ID, b.ID), strings.Compare(a.Unit, b.Unit), strings.Compare(a.Path, b.Path), strings.Compare(a.Msg, b.Msg))
+	})
+	return slices.Compact(list), nil
+}
+
+func denialFrom(finding any) (Denial, bool) {
+	fields, ok := finding.(map[string]any)
+	if !ok || len(fields) != 4 {
+		return Denial{}, false
+	}
+	text := func(key string, n int) string {
+		t, isText := fields[key].(string)
+		ok = ok && isText
+		return refusal.Clip(t, n)
+	}
+	d := Denial{ID: text("id", 40), Unit: text("unit", 200), Path: text("path", 400), Msg: text("msg", 1000)}
+	return d, ok && d.Msg != "" && plainID(d.ID)
+}
+
+// plainID says whether a rule may call itself so: 2 to 32 of A–Z, 0–9, "_" and "-", a letter first.
+func plainID(id string) bool {
+	odd := func(r rune) bool { return !strings.ContainsRune("ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_-", r) }
+	return len(id) >= 2 && len(id) <= 32 && id[0] >= 'A' && id[0] <= 'Z' && !strings.HasPrefix(id, "E_") && strings.IndexFunc(id, odd) < 0
+}

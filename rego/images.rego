@@ -1,0 +1,73 @@
+# METADATA
+# title: images
+# description: How a unit names the bytes it runs.
+package kmo.images
+
+import data.kmo.plan
+
+evaluated contains id if {
+	input.version == 1
+	input.site
+	some id in ["KT006", "KT007", "KT009"]
+}
+
+# METADATA
+# title: image not pinned
+# description: A tag can be moved after the review; only sha256 names bytes. A tag beside it says something that nobody checks.
+# custom:
+#   id: KT006
+#   passes: host/repository@sha256:… with 64 lower-case hex digits and no tag
+#   waivable: true
+deny contains plan.finding("KT006", i, place(i, ref), msg) if {
+	some [i, ref, _] in plan.images
+	not regex.match(`^(\[[0-9a-f:]+\](:[0-9]+)?/|[A-Za-z0-9.-]+(:[0-9]+)?/)?[a-z0-9._-]+(/[a-z0-9._-]+)*@sha256:[0-9a-f]{64}$`, ref)
+	msg := sprintf("image %q is not named by sha256 alone; want host/repository@sha256:<64 hex digits>, without a tag", [ref])
+}
+
+# METADATA
+# title: image without a kmo1 root
+# description: The kmo1 root is what the bytes are checked against, chunk by chunk, beside the registry's own sha256.
+# custom:
+#   id: KT007
+#   passes: "merkle: kmo1:sha3-256:… for every variant, as kmo image digest and kmo image seal print it"
+#   waivable: true
+deny contains plan.finding("KT007", i, place(i, ref), msg) if {
+	some [i, ref, root] in plan.images
+	not sealed(root)
+	msg := sprintf("image %q has kmo1 root %q; want merkle: kmo1:sha3-256:<64 hex digits>, as kmo image seal prints it", [ref, root])
+}
+
+sealed(root) if {
+	regex.match(`^kmo1:sha3-256:[0-9a-f]{64}$`, root)
+	not endswith(root, ":0000000000000000000000000000000000000000000000000000000000000000")
+}
+
+# METADATA
+# title: registry off the list
+# description: Images come from the registries that site.yaml of the trusted base lists, by host or by host and repository.
+# custom:
+#   id: KT009
+#   passes: an image of a registry in site.yaml's registries; a new registry is added in an earlier commit
+#   waivable: true
+deny contains plan.finding("KT009", i, place(i, ref), msg) if {
+	some [i, ref, _] in plan.images
+	not listed(ref)
+	msg := sprintf("image %q is of no listed registry; want one of %v (registries in site.yaml, as already accepted)", [ref, input.site.registries])
+}
+
+listed(ref) if {
+	some registry in input.site.registries
+	registry != ""
+	some mark in ["/", "@"]
+	startswith(ref, concat("", [trim_suffix(registry, "/"), mark]))
+}
+
+# Where the template says it, or that only the plan does.
+place(i, ref) := min(paths) if {
+	paths := {sprintf("variants[%d].%s", [j, format]) |
+		some j, variant in input.units[i].after.variants
+		some format in plan.formats
+		variant[format] == ref
+	}
+	count(paths) > 0
+} else := "image of the workload"

@@ -1,0 +1,76 @@
+# METADATA
+# title: mounts
+# description: Which folders of the host a workload may see.
+package kmo.mounts
+
+import data.kmo.plan
+
+evaluated contains id if {
+	input.version == 1
+	input.host.state != ""
+	some id in ["KT003", "KT004"]
+}
+
+# METADATA
+# title: mount of the host's own folders
+# description: |
+#   A mount of /, /etc, /proc, /sys, /dev, /boot, root's home or kMO's own state, of anything in them or of a folder around
+#   kMO's state; a path that is not absolute, or goes through "..", is refused because nobody can read off where it leads.
+# custom:
+#   id: KT003
+#   passes: a folder made for the workload, such as /srv/NAME
+#   waivable: true
+deny contains plan.finding("KT003", i, place(i, from), msg) if {
+	some [i, from, _] in plan.mounts
+	some reason in reasons(from)
+	msg := sprintf("mounts %q, %s; want a folder made for the workload, such as /srv/%s", [from, reason, input.units[i].name])
+}
+
+reasons(from) := {"which is not absolute"} if not startswith(from, "/")
+
+else := {"which goes through \"..\""} if ".." in split(from, "/")
+
+else := {"which is the whole host"} if plan.clean(from) == "/"
+
+else := owned(path) | state(path) if path := plan.clean(from)
+
+owned(path) := {sprintf("which is in %s", [folder]) |
+	some folder in ["/etc", "/proc", "/sys", "/dev", "/boot", "/root", "/var/root"]
+	within(path, folder)
+}
+
+state(path) := {"which holds kMO's own state" | related(path, plan.clean(input.host.state))}
+
+# METADATA
+# title: mount of a runtime's socket
+# description: Who reaches the socket of docker, podman, containerd, crio or kMO is root on the host; so is who reaches the folder it lies in.
+# custom:
+#   id: KT004
+#   passes: no socket of a runtime, and not /run itself; a socket of another program, or a folder such as /run/NAME
+#   waivable: true
+deny contains plan.finding("KT004", i, place(i, from), msg) if {
+	some [i, from, path] in plan.mounts
+	some pattern in sockets
+	regex.match(pattern, path)
+	msg := sprintf("mounts %q, where sockets of container runtimes lie; want a folder made for the workload, such as /run/%s", [from, input.units[i].name])
+}
+
+sockets := [
+	`^/(var/)?run(/user(/[^/]+)?)?$`,
+	`^/(var/)?run/(user/[^/]+/)?(docker|podman|libpod|containerd|crio|cri-dockerd|dockershim|buildkit|kmo|k3s)(\.sock|\.pid)?(/|$)`,
+	`/(docker|podman|containerd|crio|cri-dockerd|dockershim|buildkitd|kmo)\.sock$`,
+]
+
+within(path, folder) if path == folder
+
+within(path, folder) if startswith(path, concat("", [folder, "/"]))
+
+related(path, folder) if within(path, folder)
+
+related(path, folder) if within(folder, path)
+
+# Where the template says it, or that only the plan does.
+place(i, from) := min({sprintf("mounts[%d].from", [j]) |
+	some j, mount in input.units[i].after.mounts
+	mount.from == from
+} | {"mounts[] of the workload"})

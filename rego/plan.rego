@@ -1,0 +1,77 @@
+# METADATA
+# title: what the changed units ask for
+# description: |
+#   Lists that several rules walk, made once a decision. Each entry starts with the unit's place in input.units, so that a
+#   rule which finds something gets at the unit without a search. Template and workloads are judged alike: the template for
+#   the hosts that run another variant, the workloads for what profiles and variables made of it.
+package kmo.plan
+
+# What asks for nothing.
+nothing := {null, false, 0, "", [], {}}
+
+formats := {"appimage", "image", "lxc", "native", "wasm"}
+
+# [place, field of security, what is asked]
+asks contains [i, key, value] if {
+	some i, unit in input.units
+	some key, value in unit.after.security
+	not value in nothing
+}
+
+asks contains [i, key, value] if {
+	some i, unit in input.units
+	some workload in unit.workloads
+	some key, value in workload.security
+	not value in nothing
+}
+
+# [place, folder of the host as written, its clean path]
+mounts contains [i, mount.from, clean(mount.from)] if {
+	some i, unit in input.units
+	some mount in unit.after.mounts
+}
+
+mounts contains [i, mount.from, clean(mount.from)] if {
+	some i, unit in input.units
+	some workload in unit.workloads
+	some mount in workload.mounts
+}
+
+# [place, moment, argv]
+hooks contains [i, moment, argv] if {
+	some i, unit in input.units
+	some moment, commands in unit.after.hooks
+	some argv in commands
+}
+
+hooks contains [i, moment, argv] if {
+	some i, unit in input.units
+	some workload in unit.workloads
+	some moment, commands in workload.hooks
+	some argv in commands
+}
+
+# [place, image reference, kmo1 root]
+images contains [i, ref, object.get(variant, "merkle", "")] if {
+	some i, unit in input.units
+	some variant in unit.after.variants
+	some format, ref in variant
+	format in formats
+}
+
+images contains [i, workload.image.ref, object.get(workload.image, "root", "")] if {
+	some i, unit in input.units
+	some workload in unit.workloads
+}
+
+# The path without ".", empty parts and a slash at the end. A ".." stays: it has no meaning that a reader can check.
+clean(path) := concat("", ["/", concat("/", [part |
+	some part in split(path, "/")
+	not part in {"", "."}
+])])
+
+# One denial or warning.
+finding(id, i, path, msg) := {"id": id, "unit": input.units[i].name, "path": path, "msg": msg}
+
+# One that no single unit is to blame for.
+overall(id, path, msg) := {"id": id, "unit": "", "path": path, "msg": msg}
