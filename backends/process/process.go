@@ -1,0 +1,167 @@
+// Package process keeps confined programs that outlive whoever started them. The backends native and wasm stand on it.
+//
+// A [Keeper] owns one state folder. Its process is the only supervisor; there is no helper beside a program. A start is a
+// re-execution of this very binary with [StageArg] as its first argument: a command's main must call [Stage] then, before
+// anything else.
+//
+//	if len(os.Args) > 1 && os.Args[1] == process.StageArg {
+//		process.Stage()
+//	}
+//
+// The order of a start makes an unrecorded program impossible:
+//
+//  1. the stage is cloned into its own mount, pid, ipc and uts namespaces, and waits for its orders on a pipe;
+//  2. the record is written: workload, boot id, pid, start time;
+//  3. the orders are sent. A stage that reads end of file instead ends itself;
+//  4. the stage builds the root, runs the preInit hooks, joins the cgroups, gives everything up and executes the program.
+//
+// A record needs to outlive this process, not the machine: the programs it speaks of die with the kernel whose page cache
+// holds it. So it is renamed into place but never synced. A record that cannot be read is cleared away, never obeyed.
+//
+// The folder, trusted, mode 0700, root's own:
+//
+//	work/<workload>/record.json   what was asked, and proof of the process that answers it
+//	work/<workload>/log, log.1    stdout and stderr, appended by the program itself; log.1 is the older part
+//	work/<workload>/root          where the stage mounts, in a namespace of its own: empty for everyone else
+//	kept/<unit>/<path>            kept paths, which outlive their workloads
+//
+// A program is found again by its boot id, pid, start time and cgroup together and held by a pidfd from then on. A process
+// that differs in any of them is a stranger and gets no signal.
+//
+// Inside, the root is the content, read-only, under a layer with the unit's files and the mount points; with Overlay.Size a
+// tmpfs of that size takes what is written, and is new at each start (its pages count as the workload's memory). /proc is
+// read-only, /dev has null, zero, full, random and urandom. The program has no capability and can gain none, and is its pid
+// namespace's process 1: what it starts ends with it. A system call that would change the host's shape answers EPERM.
+package process
+
+import (
+	"fmt"
+	"log/slog"
+	"maps"
+	"path"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/kindos/kmo/backends"
+	"github.com/kindos/kmo/backends/process/stage"
+)
+
+// StageArg as its first argument makes a process a stage.
+const StageArg = stage.Arg
+
+// Stage turns this process into the program it is sent. It never returns.
+func Stage() { stage.Main() }
+
+// Options are what a Keeper needs. Backend, State and Plan are.
+type Options struct {
+	Backend string // names errors, the cgroup folder and the log
+	State   string // the state folder; made if there is none
+	// Plan turns a workload into the program to run, and is asked again at each restart. The ports of the workload it is
+	// given are resolved: Port is the number the program listens on. It must return a *backends.FeatureError for what it
+	// cannot give, and change nothing.
+	Plan    func(backends.Workload) (Program, error)
+	Refuses []backends.Feature // features of the Keeper that this backend does not pass on: backends.Hooking, …
+	Logger  *slog.Logger       // nil is silent
+
+	Backoff func(restarts int) time.Duration // pause before the next start; nil is 1 s doubling to 1 min
+	LogSize int64                            // bytes of log and of log.1 each; 0 is 8 MiB
+	Cgroups string                           // where cgroup hierarchies are mounted; "" is /sys/fs/cgroup
+}
+
+// Program is what a workload comes down to.
+type Program struct {
+	Root string // folder that becomes the read-only root; "" is a root with nothing in it
+	// Binds are files and folders of this host to be seen inside. They are the backend's own and may be links.
+	Binds []Bind
+	Files []backends.File // beside the workload's own, which win
+	Argv  []string        // Argv[0] without a slash is looked up in the root's PATH
+	Env   map[string]string
+	Dir   string // "" is /
+}
+
+// Bind makes From of this host visible at To inside. Without mounts (a keeper that is not root) the path inside is From.
+type Bind struct {
+	From, To string
+	Writable bool
+}
+
+// Argv is the command of an image and a workload together: the entrypoint, then the workload's arguments or else the image's.
+func Argv(w backends.Workload) []string {
+	rest := w.Image.Config.Cmd
+	if len(w.Run.Args) > 0 {
+		rest = w.Run.Args
+	}
+	return append(slices.Clone(w.Image.Config.Entrypoint), rest...)
+}
+
+// Env is the environment of an image and a workload together, with its ports. Nothing of this process's is in it.
+func Env(w backends.Workload) map[string]string {
+	env := map[string]string{"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"}
+	for _, pair := range w.Image.Config.Env {
+		if name, value, ok := strings.Cut(pair, "="); ok {
+			env[name] = value
+		}
+	}
+	maps.Copy(env, w.Run.Env)
+	for _, p := range w.Run.Ports {
+		env[PortVariable(p.Name)] = strconv.Itoa(p.Port)
+	}
+	return env
+}
+
+// PortVariable is the environment variable that tells a program the number of its port.
+func PortVariable(name string) string {
+	return "KMO_PORT_" + strings.ToUpper(strings.ReplaceAll(name, "-", "_"))
+}
+
+// asked is one thing a workload may ask for.
+type asked struct {
+	feature backends.Feature
+	is      bool
+	why     string // not, where the feature is never there
+}
+
+func wishes(w backends.Workload) []asked {
+	host := slices.DeleteFunc(slices.Clone(w.Security.Host), func(ns string) bool { return ns == "network" })
+	never := func(what string) string { return "a program of this backend is never given " + what }
+	list := []asked{
+		{backends.Privileged, w.Security.Privileged, never("all of the host")},
+		{backends.Capabilities, w.Security.Escalation, never("more rights by set-uid")},
+		{backends.Capabilities, len(w.Security.Capabilities) > 0, never("capabilities")},
+		{backends.WritableBase, w.Security.WritableBase, never("a writable base")},
+		{backends.Unconfined, w.Security.Unconfined, never("a way round its filters")},
+		{backends.HostNamespace, len(host) > 0, never("the host's " + strings.Join(host, ", "))},
+		{backends.Devices, len(w.Resources.Devices) > 0, never("devices")},
+		{backends.Overlays, w.Overlay.Size > 0, ""},
+		{backends.Keep, len(w.Overlay.Keep) > 0, ""},
+		{backends.Mounts, len(w.Mounts)+len(w.Files) > 0, ""},
+		{backends.Hooking, len(w.Hooks.PreInit)+len(w.Hooks.PostInit)+len(w.Hooks.Exit) > 0, ""},
+	}
+	for _, p := range w.Run.Ports {
+		list = append(list, asked{backends.PortMap, p.Host != 0 && p.Port != 0 && p.Host != p.Port,
+			fmt.Sprintf("port %s is %d inside and %d outside, and the network is the host's; give one of them", p.Name, p.Port, p.Host)})
+	}
+	return list
+}
+
+// lacks returns what w asks for and have does not hold.
+func lacks(w backends.Workload, backend string, have []backends.Feature) error {
+	for _, wish := range wishes(w) {
+		if !wish.is || slices.Contains(have, wish.feature) {
+			continue
+		}
+		why := wish.why
+		if why == "" {
+			why = "this host does not let it, or this backend does not do it"
+		}
+		return &backends.FeatureError{Backend: backend, Feature: wish.feature, Detail: why}
+	}
+	return nil
+}
+
+// clean says whether p is an absolute path with one spelling and no way out.
+func clean(p string) bool {
+	return path.IsAbs(p) && path.Clean(p) == p && p != "/" && len(p) <= 4096 && !strings.ContainsFunc(p, func(r rune) bool { return r < ' ' })
+}

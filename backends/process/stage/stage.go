@@ -1,0 +1,83 @@
+// Package stage is what happens between a clone and the program: a process that reads its orders, builds its root, gives up
+// its rights and executes. Everything here runs in the process that will be the workload, never in its keeper.
+//
+// Descriptors: 1 and 2 the log, [OrdersFD] the orders as JSON, [ReportFD] the report, then the cgroup files, one a hierarchy,
+// to which the thread writes "0", and, when joining, the pidfd of the workload. The report is [Ready] before
+// execve and nothing after it, or a [Failure] as JSON.
+package stage
+
+// Arg is the argument that makes a process a stage.
+const Arg = "kmo-stage"
+
+// The descriptors a stage starts with.
+const (
+	OrdersFD = 3
+	ReportFD = 4
+	firstFD  = 5
+)
+
+// Ready is the byte a stage reports when only execve is left.
+const Ready = 'R'
+
+// Orders are all a stage does.
+type Orders struct {
+	Cgroups int        `json:"cgroups"`        // how many cgroup files there are
+	Join    bool       `json:"join,omitempty"` // enter the namespaces of the pidfd
+	Root    *Root      `json:"root,omitempty"` // nil: no mounts; stay where we are
+	Hooks   [][]string `json:"hooks,omitempty"`
+	Confine Confine    `json:"confine"`
+	Argv    []string   `json:"argv"`
+	Env     []string   `json:"env"`
+	Dir     string     `json:"dir"`
+}
+
+// Root is what the program will see as /.
+type Root struct {
+	Scratch  string `json:"scratch"` // an empty folder to mount on
+	Hostname string `json:"hostname"`
+	Content  string `json:"content,omitempty"` // a folder, or "" for an empty root
+	Size     int64  `json:"size,omitempty"`    // of what may be written; 0 is read-only
+	Owner    int    `json:"owner"`             // uid and gid of Files
+	Files    []File `json:"files,omitempty"`
+	Binds    []Bind `json:"binds,omitempty"`
+}
+
+// File is a file made in the root, read-only.
+type File struct {
+	To      string `json:"to"`
+	Mode    uint32 `json:"mode"`
+	Content []byte `json:"content"`
+}
+
+// Bind makes a file or folder of the host visible.
+type Bind struct {
+	From     string `json:"from"`
+	To       string `json:"to"`
+	Writable bool   `json:"writable,omitempty"`
+	Strict   bool   `json:"strict,omitempty"` // no component of From may be a link
+}
+
+// Confine is what a program may not do.
+type Confine struct {
+	User    int      `json:"user"`    // uid and gid; ignored unless Root or Join
+	Session bool     `json:"session"` // it may not leave its process group
+	Write   []string `json:"write,omitempty"`
+	Read    []string `json:"read,omitempty"`
+	Execute []string `json:"execute,omitempty"`
+}
+
+// Failure is why there is no program.
+type Failure struct {
+	Step   string `json:"step"` // "preInit [/app migrate]", "exec /app", "mounting …"
+	Cause  string `json:"cause"`
+	Blames bool   `json:"blames"` // the workload is at fault, not this host
+}
+
+// Support is what this kernel and this user allow; measured by Measure.
+type Support struct {
+	Mounts   bool // root, with the right to mount
+	Overlay  bool // overlayfs
+	Landlock int  // ABI; 0 is none
+	Seccomp  bool
+	UserNS   bool // user namespaces are there for programs
+}
