@@ -1,0 +1,419 @@
+package template
+
+import (
+	"crypto/sha256"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"slices"
+	"strings"
+	"sync/atomic"
+	"time"
+
+	"github.com/kindos/kmo/backends"
+	"github.com/kindos/kmo/policy/refusal"
+	"github.com/kindos/kmo/registry/merkle"
+)
+
+// What a unit gets that says nothing about it.
+const (
+	defaultUser  = 65532
+	defaultGrace = Duration(10 * time.Second)
+)
+
+// Host is the facts that a site is rendered against.
+type Host struct {
+	Name         string                          `json:"name"`
+	Zone         string                          `json:"zone"`
+	OS           string                          `json:"os"`
+	Arch         string                          `json:"arch"` // as Go names it
+	Labels       map[string]string               `json:"labels"`
+	CPU          int64                           `json:"cpu"`          // thousandths of a core
+	Memory       int64                           `json:"memory"`       // bytes
+	PIDs         int64                           `json:"-"`            // for the rules; nothing is placed by it
+	Disk         int64                           `json:"-"`            // bytes, for the rules; nothing is placed by it
+	Fingerprints map[string]backends.Fingerprint `json:"fingerprints"` // by backend
+}
+
+// Plan is what a site asks of one host.
+type Plan struct {
+	Workloads []backends.Workload // dependencies first; the slice is the caller's, what it points to is read-only
+	Checks    []Check             // Checks[i] belongs to Workloads[i]
+	Skipped   []Skip              // the units that are not placed here, in the site's order
+	// Lacks are E_FIT refusals for workloads that ask for more of the host than any fitting backend gives. Asking for so much is for
+	// the rules to judge first; a plan that they let pass must still be refused with these.
+	Lacks []error
+}
+
+// Check is what is watched about a workload.
+type Check struct {
+	Unit     string
+	Workload string
+	Needs    []string // units that must be healthy first
+	Health   Health
+	Gate     Gate
+	Variant  int      // which of the unit's variants it is, from 0
+	Passed   []string // why the variants and backends before were passed over
+}
+
+// Skip is a unit that is not placed on this host.
+type Skip struct {
+	Unit string `json:"unit"`
+	Why  string `json:"why"` // "zone edge-c; want edge-a or edge-b"
+}
+
+// render is a unit rendered for one host.
+type render struct {
+	host     [sha256.Size]byte
+	skip     string
+	workload backends.Workload
+	check    Check
+	lack     *refusal.Error
+	err      error
+}
+
+// lastRender is a unit's newest render. It only saves time: what it holds follows from the unit and the host.
+type lastRender struct{ atomic.Pointer[render] }
+
+// Render says what the host is asked to run. The error joins a refusal for each unit that fits nowhere (E_FIT) and for each host
+// port that two units claim (E_CONFLICT).
+func (s *Site) Render(host Host) (Plan, error) {
+	facts, err := json.Marshal(host)
+	if err != nil {
+		return Plan{}, fmt.Errorf("the host's facts: %v", err)
+	}
+	key := sha256.Sum256(facts)
+	plan := Plan{Workloads: make([]backends.Workload, 0, len(s.units)), Checks: make([]Check, 0, len(s.units))}
+	var errs []error
+	for _, e := range s.units {
+		r := e.rendered.Load()
+		if r == nil || r.host != key {
+			r = e.render(host)
+			r.host = key
+			e.rendered.Store(r)
+		}
+		switch {
+		case r.err != nil:
+			errs = append(errs, r.err)
+		case r.skip != "":
+			plan.Skipped = append(plan.Skipped, Skip{Unit: string(e.unit.Unit), Why: r.skip})
+		default:
+			plan.Workloads, plan.Checks = append(plan.Workloads, r.workload), append(plan.Checks, r.check)
+		}
+		if r.lack != nil {
+			plan.Lacks = append(plan.Lacks, r.lack)
+		}
+	}
+	errs = append(errs, conflicts(plan.Workloads, host)...)
+	if len(errs) > 0 {
+		return Plan{}, errors.Join(errs...)
+	}
+	return plan, nil
+}
+
+// render renders one unit.
+func (e *entry) render(host Host) *render {
+	if why := e.unit.misplaced(host); why != "" {
+		return &render{skip: why}
+	}
+	w := e.unit.workload(e.files)
+	r := &render{check: Check{Unit: w.Unit, Needs: texts(e.unit.Needs), Health: e.unit.Health, Gate: e.unit.Gate}}
+	if r.err = e.unit.choose(&w, host, r); r.err != nil {
+		return r
+	}
+	if r.err = seal(&w); r.err != nil {
+		return r
+	}
+	r.check.Workload, r.workload = w.Name, w
+	return r
+}
+
+// misplaced says why a unit is not placed on a host, "" if it is.
+func (u *Unit) misplaced(host Host) string {
+	on := u.Place.On
+	if len(on.Zone) > 0 && !slices.Contains(on.Zone, Name(host.Zone)) {
+		return fmt.Sprintf("zone %s; want %s", show(host.Zone), words(texts(on.Zone)))
+	}
+	if len(on.Arch) > 0 && !slices.Contains(on.Arch, host.Arch) {
+		return fmt.Sprintf("architecture %s; want %s", show(host.Arch), words(on.Arch))
+	}
+	var labels []string
+	for key, value := range on.Labels {
+		if have, ok := host.Labels[string(key)]; !ok || have != string(value) {
+			labels = append(labels, fmt.Sprintf("label %s is %s; want %s", key, show(have), value))
+		}
+	}
+	if len(labels) > 0 {
+		return slices.Min(labels)
+	}
+	if need := u.Resources.CPU.Min; int64(need) > host.CPU {
+		return fmt.Sprintf("%s cores; want %s", CPU(host.CPU), need)
+	}
+	if need := u.Resources.Memory.Min; int64(need) > host.Memory {
+		return fmt.Sprintf("%s bytes of memory; want %s", Bytes(host.Memory), need)
+	}
+	return ""
+}
+
+// workload is the unit without what depends on the variant.
+func (u *Unit) workload(files []backends.File) backends.Workload {
+	w := backends.Workload{
+		Unit: string(u.Unit), Tier: u.Tier, Files: files,
+		Run: backends.Run{Args: u.Run.Args, Dir: string(u.Run.Dir), User: u.Run.User, Grace: time.Duration(u.Run.Grace)},
+		Resources: backends.Resources{
+			CPUMin: int64(u.Resources.CPU.Min), CPU: int64(u.Resources.CPU.Max),
+			MemoryMin: int64(u.Resources.Memory.Min), Memory: int64(u.Resources.Memory.Max),
+			PIDs: u.Resources.PIDs.Max, Disk: int64(u.Resources.Disk.Max), Devices: texts(u.Resources.Devices),
+		},
+		Overlay: backends.Overlay{Size: int64(u.Overlay.Size), Keep: texts(u.Overlay.Keep)},
+		Hooks:   backends.Hooks{PreInit: u.Hooks.PreInit, PostInit: u.Hooks.PostInit, Exit: u.Hooks.Exit},
+		Security: backends.Security{
+			Privileged: u.Security.Privileged, Escalation: u.Security.Escalation, WritableBase: u.Security.WritableBase,
+			Unconfined: u.Security.Unconfined, Capabilities: texts(u.Security.Capabilities), Host: u.Security.Host,
+		},
+	}
+	for name, value := range u.Run.Env {
+		if w.Run.Env == nil {
+			w.Run.Env = make(map[string]string, len(u.Run.Env))
+		}
+		w.Run.Env[string(name)] = value
+	}
+	for _, p := range u.Run.Ports {
+		w.Run.Ports = append(w.Run.Ports, backends.Port{Name: string(p.Name), Port: p.Port, Host: p.Host})
+	}
+	for _, m := range u.Mounts {
+		w.Mounts = append(w.Mounts, backends.Mount{From: m.From.clean(), To: string(m.To), ReadOnly: m.ReadOnly})
+	}
+	for _, link := range u.Links {
+		w.Links = append(w.Links, backends.Link{To: string(link.To), Via: link.Via})
+	}
+	return w
+}
+
+// format is what a variant's bytes are and where they are.
+func (v Variant) format() (backends.Format, Ref) {
+	switch {
+	case v.Image != "":
+		return backends.OCI, v.Image
+	case v.LXC != "":
+		return backends.LXC, v.LXC
+	case v.WASM != "":
+		return backends.WASM, v.WASM
+	case v.AppImage != "":
+		return backends.AppImage, v.AppImage
+	}
+	return backends.Native, v.Native
+}
+
+// choose sets the workload's format, image and backend: the first variant and backend that fit, else, with a lack, the first that
+// would if the unit asked for no more than the default confinement.
+func (u *Unit) choose(w *backends.Workload, host Host, r *render) error {
+	asked, guarded := u.features(w)
+	near := -1
+	var nearBackend string
+	var nearLack []string
+	for i, v := range u.Variants {
+		format, _ := v.format()
+		for _, name := range v.candidates(format, host) {
+			why := unfit(name, format, asked, host)
+			var lack []string
+			if why == "" {
+				lack = missing(host.Fingerprints[name], guarded)
+			}
+			switch {
+			case why == "" && len(lack) == 0:
+				u.Variants[i].take(w, name)
+				r.check.Variant = i
+				return nil
+			case why == "" && near < 0:
+				near, nearBackend, nearLack = i, name, lack
+			}
+			if why == "" {
+				why = name + " has no " + words(lack)
+			}
+			r.check.Passed = append(r.check.Passed, fmt.Sprintf("variant %d (%s): %s", i+1, format, why))
+		}
+	}
+	misfit := &refusal.Error{Code: "E_FIT", Subject: "unit " + string(u.Unit) + " on " + refusal.Clip(host.Name, maxShown),
+		Got: strings.Join(r.check.Passed, "; "), Want: "a variant with a backend that has all of it"}
+	if near < 0 {
+		return misfit
+	}
+	misfit.Want = "a unit that does not ask for " + words(nearLack) + ", or a backend that has it"
+	u.Variants[near].take(w, nearBackend)
+	r.check.Variant, r.lack = near, misfit
+	return nil
+}
+
+// take makes the workload one of a variant on a backend.
+func (v Variant) take(w *backends.Workload, backend string) {
+	format, ref := v.format()
+	_, digest, _ := strings.Cut(string(ref), "@sha256:")
+	w.Format, w.Backend = format, backend
+	w.Image = backends.Image{Ref: string(ref), SHA256: digest, Root: v.Merkle}
+}
+
+// candidates are the backends that may run a variant, the preferred first. Without a list these are all of the host's, the one that is named
+// as the format first (native for images), then by name.
+func (v Variant) candidates(format backends.Format, host Host) []string {
+	if len(v.Backends) > 0 {
+		return texts(v.Backends)
+	}
+	own := string(format)
+	if format == backends.OCI {
+		own = string(backends.Native)
+	}
+	var names []string
+	for name := range host.Fingerprints {
+		names = append(names, name)
+	}
+	slices.Sort(names)
+	if at := slices.Index(names, own); at > 0 {
+		names = slices.Insert(slices.Delete(names, at, at+1), 0, own)
+	}
+	if len(names) == 0 {
+		return []string{own}
+	}
+	return names
+}
+
+// unfit says why a backend cannot run a workload, "" if it can.
+func unfit(name string, format backends.Format, asked []backends.Feature, host Host) string {
+	print, ok := host.Fingerprints[name]
+	if !ok {
+		return name + " is not on this host"
+	}
+	if !slices.Contains(print.Formats, format) {
+		return fmt.Sprintf("%s runs no %s", name, format)
+	}
+	arch := host.Arch
+	if format == backends.WASM {
+		arch = "wasm"
+	}
+	if !slices.ContainsFunc(print.Platforms, func(p string) bool {
+		parts := strings.Split(p, "/")
+		return len(parts) > 1 && parts[1] == arch
+	}) {
+		return fmt.Sprintf("%s runs nothing for %s", name, refusal.Clip(arch, maxShown))
+	}
+	if lack := missing(print, asked); len(lack) > 0 {
+		return name + " has no " + words(lack)
+	}
+	return ""
+}
+
+// missing lists the features that a fingerprint lacks.
+func missing(print backends.Fingerprint, asked []backends.Feature) []string {
+	var lack []string
+	for _, f := range asked {
+		if !print.Has(f) {
+			lack = append(lack, string(f))
+		}
+	}
+	return lack
+}
+
+// features lists what a workload asks of a backend: what any may ask for, and what weakens the confinement, which the rules judge first.
+func (u *Unit) features(w *backends.Workload) (asked, guarded []backends.Feature) {
+	ask := func(list *[]backends.Feature, f backends.Feature, on bool) {
+		if on {
+			*list = append(*list, f)
+		}
+	}
+	mapped := slices.ContainsFunc(w.Run.Ports, func(p backends.Port) bool { return p.Port != 0 && p.Host != 0 && p.Port != p.Host })
+	network := slices.Contains(w.Security.Host, "network")
+	ask(&asked, backends.PortMap, mapped)
+	ask(&asked, backends.LimitCPU, w.Resources.CPU != 0)
+	ask(&asked, backends.LimitMemory, w.Resources.Memory != 0)
+	ask(&asked, backends.LimitPIDs, w.Resources.PIDs != 0)
+	ask(&asked, backends.LimitDisk, w.Resources.Disk != 0 || w.Overlay.Size != 0)
+	ask(&asked, backends.Overlays, w.Overlay.Size != 0)
+	ask(&asked, backends.Keep, len(w.Overlay.Keep) > 0)
+	ask(&asked, backends.Hooking, len(w.Hooks.PreInit)+len(w.Hooks.PostInit)+len(w.Hooks.Exit) > 0)
+	ask(&asked, backends.Exec, u.Health.Exec != nil)
+	ask(&asked, backends.Devices, len(w.Resources.Devices) > 0)
+	ask(&guarded, backends.Mounts, len(w.Mounts) > 0)
+	ask(&guarded, backends.Capabilities, len(w.Security.Capabilities) > 0)
+	ask(&guarded, backends.HostNetwork, network)
+	ask(&guarded, backends.HostNamespace, len(w.Security.Host) > 1 || len(w.Security.Host) == 1 && !network)
+	ask(&guarded, backends.Privileged, w.Security.Privileged)
+	ask(&guarded, backends.WritableBase, w.Security.WritableBase)
+	ask(&guarded, backends.Unconfined, w.Security.Unconfined)
+	return asked, guarded
+}
+
+// seal sets Spec and Name from everything else but where it runs and what fetching adds.
+func seal(w *backends.Workload) error {
+	covered := *w
+	covered.Name, covered.Backend, covered.Spec = "", "", merkle.Digest{}
+	covered.Image.Content, covered.Image.ContentRoot, covered.Image.Config = "", merkle.Digest{}, backends.ImageConfig{}
+	text, err := json.Marshal(covered)
+	if err != nil {
+		return fmt.Errorf("unit %s: %v", w.Unit, err)
+	}
+	w.Spec = merkle.BlobRoot(text)
+	w.Name = w.Unit + "-" + w.Spec.Short()
+	return nil
+}
+
+// Exclusive says in words what two workloads of one unit cannot both have: "host port 18080", "kept path /var/lib/relay", "device
+// camera", "writable mount /srv/data". Nothing means that they can stand side by side. prints are the host's fingerprints.
+func Exclusive(a, b backends.Workload, prints map[string]backends.Fingerprint) []string {
+	var shared []string
+	theirs := ports(b, prints[b.Backend])
+	for _, port := range ports(a, prints[a.Backend]) {
+		if slices.Contains(theirs, port) {
+			shared = append(shared, fmt.Sprintf("host port %d", port))
+		}
+	}
+	for _, path := range a.Overlay.Keep {
+		if slices.Contains(b.Overlay.Keep, path) {
+			shared = append(shared, "kept path "+path)
+		}
+	}
+	for _, device := range a.Resources.Devices {
+		if slices.Contains(b.Resources.Devices, device) {
+			shared = append(shared, "device "+device)
+		}
+	}
+	for _, mount := range a.Mounts {
+		if !mount.ReadOnly && slices.ContainsFunc(b.Mounts, func(m backends.Mount) bool { return m.From == mount.From && !m.ReadOnly }) {
+			shared = append(shared, "writable mount "+mount.From)
+		}
+	}
+	return shared
+}
+
+// ports lists the fixed ports of the host that a workload takes, in order. On a backend that shares the host's network, or if the unit asks
+// for that network, the port that the program listens on is one of them.
+func ports(w backends.Workload, print backends.Fingerprint) []int {
+	direct := print.Has(backends.HostNetwork) || slices.Contains(w.Security.Host, "network")
+	var taken []int
+	for _, p := range w.Run.Ports {
+		if p.Host != 0 {
+			taken = append(taken, p.Host)
+		}
+		if p.Port != 0 && direct {
+			taken = append(taken, p.Port)
+		}
+	}
+	slices.Sort(taken)
+	return slices.Compact(taken)
+}
+
+// conflicts refuses a host port that two units claim.
+func conflicts(workloads []backends.Workload, host Host) []error {
+	var errs []error
+	owner := make(map[int]string)
+	for _, w := range workloads {
+		for _, port := range ports(w, host.Fingerprints[w.Backend]) {
+			if by, ok := owner[port]; ok {
+				errs = append(errs, &refusal.Error{Code: "E_CONFLICT", Subject: fmt.Sprintf("units %s and %s on %s", by, w.Unit, refusal.Clip(host.Name, maxShown)),
+					Got: fmt.Sprintf("host port %d for both", port), Want: "another port under run.ports of one of them"})
+				continue
+			}
+			owner[port] = w.Unit
+		}
+	}
+	return errs
+}
