@@ -1,9 +1,47 @@
+// Package trust says who signed what, whether that is enough, and whether it is new.
+//
+// A [Verifier] judges one change: from the content that runs on this host to the content of a head commit. It establishes facts and
+// refuses what no rule may allow: a head without a valid signature of a known key, a head that does not descend from the last
+// accepted commit, a changed trust root, a false revert, a host state that went back. Too few approvals are no refusal here:
+// they are [Facts], and a rule refuses them.
+//
+//	v := &trust.Verifier{Site: "north-sea", Branch: "main", Host: "edge-1", Pin: pin, State: trust.StateFile{Path: path}, Describe: describe}
+//	facts, err := v.Verify(ctx, running, head, history) // err: *refusal.Error, or the world did not answer
+//	…the rules decide over facts…
+//	err = v.Accept(ctx, head, facts)                    // durable; from here the host may change
+//	err = v.Passed(ctx, head.ID)                        // its gate has passed: a revert may come back to it
+//
+// # Bytes
+//
+// A commit is verified over its raw bytes, by [ParseCommit], which knows one order of headers: tree, parents, author, committer, gpgsig. What
+// is signed is the object without its gpgsig lines, in the SSHSIG namespace "git".
+//
+// A trust root, trust/N.root.json, and an approval, approvals/<unit>/<to>/<key>.dsse.json, are DSSE envelopes whose signatures are SSHSIG
+// blobs over the envelope's PAE; one payload type and one namespace a purpose:
+//
+//	application/vnd.kmo.root.v1+json      kmo.root.v1
+//	application/vnd.kmo.approval.v1+json  kmo.approval.v1
+//
+// <to> is the 64 hex digits of the unit's new content root (64 zeros for a removed unit), <key> the signer's key id with "/" as "_", "+" as "-"
+// and ":" as "-". Paths are only where to look: the signed payload alone says what is approved.
+//
+// Keys are SSH keys: ed25519, ecdsa p256 and p384, their sk- forms with a touch, RSA of 3072 bits or more with SHA-2. A key's id is its
+// OpenSSH fingerprint, "SHA256:…", always computed from the key.
 package trust
 
 import (
+	"bytes"
 	"context"
+	"crypto/sha1" // Git's object ids are SHA-1; content is bound by kmo1 roots besides
+	"encoding/hex"
+	"fmt"
 	"io/fs"
+	"strconv"
+	"strings"
 	"time"
+	"unicode/utf8"
+
+	"github.com/kindos/kmo/policy/refusal"
 )
 
 // Commit is a commit as Git has it. Nothing in it is trusted until Verify has said so.
@@ -25,8 +63,165 @@ type Tree interface {
 
 // History answers questions about the commits between two others. A path is never trusted for being in it.
 type History interface {
-	// Ancestor says whether old is new or an ancestor of it.
+	// Ancestor says whether old is new or an ancestor of it. A commit that the store does not have is nobody's ancestor.
 	Ancestor(ctx context.Context, old, new string) (bool, error)
 	// Between lists the commits reachable from new but not from old, newest first, along every parent.
 	Between(ctx context.Context, old, new string) ([]Commit, error)
+}
+
+// Bounds of a commit object.
+const (
+	maxCommit  = 1 << 20
+	maxParents = 16
+)
+
+// Identity is who an author or committer line claims to be.
+type Identity struct {
+	Name, Email string
+	When        time.Time
+}
+
+// Parsed is a commit object taken apart.
+type Parsed struct {
+	Tree      string
+	Parents   []string
+	Author    Identity
+	Committer Identity
+	Message   string
+	Signature string // armoured, "" if the commit is unsigned
+	Payload   []byte // what the signature covers: the object without its gpgsig lines
+}
+
+// ParseCommit reads a commit object strictly. Anything but the one order of headers that Git writes, a header twice, an unknown header
+// (mergetag and encoding among them), a NUL or CR anywhere, bytes that are not UTF-8, or two signature blocks is E_OBJ_MALFORMED.
+func ParseCommit(raw []byte) (Parsed, error) {
+	var p Parsed
+	if len(raw) > maxCommit {
+		return p, &refusal.Error{Code: "E_LIMIT", Subject: "commit object", Got: fmt.Sprintf("%d bytes", len(raw)), Want: fmt.Sprintf("at most %d", maxCommit)}
+	}
+	if i := bytes.IndexAny(raw, "\x00\r"); i >= 0 {
+		return p, malformed(fmt.Sprintf("byte %#02x at offset %d", raw[i], i), "neither NUL nor CR")
+	}
+	if !utf8.Valid(raw) {
+		return p, malformed("bytes that are not UTF-8", "UTF-8 text")
+	}
+	s := &scanner{rest: string(raw)}
+	p.Tree = s.id("tree")
+	for strings.HasPrefix(s.rest, "parent ") && s.err == nil {
+		p.Parents = append(p.Parents, s.id("parent"))
+	}
+	p.Author = s.identity("author")
+	p.Committer = s.identity("committer")
+	before := len(raw) - len(s.rest)
+	if strings.HasPrefix(s.rest, "gpgsig ") {
+		p.Signature = s.signature()
+	}
+	after := len(raw) - len(s.rest)
+	if s.err == nil && !strings.HasPrefix(s.rest, "\n") {
+		line, _, _ := strings.Cut(s.rest, "\n")
+		s.err = malformed(fmt.Sprintf("%q", refusal.Clip(line, 80)), "headers tree, parent…, author, committer, gpgsig, once and in this order, then an empty line")
+	}
+	if len(p.Parents) > maxParents {
+		s.err = malformed(fmt.Sprintf("%d parents", len(p.Parents)), fmt.Sprintf("at most %d", maxParents))
+	}
+	if s.err != nil {
+		return Parsed{}, s.err
+	}
+	p.Message = s.rest[1:]
+	p.Payload = append(append([]byte{}, raw[:before]...), raw[after:]...)
+	return p, nil
+}
+
+// Trailers returns the values of the trailers of that name, in order. Trailers are the message's last paragraph, and never its first, when each
+// of its lines is "Name: value".
+func (p Parsed) Trailers(name string) []string {
+	paragraphs := strings.Split(strings.TrimRight(p.Message, "\n"), "\n\n")
+	if len(paragraphs) < 2 {
+		return nil
+	}
+	var values []string
+	for line := range strings.SplitSeq(paragraphs[len(paragraphs)-1], "\n") {
+		key, value, ok := strings.Cut(line, ": ")
+		if !ok || key == "" || strings.ContainsAny(key, " \t") {
+			return nil
+		}
+		if key == name {
+			values = append(values, value)
+		}
+	}
+	return values
+}
+
+// ObjectID is the Git object id of a commit's raw bytes.
+func ObjectID(raw []byte) string {
+	sum := sha1.Sum(append(fmt.Appendf(nil, "commit %d\x00", len(raw)), raw...))
+	return hex.EncodeToString(sum[:])
+}
+
+// scanner reads headers from the front of rest; the first fault stays in err.
+type scanner struct {
+	rest string
+	err  error
+}
+
+// value takes the line that starts with "key ".
+func (s *scanner) value(key string) string {
+	if s.err != nil {
+		return ""
+	}
+	line, rest, ok := strings.Cut(s.rest, "\n")
+	value, has := strings.CutPrefix(line, key+" ")
+	if !ok || !has {
+		s.err = malformed(fmt.Sprintf("%q", refusal.Clip(line, 80)), "the header "+key)
+		return ""
+	}
+	s.rest = rest
+	return value
+}
+
+func (s *scanner) id(key string) string {
+	value := s.value(key)
+	if s.err == nil && !isObjectID(value) {
+		s.err = malformed(fmt.Sprintf("%s %q", key, refusal.Clip(value, 80)), "40 lower-case hex digits")
+	}
+	return value
+}
+
+// identity takes "name <email> seconds ±hhmm".
+func (s *scanner) identity(key string) Identity {
+	value := s.value(key)
+	if s.err != nil {
+		return Identity{}
+	}
+	name, rest, ok1 := strings.Cut(value, " <")
+	email, when, ok2 := strings.Cut(rest, "> ")
+	seconds, zone, ok3 := strings.Cut(when, " ")
+	unix, err := strconv.ParseUint(seconds, 10, 40)
+	digits := len(zone) == 5 && (zone[0] == '+' || zone[0] == '-') && strings.Trim(zone[1:], "0123456789") == ""
+	if !ok1 || !ok2 || !ok3 || err != nil || !digits || strings.ContainsAny(name+email, "<>") {
+		s.err = malformed(fmt.Sprintf("%s %q", key, refusal.Clip(value, 120)), "name <email> seconds +hhmm")
+		return Identity{}
+	}
+	return Identity{Name: name, Email: email, When: time.Unix(int64(unix), 0).UTC()}
+}
+
+// signature takes the gpgsig header with its continuation lines: one armoured block.
+func (s *scanner) signature() string {
+	lines := []string{s.value("gpgsig")}
+	for strings.HasPrefix(s.rest, " ") && s.err == nil {
+		lines = append(lines, s.value(""))
+	}
+	armoured := strings.Join(lines, "\n") + "\n"
+	if n := strings.Count(armoured, "-----BEGIN "); s.err == nil && n != 1 {
+		s.err = malformed(fmt.Sprintf("%d signature blocks", n), "exactly one")
+	}
+	return armoured
+}
+
+func malformed(got, want string) error {
+	return &refusal.Error{Code: "E_OBJ_MALFORMED", Subject: "commit object", Got: got, Want: want}
+}
+
+func isObjectID(text string) bool {
+	return len(text) == 40 && strings.Trim(text, "0123456789abcdef") == ""
 }

@@ -1,0 +1,433 @@
+// Package audit is the tamper-evident log of what was decided.
+//
+// A [Log] is a folder with two files. "records" has one JSON object a line, in order:
+//
+//	{"index":0,"time":"2026-11-22T22:46:00Z","kind":"decision","commit":"9f0c…","body":{…}}
+//
+// "checkpoint" is a signed note (golang.org/x/mod/sumdb/note, C2SP's tlog-checkpoint): the log's name, the number of records and the root of
+// the RFC 6962 tree (SHA-256) over the lines without their newline:
+//
+//	edge-1.north-sea/kmo-audit
+//	42
+//	CsUYapGGPo4dkMgIAUqom/Xajj7h2fB2MPA3j2jxq2I=
+//
+//	— edge-1.north-sea/kmo-audit Az3grlgtzPICa5OS8npVmf1Myq/5IZniMp+ZJurmRDeOoRDe4URYN7u5/Zhcyv2q1gGzGku9nTo+zyWE+xeMcTOAYQ8=
+//
+// A record is in both files, on the disk, before Append returns: first the line, then the checkpoint. A crash between them leaves one line that no
+// checkpoint speaks of; Open drops it when it is torn and takes it into the checkpoint when it is whole. Anything else that differs
+// from the checkpoint is E_LOG_CONSISTENCY.
+//
+//	log, err := audit.Open(audit.Options{Dir: dir, Name: "edge-1.north-sea/kmo-audit", Key: key})
+//	index, err := log.Append("decision", decision) // before what it speaks of is applied
+package audit
+
+import (
+	"bufio"
+	"bytes"
+	"crypto/ed25519"
+	"encoding/base64"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/google/renameio/v2"
+	"golang.org/x/mod/sumdb/note"
+	"golang.org/x/mod/sumdb/tlog"
+
+	"github.com/kindos/kmo/policy/refusal"
+)
+
+// maxRecord bounds one line, so that a damaged file costs no more memory than a record may.
+const maxRecord = 32 << 20
+
+// Options say which log.
+type Options struct {
+	Dir   string             // created if it is not there
+	Name  string             // of the log and its key: no spaces, no plus sign
+	Key   ed25519.PrivateKey // the host's
+	Clock func() time.Time   // nil for the wall clock
+
+	// Seen is a tree that somebody else has seen of this log, the zero Tree if nobody has: a log that is shorter or other is refused.
+	Seen tlog.Tree
+}
+
+// Record is one entry.
+type Record struct {
+	Index  int64           `json:"index"`
+	Time   time.Time       `json:"time"`
+	Kind   string          `json:"kind"`             // decision, gate, revert, …
+	Commit string          `json:"commit,omitempty"` // the body's key "commit"
+	Body   json.RawMessage `json:"body"`
+}
+
+// Log is an open log. Only one process may have it open. Its methods may be called concurrently.
+type Log struct {
+	options  Options
+	signer   note.Signer
+	verifier note.Verifier
+
+	mu     sync.Mutex // guards what follows
+	file   *os.File
+	ends   []int64     // offset after each record's newline
+	hashes []tlog.Hash // tlog's stored hashes
+	broken error       // set when file and checkpoint may differ; only a new Open helps
+}
+
+// Open opens or creates a log, and checks every record against the checkpoint.
+func Open(options Options) (*Log, error) {
+	l := &Log{options: options}
+	if err := l.keys(); err != nil {
+		return nil, fmt.Errorf("audit log %s: %v", options.Dir, err)
+	}
+	if err := os.MkdirAll(options.Dir, 0o700); err != nil {
+		return nil, fmt.Errorf("audit log: %w", err)
+	}
+	file, err := os.OpenFile(l.path("records"), os.O_RDWR|os.O_CREATE, 0o600)
+	if err != nil {
+		return nil, fmt.Errorf("audit log: %w", err)
+	}
+	l.file = file
+	if err := l.recover(); err != nil {
+		file.Close()
+		return nil, err
+	}
+	return l, nil
+}
+
+// Close releases the file.
+func (l *Log) Close() error { return l.file.Close() }
+
+// Append makes one record of v durable and returns its index. v marshals to a JSON object; its key "commit", if it has one, is what ByCommit finds.
+func (l *Log) Append(kind string, v any) (index int64, err error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.broken != nil {
+		return 0, fmt.Errorf("audit log %s: an earlier write: %v", l.options.Dir, l.broken)
+	}
+	body, err := json.Marshal(v)
+	if err != nil {
+		return 0, fmt.Errorf("audit record: %v", err)
+	}
+	var about struct {
+		Commit string `json:"commit"`
+	}
+	if err := json.Unmarshal(body, &about); err != nil {
+		return 0, fmt.Errorf("audit record: %v", err)
+	}
+	r := Record{Index: int64(len(l.ends)), Time: l.now(), Kind: kind, Commit: about.Commit, Body: body}
+	line, err := json.Marshal(r)
+	if err != nil {
+		return 0, fmt.Errorf("audit record: %v", err)
+	}
+	if len(line) >= maxRecord {
+		return 0, &refusal.Error{Code: "E_LIMIT", Subject: "audit record " + kind, Got: fmt.Sprintf("%d bytes", len(line)), Want: fmt.Sprintf("fewer than %d", maxRecord)}
+	}
+	start := l.size()
+	if _, err = l.file.WriteAt(append(line, '\n'), start); err == nil {
+		err = l.file.Sync()
+	}
+	if err == nil {
+		err = l.include(line)
+	}
+	if err == nil {
+		err = l.checkpoint()
+	}
+	if err != nil {
+		l.broken = err // whether the line is on the disk is for the next Open to find out
+		return 0, fmt.Errorf("audit log %s: %w", l.options.Dir, err)
+	}
+	return r.Index, nil
+}
+
+// Records calls f with each record, oldest first, until it returns an error, and returns that.
+func (l *Log) Records(f func(Record) error) error { return l.from(0, f) }
+
+// Last returns the newest n records, oldest first.
+func (l *Log) Last(n int) (records []Record, err error) {
+	l.mu.Lock()
+	start := max(0, len(l.ends)-n)
+	l.mu.Unlock()
+	err = l.from(start, func(r Record) error { records = append(records, r); return nil })
+	return records, err
+}
+
+// ByCommit returns the records that speak of a commit, oldest first.
+func (l *Log) ByCommit(id string) (records []Record, err error) {
+	err = l.from(0, func(r Record) error {
+		if r.Commit == id {
+			records = append(records, r)
+		}
+		return nil
+	})
+	return records, err
+}
+
+// Tree is the log's size and root, for another machine to remember.
+func (l *Log) Tree() (tlog.Tree, error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.tree(int64(len(l.ends)))
+}
+
+// Verify reads everything again from the disk and compares it with the checkpoint.
+func (l *Log) Verify() error {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	fresh := &Log{options: l.options, signer: l.signer, verifier: l.verifier, file: l.file}
+	tree, err := fresh.readCheckpoint()
+	if err != nil {
+		return err
+	}
+	if _, err := fresh.scan(); err != nil {
+		return err
+	}
+	if n := int64(len(fresh.ends)); n != tree.N || n != int64(len(l.ends)) {
+		return fresh.inconsistent(fmt.Sprintf("%d records", n), fmt.Sprintf("%d, as the checkpoint says", tree.N))
+	}
+	return fresh.compare(tree, "the checkpoint")
+}
+
+// recover reads the log, checks it, and finishes an append that a crash has cut short.
+func (l *Log) recover() error {
+	tree, err := l.readCheckpoint()
+	if errors.Is(err, fs.ErrNotExist) && l.fileSize() == 0 {
+		err = l.checkpoint()
+	}
+	if errors.Is(err, fs.ErrNotExist) {
+		return l.inconsistent("records without a checkpoint", "both")
+	}
+	if err != nil {
+		return err
+	}
+	torn, err := l.scan()
+	if err != nil {
+		return err
+	}
+	n := int64(len(l.ends))
+	if n < tree.N || n > tree.N+1 || n == tree.N+1 && torn {
+		return l.inconsistent(fmt.Sprintf("%d records", n), fmt.Sprintf("%d, as the checkpoint says", tree.N))
+	}
+	if err := l.compare(tree, "the checkpoint"); err != nil {
+		return err
+	}
+	if err := l.compare(l.options.Seen, "what was seen of it"); err != nil {
+		return err
+	}
+	if torn {
+		if err := errors.Join(l.file.Truncate(l.size()), l.file.Sync()); err != nil {
+			return fmt.Errorf("audit log: dropping a torn line: %w", err)
+		}
+	}
+	if n > tree.N {
+		return l.checkpoint()
+	}
+	return nil
+}
+
+// scan reads every whole line into ends and hashes, and says whether bytes without a newline follow.
+func (l *Log) scan() (torn bool, err error) {
+	reader := bufio.NewReaderSize(io.NewSectionReader(l.file, 0, 1<<62), 1<<16)
+	for {
+		line, err := readLine(reader)
+		if err == io.EOF {
+			return len(line) > 0, nil
+		}
+		if err != nil {
+			return false, fmt.Errorf("audit log %s: %w", l.options.Dir, err)
+		}
+		var r struct {
+			Index int64 `json:"index"`
+		}
+		if err := json.Unmarshal(line, &r); err != nil || r.Index != int64(len(l.ends)) {
+			return false, l.inconsistent(fmt.Sprintf("line %d is no record of that index", len(l.ends)), "records in order")
+		}
+		if err := l.include(line); err != nil {
+			return false, err
+		}
+	}
+}
+
+// readLine returns a line without its newline, io.EOF with what is left at the end.
+func readLine(reader *bufio.Reader) (line []byte, err error) {
+	for {
+		part, err := reader.ReadSlice('\n')
+		line = append(line, part...)
+		switch {
+		case err == nil:
+			return line[:len(line)-1], nil
+		case err != bufio.ErrBufferFull:
+			return line, err
+		case len(line) > maxRecord:
+			return nil, fmt.Errorf("a line of more than %d bytes", maxRecord)
+		}
+	}
+}
+
+// include adds one line, on the disk already, to the tree.
+func (l *Log) include(line []byte) error {
+	more, err := tlog.StoredHashes(int64(len(l.ends)), line, tlog.HashReaderFunc(l.read))
+	if err != nil {
+		return err
+	}
+	l.ends = append(l.ends, l.size()+int64(len(line))+1)
+	l.hashes = append(l.hashes, more...)
+	return nil
+}
+
+func (l *Log) read(indexes []int64) ([]tlog.Hash, error) {
+	out := make([]tlog.Hash, len(indexes))
+	for i, index := range indexes {
+		if index < 0 || index >= int64(len(l.hashes)) {
+			return nil, fmt.Errorf("hash %d of %d", index, len(l.hashes))
+		}
+		out[i] = l.hashes[index]
+	}
+	return out, nil
+}
+
+func (l *Log) tree(n int64) (tlog.Tree, error) {
+	root, err := tlog.TreeHash(n, tlog.HashReaderFunc(l.read))
+	return tlog.Tree{N: n, Hash: root}, err
+}
+
+// compare checks that a tree seen earlier is a beginning of this log.
+func (l *Log) compare(seen tlog.Tree, by string) error {
+	if seen.N > int64(len(l.ends)) {
+		return l.inconsistent(fmt.Sprintf("%d records", len(l.ends)), fmt.Sprintf("at least %d, as %s says", seen.N, by))
+	}
+	if seen == (tlog.Tree{}) {
+		return nil
+	}
+	got, err := l.tree(seen.N)
+	if err != nil {
+		return err
+	}
+	if got != seen {
+		return l.inconsistent(fmt.Sprintf("root %v over %d records", got.Hash, seen.N), fmt.Sprintf("%v, as %s says", seen.Hash, by))
+	}
+	return nil
+}
+
+// checkpoint signs the present tree and makes it durable.
+func (l *Log) checkpoint() error {
+	tree, err := l.tree(int64(len(l.ends)))
+	if err != nil {
+		return err
+	}
+	text := fmt.Sprintf("%s\n%d\n%v\n", l.options.Name, tree.N, tree.Hash)
+	signed, err := note.Sign(&note.Note{Text: text}, l.signer)
+	if err != nil {
+		return err
+	}
+	if err := renameio.WriteFile(l.path("checkpoint"), signed, 0o600, renameio.WithTempDir(l.options.Dir)); err != nil {
+		return err
+	}
+	dir, err := os.Open(l.options.Dir)
+	if err != nil {
+		return err
+	}
+	defer dir.Close()
+	return dir.Sync()
+}
+
+func (l *Log) readCheckpoint() (tlog.Tree, error) {
+	file, err := os.ReadFile(l.path("checkpoint"))
+	if err != nil {
+		return tlog.Tree{}, fmt.Errorf("audit log: %w", err)
+	}
+	opened, err := note.Open(file, note.VerifierList(l.verifier))
+	if err != nil {
+		return tlog.Tree{}, l.inconsistent("a checkpoint that does not verify: "+refusal.Clip(err.Error(), 100), "one signed by this host's key as "+l.options.Name)
+	}
+	lines := strings.Split(opened.Text, "\n")
+	if len(lines) == 4 && lines[0] == l.options.Name {
+		n, err1 := strconv.ParseInt(lines[1], 10, 64)
+		hash, err2 := tlog.ParseHash(lines[2])
+		if err1 == nil && err2 == nil && n >= 0 {
+			return tlog.Tree{N: n, Hash: hash}, nil
+		}
+	}
+	return tlog.Tree{}, l.inconsistent("a checkpoint that is not one", "name, size and root of "+l.options.Name)
+}
+
+// keys makes note's signer and verifier from the host's key.
+func (l *Log) keys() error {
+	if len(l.options.Key) != ed25519.PrivateKeySize {
+		return fmt.Errorf("a key of %d bytes, want ed25519", len(l.options.Key))
+	}
+	public, err := note.NewEd25519VerifierKey(l.options.Name, l.options.Key.Public().(ed25519.PublicKey))
+	if err != nil {
+		return err
+	}
+	if l.verifier, err = note.NewVerifier(public); err != nil {
+		return err
+	}
+	prefix, _, _ := bytes.Cut([]byte(public[len(l.options.Name)+1:]), []byte("+"))
+	seed := base64.StdEncoding.EncodeToString(append([]byte{1}, l.options.Key.Seed()...)) // 1 is note's ed25519
+	l.signer, err = note.NewSigner("PRIVATE+KEY+" + l.options.Name + "+" + string(prefix) + "+" + seed)
+	return err
+}
+
+// from reads records beginning with one index.
+func (l *Log) from(first int, f func(Record) error) error {
+	l.mu.Lock()
+	start, end := int64(0), l.size()
+	if first > 0 {
+		start = l.ends[first-1]
+	}
+	l.mu.Unlock()
+	reader := bufio.NewReaderSize(io.NewSectionReader(l.file, start, end-start), 1<<16)
+	for {
+		line, err := readLine(reader)
+		if err == io.EOF && len(line) == 0 {
+			return nil
+		}
+		if err != nil {
+			return fmt.Errorf("audit log %s: %w", l.options.Dir, err)
+		}
+		var r Record
+		if err := json.Unmarshal(line, &r); err != nil {
+			return l.inconsistent("a line that is no record", "records")
+		}
+		if err := f(r); err != nil {
+			return err
+		}
+	}
+}
+
+func (l *Log) inconsistent(got, want string) error {
+	return &refusal.Error{Code: "E_LOG_CONSISTENCY", Subject: "audit log " + l.options.Dir, Got: got, Want: want}
+}
+
+func (l *Log) path(name string) string { return filepath.Join(l.options.Dir, name) }
+
+// size is where the next record begins.
+func (l *Log) size() int64 {
+	if len(l.ends) == 0 {
+		return 0
+	}
+	return l.ends[len(l.ends)-1]
+}
+
+func (l *Log) fileSize() int64 {
+	stat, err := l.file.Stat()
+	if err != nil {
+		return -1
+	}
+	return stat.Size()
+}
+
+func (l *Log) now() time.Time {
+	if l.options.Clock == nil {
+		return time.Now().UTC()
+	}
+	return l.options.Clock().UTC()
+}

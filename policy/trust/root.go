@@ -1,0 +1,420 @@
+package trust
+
+import (
+	"crypto/sha256"
+	"encoding/hex"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"path"
+	"slices"
+	"strings"
+	"time"
+
+	"golang.org/x/crypto/ssh"
+
+	"github.com/kindos/kmo/policy/refusal"
+	"github.com/kindos/kmo/registry/merkle"
+)
+
+// Root is who may do what in one site. It is trust/N.root.json, signed by its role root.
+type Root struct {
+	Version    int         `json:"version"` // 1, 2, …: N of the file's name
+	Site       string      `json:"site"`
+	Principals []Principal `json:"principals"`
+	Roles      []Role      `json:"roles"`
+	Tiers      []Tier      `json:"tiers"`               // four, tier 0 first
+	Units      []Pattern   `json:"units,omitempty"`     // the most sensitive of all that match holds
+	Tripwires  []string    `json:"tripwires,omitempty"` // rule ids that every decision must have evaluated
+	Floors     []string    `json:"floors,omitempty"`    // commits that every head and every revert's target must descend from, or be
+	Freshness  string      `json:"freshness,omitempty"` // how old a head statement may be
+	Expires    *time.Time  `json:"expires,omitempty"`
+}
+
+// Principal is a person or a machine. It counts once, however many keys it has.
+type Principal struct {
+	Name    string   `json:"name"`
+	Class   string   `json:"class"` // human or robot
+	Org     string   `json:"org,omitempty"`
+	Emails  []string `json:"emails,omitempty"` // whose author and committer lines are this principal's
+	Keys    []Key    `json:"keys"`
+	Keyless string   `json:"keyless,omitempty"` // an issuer and exact subject
+}
+
+// Key is one SSH key of a principal.
+type Key struct {
+	Public  string    `json:"public"`            // "ssh-ed25519 AAAA…", as in an authorized_keys file, without a comment
+	Uses    []string  `json:"uses"`              // roles it may be used for
+	From    time.Time `json:"from,omitzero"`     // it signs nothing before this trusted time
+	Revoked *Revoked  `json:"revoked,omitempty"` // it signs nothing any more, whatever date is written on it
+}
+
+// Revoked says why a key is no longer good.
+type Revoked struct {
+	Reason string `json:"reason"`
+	Rebad  bool   `json:"rebad,omitempty"` // what it has signed is bad too
+}
+
+// Role is who may act, and how many of them it takes.
+type Role struct {
+	Name      string   `json:"name"` // root, commit, approve, revert
+	Threshold int      `json:"threshold"`
+	Members   []string `json:"members"` // principals
+}
+
+// Tier is what a change of a tier needs.
+type Tier struct {
+	Tier          int    `json:"tier"`
+	Need          int    `json:"need"` // approvals by distinct principals
+	ExcludeAuthor bool   `json:"excludeAuthor,omitempty"`
+	ExcludeRobots bool   `json:"excludeRobots,omitempty"`
+	Orgs          int    `json:"orgs,omitempty"` // distinct organisations among them
+	Hardware      bool   `json:"hardware,omitempty"`
+	CoolDown      string `json:"coolDown,omitempty"`
+}
+
+// Pattern gives a tier to paths, with path.Match's signs: "units/kernel-*", "profiles/edge-*.yaml", "site.yaml".
+type Pattern struct {
+	Path string `json:"path"`
+	Tier int    `json:"tier"`
+}
+
+// Pin is what a host is given at install: the digests of the first root's file.
+type Pin struct {
+	SHA256 string        `json:"sha256"` // 64 hex digits
+	Root   merkle.Digest `json:"root"`   // kmo1 blob root
+}
+
+// PinOf is the pin of a root file.
+func PinOf(file []byte) Pin {
+	sum := sha256.Sum256(file)
+	return Pin{SHA256: hex.EncodeToString(sum[:]), Root: merkle.BlobRoot(file)}
+}
+
+// The roles this build acts on.
+const (
+	RoleRoot    = "root"
+	RoleCommit  = "commit"
+	RoleApprove = "approve"
+	RoleRevert  = "revert"
+)
+
+// DefaultTiers needs 3, 2, 1 and 0 approvals; tiers 0 and 1 exclude the author and robots.
+func DefaultTiers() []Tier {
+	return []Tier{
+		{Tier: 0, Need: 3, ExcludeAuthor: true, ExcludeRobots: true},
+		{Tier: 1, Need: 2, ExcludeAuthor: true, ExcludeRobots: true},
+		{Tier: 2, Need: 1},
+		{Tier: 3},
+	}
+}
+
+// RootPath is where a root of that version lies in the site.
+func RootPath(version int) string { return fmt.Sprintf("trust/%d.root.json", version) }
+
+// SignRoot makes the file of a valid root. More people sign it with CosignRoot.
+func SignRoot(root Root, signers ...ssh.Signer) ([]byte, error) {
+	payload, err := json.MarshalIndent(root, "", "  ")
+	if err != nil {
+		return nil, fmt.Errorf("signing a trust root: %v", err)
+	}
+	if _, err := decodeRoot(payload); err != nil {
+		return nil, fmt.Errorf("signing a trust root: %w", err)
+	}
+	return seal(payload, typeRoot, namespaceRoot, signers...)
+}
+
+// CosignRoot adds a signature to a root's file, over the same payload bytes.
+func CosignRoot(file []byte, signer ssh.Signer) ([]byte, error) {
+	s, err := openEnvelope(file, typeRoot, namespaceRoot, "trust root")
+	if err != nil {
+		return nil, err
+	}
+	more, err := seal(s.payload, typeRoot, namespaceRoot, signer)
+	if err != nil {
+		return nil, err
+	}
+	var old, added envelope
+	if err := errors.Join(json.Unmarshal(file, &old), json.Unmarshal(more, &added)); err != nil {
+		return nil, err
+	}
+	old.Signatures = append(old.Signatures, added.Signatures...)
+	out, err := json.MarshalIndent(old, "", "  ")
+	return append(out, '\n'), err
+}
+
+// ParseRoot reads a root's file and checks that its own role root signed it by threshold. Whether it is the right root, the pin says.
+func ParseRoot(file []byte) (*Root, error) {
+	s, err := openEnvelope(file, typeRoot, namespaceRoot, "trust root")
+	if err != nil {
+		return nil, err
+	}
+	root, err := decodeRoot(s.payload)
+	if err != nil {
+		return nil, err
+	}
+	signed := map[string]bool{}
+	for i := range s.blobs {
+		signature, err := s.signature(i, "trust root")
+		if err != nil {
+			continue
+		}
+		principal, key := root.keyOf(signature.PublicKey)
+		if key == nil || key.Revoked != nil || !root.may(principal, key, RoleRoot) || verifySignature(s.message, signature, "trust root") != nil {
+			continue
+		}
+		signed[principal.Name] = true
+	}
+	if want := root.role(RoleRoot).Threshold; len(signed) < want {
+		return nil, &refusal.Error{Code: "E_ROOT_THRESHOLD", Subject: RootPath(root.Version), Got: fmt.Sprintf("good signatures of %d members of its role root", len(signed)), Want: fmt.Sprintf("%d", want)}
+	}
+	return root, nil
+}
+
+func decodeRoot(payload []byte) (*Root, error) {
+	var root Root
+	if err := strictJSON(payload, &root, "trust root"); err != nil {
+		return nil, err
+	}
+	var faults []error
+	for _, check := range []func() []string{root.doors, root.principalFaults, root.roleFaults, root.tierFaults, root.patternFaults} {
+		for _, fault := range check() {
+			faults = append(faults, &refusal.Error{Code: "E_ROOT_INVALID", Subject: "trust root", Got: fault})
+		}
+	}
+	return &root, errors.Join(faults...)
+}
+
+// doors is the one table of what a root may hold and this build does not act on yet. Each is refused by name, never ignored.
+func (r *Root) doors() []string {
+	keyless, rebad, hardware, coolDown := false, false, false, false
+	for _, p := range r.Principals {
+		keyless = keyless || p.Keyless != ""
+		for _, k := range p.Keys {
+			rebad = rebad || k.Revoked != nil && k.Revoked.Rebad
+		}
+	}
+	for _, t := range r.Tiers {
+		hardware, coolDown = hardware || t.Hardware, coolDown || t.CoolDown != ""
+	}
+	var set []string
+	for _, door := range []struct {
+		name string
+		set  bool
+	}{
+		{"a version above 1", r.Version > 1},
+		{"freshness", r.Freshness != ""},
+		{"expires", r.Expires != nil},
+		{"keyless", keyless},
+		{"rebad", rebad},
+		{"hardware", hardware},
+		{"coolDown", coolDown},
+		{"role image", r.hasRole("image")},
+		{"role head", r.hasRole("head")},
+	} {
+		if door.set {
+			set = append(set, door.name+" is set, and not acted on yet: leave it out")
+		}
+	}
+	return set
+}
+
+func (r *Root) principalFaults() (faults []string) {
+	names, keys, emails := map[string]bool{}, map[string]string{}, map[string]string{}
+	if r.Version < 1 || r.Site == "" {
+		faults = append(faults, "no version or no site")
+	}
+	for _, p := range r.Principals {
+		if p.Name == "" || names[p.Name] {
+			faults = append(faults, fmt.Sprintf("principal %q has no name, or it is there twice", refusal.Clip(p.Name, 60)))
+		}
+		names[p.Name] = true
+		if p.Class != "human" && p.Class != "robot" {
+			faults = append(faults, fmt.Sprintf("principal %s has class %q, want human or robot", p.Name, refusal.Clip(p.Class, 20)))
+		}
+		if len(p.Keys) == 0 {
+			faults = append(faults, "principal "+p.Name+" has no key")
+		}
+		for _, email := range p.Emails {
+			folded := strings.ToLower(email)
+			if owner, taken := emails[folded]; taken || email == "" {
+				faults = append(faults, fmt.Sprintf("e-mail %q of %s is empty or belongs to %s", refusal.Clip(email, 60), p.Name, owner))
+			}
+			emails[folded] = p.Name
+		}
+		for _, k := range p.Keys {
+			public, err := parsePublic(k.Public)
+			if err != nil {
+				faults = append(faults, fmt.Sprintf("a key of %s: %v", p.Name, err))
+				continue
+			}
+			if owner, taken := keys[KeyID(public)]; taken {
+				faults = append(faults, fmt.Sprintf("key %s belongs to %s and to %s", KeyID(public), owner, p.Name))
+			}
+			keys[KeyID(public)] = p.Name
+			for _, use := range k.Uses {
+				if !slices.Contains([]string{RoleRoot, RoleCommit, RoleApprove, RoleRevert}, use) {
+					faults = append(faults, fmt.Sprintf("key %s of %s has use %q, want root, commit, approve or revert", KeyID(public), p.Name, refusal.Clip(use, 20)))
+				}
+			}
+		}
+	}
+	return faults
+}
+
+func (r *Root) roleFaults() (faults []string) {
+	seen := map[string]bool{}
+	for _, role := range r.Roles {
+		if seen[role.Name] || !slices.Contains([]string{RoleRoot, RoleCommit, RoleApprove, RoleRevert, "image", "head"}, role.Name) {
+			faults = append(faults, fmt.Sprintf("role %q is unknown or there twice", refusal.Clip(role.Name, 40)))
+		}
+		seen[role.Name] = true
+		for i, member := range role.Members {
+			if r.principal(member) == nil || slices.Index(role.Members, member) != i {
+				faults = append(faults, fmt.Sprintf("role %s: member %q is no principal or there twice", role.Name, refusal.Clip(member, 60)))
+			}
+		}
+		if n := len(r.eligible(role.Name)); role.Threshold < 1 || role.Threshold > n {
+			faults = append(faults, fmt.Sprintf("role %s: threshold %d with %d principals that have a good key for it", role.Name, role.Threshold, n))
+		}
+		if role.Name != RoleRoot && role.Threshold > 1 {
+			faults = append(faults, fmt.Sprintf("role %s: threshold %d, want 1: tiers say how many approve", role.Name, role.Threshold))
+		}
+	}
+	for _, name := range []string{RoleRoot, RoleCommit} {
+		if !seen[name] {
+			faults = append(faults, "no role "+name)
+		}
+	}
+	return faults
+}
+
+func (r *Root) tierFaults() (faults []string) {
+	if len(r.Tiers) != 4 {
+		return []string{fmt.Sprintf("%d tiers, want 4", len(r.Tiers))}
+	}
+	for i, t := range r.Tiers {
+		eligible := r.eligible(RoleApprove)
+		if t.ExcludeRobots {
+			eligible = slices.DeleteFunc(eligible, func(p Principal) bool { return p.Class == "robot" })
+		}
+		orgs := map[string]bool{}
+		for _, p := range eligible {
+			if p.Org != "" {
+				orgs[p.Org] = true
+			}
+		}
+		if t.Tier != i || t.Need < 0 || t.Need == 0 && i < 3 || i > 0 && t.Need > r.Tiers[i-1].Need {
+			faults = append(faults, fmt.Sprintf("tier %d in place %d needs %d approvals; want tiers 0 to 3 in order, at least 1 for tiers 0 to 2, none needing more than the one before", t.Tier, i, t.Need))
+		}
+		if t.Need > len(eligible) {
+			faults = append(faults, fmt.Sprintf("tier %d needs %d approvals and only %d principals may give one", i, t.Need, len(eligible)))
+		}
+		if t.Orgs < 0 || t.Orgs > t.Need || t.Orgs > len(orgs) {
+			faults = append(faults, fmt.Sprintf("tier %d asks for %d organisations of %d approvals, and the approvers have %d", i, t.Orgs, t.Need, len(orgs)))
+		}
+	}
+	return faults
+}
+
+func (r *Root) patternFaults() (faults []string) {
+	for _, p := range r.Units {
+		if _, err := path.Match(p.Path, "x"); err != nil || p.Path == "" || p.Tier < 0 || p.Tier > 3 {
+			faults = append(faults, fmt.Sprintf("unit pattern %q with tier %d: want a path.Match pattern and a tier of 0 to 3", refusal.Clip(p.Path, 80), p.Tier))
+		}
+	}
+	for _, id := range r.Floors {
+		if !isObjectID(id) {
+			faults = append(faults, fmt.Sprintf("floor %q, want a commit id of 40 hex digits", refusal.Clip(id, 60)))
+		}
+	}
+	return faults
+}
+
+// tier is the most sensitive tier that a pattern gives to a path, -1 if none matches.
+func (r *Root) tier(name string) int {
+	tier := -1
+	for _, p := range r.Units {
+		if ok, _ := path.Match(p.Path, name); ok {
+			tier = stronger(tier, p.Tier)
+		}
+	}
+	return tier
+}
+
+func (r *Root) role(name string) Role {
+	for _, role := range r.Roles {
+		if role.Name == name {
+			return role
+		}
+	}
+	return Role{}
+}
+
+func (r *Root) hasRole(name string) bool { return r.role(name).Name != "" }
+
+func (r *Root) principal(name string) *Principal {
+	for i := range r.Principals {
+		if r.Principals[i].Name == name {
+			return &r.Principals[i]
+		}
+	}
+	return nil
+}
+
+// principalOf is the name of the principal whose e-mail that is, "" if nobody's.
+func (r *Root) principalOf(email string) string {
+	for _, p := range r.Principals {
+		if slices.ContainsFunc(p.Emails, func(e string) bool { return strings.EqualFold(e, email) }) {
+			return p.Name
+		}
+	}
+	return ""
+}
+
+// keyOf finds a key by what it is, never by a name that somebody wrote beside it.
+func (r *Root) keyOf(public ssh.PublicKey) (*Principal, *Key) {
+	for i := range r.Principals {
+		for j := range r.Principals[i].Keys {
+			known, err := parsePublic(r.Principals[i].Keys[j].Public)
+			if err == nil && string(known.Marshal()) == string(public.Marshal()) {
+				return &r.Principals[i], &r.Principals[i].Keys[j]
+			}
+		}
+	}
+	return nil, nil
+}
+
+// may says whether the principal has the role and the key its use.
+func (r *Root) may(p *Principal, k *Key, role string) bool {
+	return slices.Contains(r.role(role).Members, p.Name) && slices.Contains(k.Uses, role)
+}
+
+// eligible lists the members of a role that have a key for it that is not revoked.
+func (r *Root) eligible(role string) (members []Principal) {
+	for _, p := range r.Principals {
+		if slices.ContainsFunc(p.Keys, func(k Key) bool { return k.Revoked == nil && r.may(&p, &k, role) }) {
+			members = append(members, p)
+		}
+	}
+	return members
+}
+
+func parsePublic(line string) (ssh.PublicKey, error) {
+	key, comment, options, rest, err := ssh.ParseAuthorizedKey([]byte(line))
+	if err != nil {
+		return nil, fmt.Errorf("public key %q: %v", refusal.Clip(line, 60), err)
+	}
+	if comment != "" || len(options) > 0 || len(rest) > 0 {
+		return nil, fmt.Errorf("public key %q: want a type and a key, nothing else", refusal.Clip(line, 60))
+	}
+	return key, allowedKey(key)
+}
+
+// stronger is the more sensitive of two tiers; -1 is none.
+func stronger(a, b int) int {
+	if a < 0 || b >= 0 && b < a {
+		return b
+	}
+	return a
+}

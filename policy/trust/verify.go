@@ -1,0 +1,380 @@
+package trust
+
+import (
+	"context"
+	"fmt"
+	"io/fs"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/kindos/kmo/policy/refusal"
+	"github.com/kindos/kmo/registry/merkle"
+)
+
+// The trailers of a revert commit.
+const (
+	TrailerReverts  = "Kmo-Reverts" // <good>..<head>: every commit reachable from head but not from good
+	TrailerGate     = "Kmo-Gate"
+	TrailerEvidence = "Kmo-Evidence"
+	TrailerHost     = "Kmo-Host"
+)
+
+// Verifier judges changes on one host. Its exported fields are set once, before the first call; its methods may be called concurrently.
+type Verifier struct {
+	Site, Branch string
+	Pin          Pin       // of the trust root
+	State        StateFile // the host's memory; without a path every change is judged as on a new host, and Accept is an error
+	Clock        func() time.Time
+
+	// Describe reads what a unit declares in a tree. A *refusal.Error says that its files must not be had.
+	Describe func(tree fs.FS, unit string) (Declared, error)
+
+	MustExist     bool   // this host has accepted a commit before: a missing state is an alarm
+	MinSeq        uint64 // the journal or the audit log have seen this state: an older one is an alarm
+	RevertsPerDay int    // how many reverts are accepted in 24 hours; 0 means 10
+
+	mu       sync.Mutex // guards what follows
+	roots    map[string]merkle.Digest
+	declared map[string]Declared
+	seq      uint64    // newest state seen by this value
+	latest   time.Time // trusted time seen by this value
+}
+
+const (
+	defaultReverts = 10
+	clockSlack     = 5 * time.Minute // a clock that is further behind the trusted time is an alarm
+)
+
+// judgement is one call of Verify.
+type judgement struct {
+	v       *Verifier
+	state   State
+	root    *Root
+	running Commit
+	head    Commit
+	parsed  Parsed
+	history History
+	facts   Facts
+}
+
+// Verify establishes the facts of the change from the commit whose content runs (the zero Commit if none does) to a head. A *refusal.Error
+// says that the head must not run; any other error, that the world did not answer. It writes nothing.
+func (v *Verifier) Verify(ctx context.Context, running, head Commit, h History) (facts Facts, err error) {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	defer func() { // a fault of ours must deny, whatever the head holds
+		if fault := recover(); fault != nil {
+			facts, err = Facts{}, &refusal.Error{Code: "E_INTERNAL", Subject: "commit " + head.ID, Got: refusal.Clip(fmt.Sprint(fault), 200), Want: "a verifier that does not fall over this commit"}
+		}
+	}()
+	state, err := v.load()
+	if err != nil {
+		return Facts{}, err
+	}
+	j := &judgement{v: v, state: state, running: running, head: head, history: h}
+	j.facts = Facts{Commit: head.ID, Base: state.Accepted.Commit, Time: v.now(state)}
+	if late := j.facts.Time.Sub(v.clock()); late > clockSlack {
+		j.facts.Warnings = append(j.facts.Warnings, fmt.Sprintf("E_TIME: the clock is %v behind the trusted time %s", late.Round(time.Second), j.facts.Time.Format(time.RFC3339)))
+	}
+	if j.root, err = v.root(head.Tree); err != nil {
+		return Facts{}, err
+	}
+	j.facts.Tripwires = j.root.Tripwires
+	for _, check := range []func(context.Context) error{j.signature, j.descent, j.change, j.revert, j.approvals} {
+		if err := check(ctx); err != nil {
+			return Facts{}, err
+		}
+	}
+	return j.facts, nil
+}
+
+// Compare finds the units that differ between two commits (the first may be the zero Commit), with their tiers, contents and needs, under the
+// root of the second. It asks for no signature, history or state: it is what an approver signs over.
+func (v *Verifier) Compare(running, head Commit) ([]UnitFacts, error) {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	root, err := v.root(head.Tree)
+	if err != nil {
+		return nil, err
+	}
+	j := &judgement{v: v, root: root, running: running, head: head}
+	if err := j.change(context.Background()); err != nil {
+		return nil, err
+	}
+	sortUnits(&j.facts, nil)
+	return j.facts.Units, nil
+}
+
+// root reads the trust root out of a tree and checks it against the pin: an untrusted carrier brings it, the pin decides.
+func (v *Verifier) root(tree Tree) (*Root, error) {
+	if v.Describe == nil || v.Pin.Root.IsZero() {
+		return nil, fmt.Errorf("verifier for %s: no Describe or no pin", v.Site)
+	}
+	name := RootPath(1)
+	if tree.ObjectID(name) == "" {
+		return nil, &refusal.Error{Code: "E_MIXMATCH", Subject: name, Got: "no such file in this commit", Want: "the trust root that this host is pinned to"}
+	}
+	entries, err := fs.ReadDir(tree, "trust")
+	if err != nil {
+		return nil, fmt.Errorf("listing trust: %w", err)
+	}
+	if len(entries) != 1 {
+		return nil, &refusal.Error{Code: "E_ROOT_VERSION", Subject: "trust/", Got: fmt.Sprintf("%d files", len(entries)), Want: "1.root.json alone: rotation of the trust root is not built yet"}
+	}
+	file, err := readBounded(tree, name)
+	if err != nil {
+		return nil, fmt.Errorf("reading %s: %w", name, err)
+	}
+	if got := PinOf(file); got != v.Pin {
+		return nil, &refusal.Error{Code: "E_ROOT_VERSION", Subject: name, Got: fmt.Sprintf("other bytes: sha256 %s, %v", got.SHA256, got.Root), Want: fmt.Sprintf("sha256 %s, %v, as pinned: rotation of the trust root is not built yet", v.Pin.SHA256, v.Pin.Root)}
+	}
+	root, err := ParseRoot(file)
+	if err != nil {
+		return nil, err
+	}
+	if root.Site != v.Site {
+		return nil, &refusal.Error{Code: "E_ROOT_INVALID", Subject: name, Got: fmt.Sprintf("site %q", refusal.Clip(root.Site, 60)), Want: v.Site}
+	}
+	return root, nil
+}
+
+// signature checks the head's own signature: by a key of the root, good now, for the role commit or revert.
+func (j *judgement) signature(context.Context) error {
+	subject := "commit " + j.head.ID
+	if got := ObjectID(j.head.Raw); got != j.head.ID {
+		return &refusal.Error{Code: "E_OBJ_MALFORMED", Subject: subject, Got: "bytes whose object id is " + got, Want: j.head.ID}
+	}
+	var err error
+	if j.parsed, err = ParseCommit(j.head.Raw); err != nil {
+		refusal.Of(err).Subject = subject
+		return err
+	}
+	if j.parsed.Signature == "" {
+		return &refusal.Error{Code: "E_SIG_MISSING", Subject: subject, Got: "no signature", Want: "a commit signed with an SSH key of the trust root (git commit -S)"}
+	}
+	blob, err := unarmour(j.parsed.Signature, subject)
+	if err != nil {
+		return err
+	}
+	signature, err := parseSignature(blob, namespaceCommit, subject)
+	if err != nil {
+		return err
+	}
+	role := RoleCommit
+	if principal, key := j.root.keyOf(signature.PublicKey); key != nil && len(j.parsed.Trailers(TrailerReverts)) > 0 && j.root.may(principal, key, RoleRevert) {
+		role = RoleRevert
+	}
+	principal, err := j.root.allowed(signature.PublicKey, role, j.facts.Time, subject)
+	if err != nil {
+		return err
+	}
+	if err := verifySignature(j.parsed.Payload, signature, subject); err != nil {
+		return err
+	}
+	j.facts.Revert = role == RoleRevert
+	j.facts.Signer, j.facts.Class, j.facts.Key = principal.Name, principal.Class, KeyID(signature.PublicKey)
+	j.facts.Author = j.root.principalOf(j.parsed.Author.Email)
+	return nil
+}
+
+// descent checks that the head is the last accepted commit or comes after it, and after every floor.
+func (j *judgement) descent(ctx context.Context) error {
+	subject := "commit " + j.head.ID
+	accepted := j.state.Accepted.Commit
+	if accepted != "" && accepted != j.head.ID {
+		after, err := j.history.Ancestor(ctx, accepted, j.head.ID)
+		if err != nil {
+			return fmt.Errorf("history of %s: %w", accepted, err)
+		}
+		before := false
+		if !after {
+			if before, err = j.history.Ancestor(ctx, j.head.ID, accepted); err != nil {
+				return fmt.Errorf("history of %s: %w", accepted, err)
+			}
+		}
+		switch {
+		case before:
+			return &refusal.Error{Code: "E_ROLLBACK", Subject: subject, Got: "an ancestor of " + accepted + ", which this host has accepted", Want: "a descendant of it"}
+		case !after:
+			return &refusal.Error{Code: "E_FORK", Subject: subject, Got: "a commit beside " + accepted + ", which this host has accepted", Want: "a descendant of it"}
+		}
+	}
+	for _, floor := range j.root.Floors {
+		ok, err := j.history.Ancestor(ctx, floor, j.head.ID)
+		if err != nil {
+			return fmt.Errorf("history of %s: %w", floor, err)
+		}
+		if !ok {
+			return &refusal.Error{Code: "E_ROLLBACK", Subject: subject, Got: "a commit that does not descend from the floor " + floor, Want: "a descendant of it"}
+		}
+	}
+	return nil
+}
+
+// change compares the two contents, and policy with what the last accepted commit had.
+func (j *judgement) change(context.Context) error {
+	c := comparison{root: j.root, from: j.v.side(j.running.Tree), to: j.v.side(j.head.Tree), recorded: map[string]int{}}
+	for _, u := range j.state.Accepted.Units {
+		c.recorded[u.Name] = u.Tier
+	}
+	var err error
+	if j.facts.Units, err = c.units(); err != nil {
+		return err
+	}
+	if err := c.site(&j.facts); err != nil {
+		return err
+	}
+	if err := j.policy(c); err != nil {
+		return err
+	}
+	return j.collisions(c)
+}
+
+// policy adds a changed policy folder as the unit @policy. A host that has accepted nothing takes the first policy as it is: it can only deny more.
+func (j *judgement) policy(c comparison) error {
+	from, err := c.from.root("policy", folderRoot)
+	if err != nil {
+		return err
+	}
+	if j.state.Accepted.Commit != "" {
+		from = j.state.Accepted.Policy
+	} else if c.from.Tree == nil {
+		return nil
+	}
+	to, err := c.to.root("policy", folderRoot)
+	if err != nil || from == to {
+		return err
+	}
+	j.facts.Policy = true
+	j.facts.Units = append(j.facts.Units, UnitFacts{Unit: unitPolicy, Action: "policy", From: from, To: to, Need: j.root.Tiers[0].Need})
+	return nil
+}
+
+// collisions refuses a commit id that now stands for another content than the one that was accepted under it.
+func (j *judgement) collisions(c comparison) error {
+	accepted := j.state.Accepted
+	for _, one := range []struct {
+		id   string
+		side side
+	}{{j.running.ID, c.from}, {j.head.ID, c.to}} {
+		if accepted.Commit == "" || one.id != accepted.Commit {
+			continue
+		}
+		got, err := j.v.content(one.side)
+		if err != nil {
+			return err
+		}
+		if got.Content != accepted.Content {
+			return &refusal.Error{Code: "E_TREE_DIGEST", Subject: "commit " + one.id, Got: "content root " + got.Content.String(), Want: accepted.Content.String() + ", as it was accepted"}
+		}
+	}
+	return nil
+}
+
+// approvals finds who wrote the change and counts the quorum of each unit.
+func (j *judgement) approvals(ctx context.Context) error {
+	q := &quorum{
+		root: j.root, site: j.v.Site, branch: j.v.Branch, now: j.facts.Time, running: j.running, head: j.head, history: j.history,
+		authors: map[string]bool{j.facts.Signer: true}, since: map[string][]Commit{}, recent: map[string]Commit{}, verdicts: map[string]baseAnswer{},
+	}
+	commits := []Commit{j.head}
+	anchor := j.running
+	if anchor.ID != "" && anchor.ID != j.head.ID {
+		between, err := j.history.Between(ctx, anchor.ID, j.head.ID)
+		if err != nil {
+			return fmt.Errorf("history since %s: %w", anchor.ID, err)
+		}
+		commits = append(commits, between...)
+		q.recent[anchor.ID] = anchor
+	}
+	for _, c := range commits {
+		q.recent[c.ID] = c
+		j.writers(c, q.authors)
+	}
+	for i := range j.facts.Units {
+		u := &j.facts.Units[i]
+		if j.facts.Revert {
+			u.Need = 0
+			continue
+		}
+		if err := q.count(ctx, u); err != nil {
+			return err
+		}
+	}
+	sortUnits(&j.facts, q.authors)
+	return nil
+}
+
+// writers adds whom a commit between the two claims as author and committer. Between accepted commits a signature is not asked for, so this
+// can exclude too many, never count anyone.
+func (j *judgement) writers(c Commit, authors map[string]bool) {
+	p, err := ParseCommit(c.Raw)
+	if err != nil {
+		return
+	}
+	for _, email := range []string{p.Author.Email, p.Committer.Email} {
+		if name := j.root.principalOf(email); name != "" {
+			authors[name] = true
+		}
+	}
+	blob, err := unarmour(p.Signature, c.ID)
+	if err != nil {
+		return
+	}
+	if signature, err := parseSignature(blob, namespaceCommit, c.ID); err == nil {
+		if principal, _ := j.root.keyOf(signature.PublicKey); principal != nil && verifySignature(p.Payload, signature, c.ID) == nil {
+			authors[principal.Name] = true
+		}
+	}
+}
+
+// revert holds a commit signed with the role revert to its one right: to undo the newest change, as a whole.
+func (j *judgement) revert(ctx context.Context) error {
+	if !j.facts.Revert || j.head.ID == j.state.Accepted.Commit {
+		return nil
+	}
+	refuse := func(got, want string) error {
+		return &refusal.Error{Code: "E_REVERT", Subject: "commit " + j.head.ID, Got: got, Want: want}
+	}
+	trailers := j.parsed.Trailers(TrailerReverts)
+	from, to, ok := strings.Cut(trailers[0], "..")
+	if len(trailers) != 1 || !ok || !isObjectID(from) || !isObjectID(to) {
+		return refuse(fmt.Sprintf("%s: %q", TrailerReverts, refusal.Clip(strings.Join(trailers, " | "), 120)), "one range <good>..<head>")
+	}
+	if len(j.parsed.Parents) != 1 || j.parsed.Parents[0] != to {
+		return refuse("parents "+strings.Join(j.parsed.Parents, " "), "the one parent "+to+", the end of the range")
+	}
+	target := j.state.revertible(from)
+	if target == nil {
+		return refuse("a range that begins after "+from, "one that begins right after the newest commit that passed its gate here before the newest change: "+j.state.targets())
+	}
+	if slices.Contains(j.state.Burned, from) {
+		return refuse(from+", which is burned", "a commit that is not")
+	}
+	for _, floor := range j.root.Floors {
+		above, err := j.history.Ancestor(ctx, floor, from)
+		if err != nil {
+			return fmt.Errorf("history of %s: %w", from, err)
+		}
+		if !above {
+			return refuse(from+", which is below the floor "+floor, "a commit that is not")
+		}
+	}
+	got, err := j.v.content(j.v.side(j.head.Tree))
+	if err != nil {
+		return err
+	}
+	if j.parsed.Tree != target.Tree || got.Content != target.Content {
+		return refuse(fmt.Sprintf("tree %s with content root %v", j.parsed.Tree, got.Content), fmt.Sprintf("tree %s with content root %v, as %s had", target.Tree, target.Content, from))
+	}
+	limit := j.v.RevertsPerDay
+	if limit == 0 {
+		limit = defaultReverts
+	}
+	if n := j.state.reverts(j.facts.Time); n >= limit {
+		return refuse(fmt.Sprintf("%d reverts in the last 24 hours", n), fmt.Sprintf("at most %d; a person must sign the way back", limit))
+	}
+	return nil
+}

@@ -1,0 +1,79 @@
+package trust
+
+import (
+	"context"
+	"strings"
+	"testing"
+
+	"github.com/google/go-cmp/cmp"
+)
+
+func TestVerifyHead(t *testing.T) {
+	w := newWorld(t, nil)
+	first := w.commit("alice", "", "begin")
+	facts := w.accept(Commit{}, first)
+	if facts.Signer != "alice" || facts.Class != "human" || facts.Key != KeyID(w.keys["alice"].PublicKey()) || facts.Author != "alice" || facts.Base != "" || !facts.Other || facts.Policy {
+		t.Errorf("facts of the first commit: %+v", facts)
+	}
+	if got := factsOf(t, facts, "relay"); got.Tier != 3 || got.TierBefore != -1 || got.Need != 0 || !got.From.IsZero() || got.To.IsZero() || got.Action != "upgrade" {
+		t.Errorf("facts of the new unit: %+v", got)
+	}
+	again := w.accept(first, first)
+	if len(again.Units) != 0 || again.Other || again.Base != first.ID {
+		t.Errorf("facts of the same commit again: %+v", again)
+	}
+
+	w.files["units/relay/unit.yaml"] = "unit: relay\ntier: 3\nv: 2\n"
+	second := w.commit("bob", "", "second")
+	facts = w.accept(first, second)
+	if got := factsOf(t, facts, "relay"); facts.Base != first.ID || got.TierBefore != 3 || got.From.IsZero() || got.From == got.To {
+		t.Errorf("facts of a change: %+v", facts)
+	}
+
+	t.Run("T01 unsigned head", func(t *testing.T) {
+		text := w.refused(second, w.commit("", "x", "unsigned"), "E_SIG_MISSING")
+		if !strings.Contains(text, "no signature; want a commit signed with an SSH key") {
+			t.Error(text)
+		}
+	})
+	t.Run("T02 a stranger's key", func(t *testing.T) {
+		w.key("mallory")
+		w.refused(second, w.commit("mallory", "", "stranger"), "E_SIG_UNKNOWN_KEY")
+	})
+	t.Run("T09 a maintainer's e-mail and a stranger's key", func(t *testing.T) {
+		w.refused(second, w.commit("mallory", "alice", "spoofed"), "E_SIG_UNKNOWN_KEY")
+	})
+	t.Run("a key of the root without the role commit", func(t *testing.T) {
+		w.refused(second, w.commit("carol", "", "only an approver"), "E_SIG_UNKNOWN_KEY")
+	})
+	t.Run("T29 an older commit", func(t *testing.T) { w.refused(second, first, "E_ROLLBACK") })
+	t.Run("T35 the swarm names an older commit", func(t *testing.T) { w.refused(second, first, "E_ROLLBACK") })
+	t.Run("T30 a commit beside the accepted one", func(t *testing.T) {
+		w.git("checkout", "-q", "-b", "side", first.ID)
+		w.refused(second, w.commit("alice", "", "side"), "E_FORK")
+	})
+	t.Run("T34 history rewritten below the accepted commit", func(t *testing.T) {
+		w.git("checkout", "-q", "--orphan", "rewritten")
+		w.refused(second, w.commit("alice", "", "begin, rewritten"), "E_FORK")
+	})
+	if diff := cmp.Diff([]string{second.ID}, []string{w.v.mustAccepted(t)}); diff != "" {
+		t.Error("refusals moved the state:", diff)
+	}
+}
+
+func (v *Verifier) mustAccepted(t *testing.T) string {
+	s, err := v.State.Load()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return s.Accepted.Commit
+}
+
+func TestU25PanicDenies(t *testing.T) {
+	w := newWorld(t, nil)
+	w.files["units/relay/unit.yaml"] = "panic: now\n"
+	w.refused(Commit{}, w.commit("alice", "", "begin"), "E_INTERNAL")
+	if _, err := w.v.Verify(context.Background(), Commit{}, w.commit("alice", "", "again"), w); err == nil {
+		t.Error("a second call after a panic is not refused")
+	}
+}
