@@ -1,0 +1,320 @@
+package gitrepo
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"math/rand/v2"
+	"os"
+	"path/filepath"
+	"strings"
+	"time"
+
+	"github.com/fsnotify/fsnotify"
+	"github.com/go-git/go-git/v5/plumbing"
+	"github.com/go-git/go-git/v5/plumbing/protocol/packp"
+	"github.com/go-git/go-git/v5/plumbing/protocol/packp/capability"
+	"github.com/go-git/go-git/v5/plumbing/protocol/packp/sideband"
+
+	"github.com/kindos/kmo/policy/refusal"
+	"github.com/kindos/kmo/reconciler"
+)
+
+// Head returns the branch's commit. Whether it descends from what was accepted before is not asked here: a rewritten branch is
+// for trust to judge.
+func (r *Repository) Head(ctx context.Context) (reconciler.Commit, error) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.head(ctx)
+}
+
+func (r *Repository) head(ctx context.Context) (reconciler.Commit, error) {
+	if r.remote.scheme == "" {
+		tip, err := lookLocal(r.remote.repositoryDir(), r.Branch, r.Limits)
+		if err != nil {
+			return reconciler.Commit{}, err
+		}
+		if tip == r.tip && !r.own.damaged.Load() {
+			return r.commit(r.own, tip)
+		}
+	}
+	bounded, cancel := context.WithTimeoutCause(ctx, r.Limits.Duration,
+		refuse("E_LIMIT", "the fetch", "not done after "+r.Limits.Duration.String(), "all of it in that time"))
+	defer cancel()
+	bounded, idle := context.WithCancelCause(bounded)
+	defer idle(nil)
+	commit, err := r.fetch(bounded, idle)
+	if err != nil && ctx.Err() == nil && bounded.Err() != nil {
+		err = context.Cause(bounded)
+	}
+	return commit, err
+}
+
+// fetch brings what the copy lacks into quarantine and has it admitted.
+func (r *Repository) fetch(ctx context.Context, idle context.CancelCauseFunc) (reconciler.Commit, error) {
+	whole := r.own.damaged.Load()
+	dir, err := os.MkdirTemp(r.Dir, "quarantine-")
+	if err != nil {
+		return reconciler.Commit{}, err
+	}
+	defer os.RemoveAll(dir)
+	f, err := os.OpenFile(filepath.Join(dir, "new.pack"), os.O_RDWR|os.O_CREATE|os.O_EXCL, 0o400)
+	if err != nil {
+		return reconciler.Commit{}, err
+	}
+	defer f.Close()
+	bring := r.receive
+	if r.remote.scheme == "" {
+		bring = r.collect
+	}
+	tip, err := bring(ctx, idle, f, whole)
+	if err != nil {
+		return reconciler.Commit{}, err
+	}
+	if tip == r.tip && !whole {
+		return r.commit(r.own, tip)
+	}
+	return r.admit(ctx, f, tip, whole)
+}
+
+// collect reads a local remote's objects itself: from its commit to what the copy has. What it reads is judged afterwards, by
+// the index and the checks, from the bytes that were written.
+func (r *Repository) collect(ctx context.Context, _ context.CancelCauseFunc, f *os.File, whole bool) (plumbing.Hash, error) {
+	dir := r.remote.repositoryDir()
+	tip, err := lookLocal(dir, r.Branch, r.Limits)
+	if err != nil {
+		return tip, err
+	}
+	if r.source == nil {
+		if r.source, err = openStore(filepath.Join(dir, "objects"), r.Limits); err != nil {
+			return tip, fmt.Errorf("opening the remote: %v", err)
+		}
+	}
+	out, err := newPacker(f, r.Limits.Bytes)
+	if err != nil {
+		return tip, err
+	}
+	seen, unpacked := map[plumbing.Hash]bool{tip: true}, int64(0)
+	for todo := []plumbing.Hash{tip}; len(todo) > 0; {
+		h := todo[len(todo)-1]
+		todo = todo[:len(todo)-1]
+		if !whole && r.own.has(h) {
+			continue
+		}
+		if ctx.Err() != nil {
+			return tip, ctx.Err()
+		}
+		kind, content, err := r.source.read(h)
+		if errors.Is(err, errAbsent) {
+			err = refuse("E_PACK", "the remote", "no object "+h.String()+", which its branch needs", "every object that the branch needs")
+		}
+		if err != nil {
+			return tip, err
+		}
+		if unpacked += int64(len(content)); unpacked > r.Limits.Bytes*r.Limits.Ratio || len(seen) > r.Limits.Objects {
+			return tip, tooLarge("the fetch", int64(len(seen)), int64(r.Limits.Objects), "objects")
+		}
+		for _, next := range links(kind, content) {
+			if !seen[next] {
+				seen[next] = true
+				todo = append(todo, next)
+			}
+		}
+		if err := out.add(kind, content); err != nil {
+			return tip, err
+		}
+	}
+	return tip, out.finish()
+}
+
+// links lists where a commit or a folder leads. A malformed one leads nowhere: it is refused later.
+func links(kind plumbing.ObjectType, content []byte) []plumbing.Hash {
+	var all []plumbing.Hash
+	switch kind {
+	case plumbing.CommitObject:
+		c, _ := parseCommit(content)
+		all = append(all, c.parents...)
+		if !c.tree.IsZero() {
+			all = append(all, c.tree)
+		}
+	case plumbing.TreeObject:
+		entries, _ := parseTree(content)
+		for _, e := range entries {
+			if e.mode != modeModule {
+				all = append(all, e.id)
+			}
+		}
+	}
+	return all
+}
+
+func (r *Repository) closeSource() {
+	if r.source != nil {
+		r.source.close()
+		r.source = nil
+	}
+}
+
+// receive asks a server for the branch and writes its pack, bounded in bytes.
+func (r *Repository) receive(ctx context.Context, idle context.CancelCauseFunc, f *os.File, whole bool) (plumbing.Hash, error) {
+	silent := time.AfterFunc(r.Limits.Idle, func() { idle(fmt.Errorf("the remote has sent nothing for %v", r.Limits.Idle)) })
+	defer silent.Stop()
+	t, err := r.dial(ctx, "git-upload-pack")
+	if err != nil {
+		return plumbing.ZeroHash, err
+	}
+	defer t.close()
+	tip, ok := t.refs.References["refs/heads/"+r.Branch]
+	if !ok || tip.IsZero() {
+		return tip, fmt.Errorf("looking at the branch: the remote has no refs/heads/%s", r.Branch)
+	}
+	if !whole && r.own.has(tip) {
+		out, err := newPacker(f, r.Limits.Bytes)
+		if err != nil {
+			return tip, err
+		}
+		return tip, out.finish()
+	}
+	for _, c := range []capability.Capability{capability.MultiACK, capability.MultiACKDetailed, capability.ThinPack} {
+		t.refs.Capabilities.Delete(c)
+	}
+	request := packp.NewUploadPackRequestFromCapabilities(t.refs.Capabilities)
+	request.Wants = []plumbing.Hash{tip}
+	if !whole {
+		request.Haves = r.recent(64)
+	}
+	var text bytes.Buffer
+	if err := errors.Join(request.UploadRequest.Encode(&text), request.UploadHaves.Encode(&text, false)); err != nil {
+		return tip, fmt.Errorf("asking for the branch: %v", err)
+	}
+	text.WriteString("0009done\n")
+	answer, err := t.ask(text.Bytes())
+	if err != nil {
+		return tip, err
+	}
+	response := packp.NewUploadPackResponse(request)
+	if err := response.Decode(io.NopCloser(&lively{answer, silent, r.Limits.Idle})); err != nil {
+		return tip, fmt.Errorf("asking for the branch: %s", refusal.Clip(err.Error(), 300))
+	}
+	var in io.Reader = response
+	if request.Capabilities.Supports(capability.Sideband64k) {
+		in = sideband.NewDemuxer(sideband.Sideband64k, in)
+	} else if request.Capabilities.Supports(capability.Sideband) {
+		in = sideband.NewDemuxer(sideband.Sideband, in)
+	}
+	n, err := io.Copy(f, io.LimitReader(in, r.Limits.Bytes+1))
+	if n > r.Limits.Bytes {
+		return tip, tooLarge("the pack", n, r.Limits.Bytes, "bytes")
+	}
+	if err != nil {
+		return tip, fmt.Errorf("receiving the pack: %s", refusal.Clip(err.Error(), 300))
+	}
+	return tip, nil
+}
+
+// lively is a reader whose every byte puts off the alarm.
+type lively struct {
+	r     io.Reader
+	alarm *time.Timer
+	after time.Duration
+}
+
+func (l *lively) Read(p []byte) (int, error) {
+	n, err := l.r.Read(p)
+	if n > 0 {
+		l.alarm.Reset(l.after)
+	}
+	return n, err
+}
+
+// recent lists commits of the copy that the remote may know, the newest first.
+func (r *Repository) recent(n int) []plumbing.Hash {
+	var all []plumbing.Hash
+	seen := map[plumbing.Hash]bool{}
+	for next := []plumbing.Hash{r.tip}; len(next) > 0 && len(all) < n; next = next[1:] {
+		h := next[0]
+		if seen[h] || h.IsZero() {
+			continue
+		}
+		seen[h] = true
+		raw, err := r.own.readAs(plumbing.CommitObject, h)
+		if err != nil {
+			continue
+		}
+		all = append(all, h)
+		c, _ := parseCommit(raw)
+		next = append(next, c.parents...)
+	}
+	return all
+}
+
+// Watch says "look again" on the channel it returns: at once when the branch of a local remote moves, and at every Poll,
+// give or take a fifth, whatever the remote is. Notices that nobody took become one. It ends with ctx.
+func (r *Repository) Watch(ctx context.Context) <-chan struct{} {
+	notices := make(chan struct{}, 1)
+	var events <-chan fsnotify.Event
+	var faults <-chan error
+	watcher, err := fsnotify.NewWatcher()
+	if err == nil && r.remote.scheme == "" {
+		events, faults = watcher.Events, watcher.Errors
+		r.watchBranch(watcher)
+	}
+	go func() {
+		if watcher != nil {
+			defer watcher.Close()
+		}
+		timer := time.NewTimer(r.jitter())
+		defer timer.Stop()
+		for {
+			select {
+			case <-ctx.Done():
+				return
+			case <-timer.C:
+				timer.Reset(r.jitter())
+			case e := <-events:
+				if strings.HasSuffix(e.Name, ".lock") || e.Op == fsnotify.Chmod {
+					continue
+				}
+				if r.beside(e.Name) {
+					continue
+				}
+			case <-faults:
+			}
+			if events != nil {
+				r.watchBranch(watcher) // folders come and go
+			}
+			select {
+			case notices <- struct{}{}:
+			default:
+			}
+		}
+	}()
+	return notices
+}
+
+// beside says that an event is about something that neither is the branch nor holds it.
+func (r *Repository) beside(name string) bool {
+	dir := r.remote.repositoryDir()
+	if name == filepath.Join(dir, "packed-refs") {
+		return false
+	}
+	branch := filepath.Join(dir, "refs/heads", filepath.FromSlash(r.Branch))
+	return name != branch && !strings.HasPrefix(branch, name+string(filepath.Separator))
+}
+
+// watchBranch watches every folder from the one that holds the repository down to the one that holds the branch's file.
+// Watching a folder twice is watching it once.
+func (r *Repository) watchBranch(w *fsnotify.Watcher) {
+	dir := r.remote.repositoryDir()
+	folder := filepath.Dir(filepath.Join(dir, "refs/heads", filepath.FromSlash(r.Branch)))
+	for ; len(folder) >= len(dir); folder = filepath.Dir(folder) {
+		_ = w.Add(folder)
+	}
+	_ = w.Add(filepath.Dir(dir))
+}
+
+func (r *Repository) jitter() time.Duration {
+	return r.Poll*4/5 + rand.N(r.Poll*2/5+1)
+}

@@ -1,0 +1,240 @@
+package gitrepo
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+	"strings"
+
+	"github.com/go-git/go-git/v5/plumbing"
+	"github.com/go-git/go-git/v5/plumbing/protocol/packp"
+	"github.com/go-git/go-git/v5/plumbing/protocol/packp/capability"
+	"github.com/go-git/go-git/v5/plumbing/protocol/packp/sideband"
+	"github.com/hiddeco/sshsig"
+	"golang.org/x/crypto/ssh"
+
+	"github.com/kindos/kmo/policy/refusal"
+	"github.com/kindos/kmo/reconciler"
+)
+
+// Revert makes a signed commit whose parent is v.Head and whose tree is that of v.Good, and pushes it if the branch is still at
+// v.Head: the server compares and swaps under its own lock. A revert of ours that is on the branch already, because an earlier
+// push took effect without saying so, is returned instead of being made twice.
+func (r *Repository) Revert(ctx context.Context, v reconciler.Revert) (reconciler.Commit, error) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.Signer == nil {
+		return reconciler.Commit{}, errors.New("reverting: no key to sign with")
+	}
+	now, err := r.head(ctx)
+	if err != nil {
+		return reconciler.Commit{}, fmt.Errorf("reverting: %w", err)
+	}
+	good, head, err := r.pair(ctx, v)
+	if err != nil {
+		return reconciler.Commit{}, fmt.Errorf("reverting: %w", err)
+	}
+	if now.ID != v.Head {
+		return r.already(ctx, v, good, now)
+	}
+	raw, err := r.revertCommit(v, good)
+	if err != nil {
+		return reconciler.Commit{}, fmt.Errorf("signing the revert: %v", err)
+	}
+	id := plumbing.ComputeHash(plumbing.CommitObject, raw)
+	dir, err := os.MkdirTemp(r.Dir, "quarantine-")
+	if err != nil {
+		return reconciler.Commit{}, err
+	}
+	defer os.RemoveAll(dir)
+	f, err := os.OpenFile(filepath.Join(dir, "new.pack"), os.O_RDWR|os.O_CREATE|os.O_EXCL, 0o400)
+	if err != nil {
+		return reconciler.Commit{}, err
+	}
+	defer f.Close()
+	out, err := newPacker(f, r.Limits.Bytes)
+	if err == nil {
+		err = errors.Join(out.add(plumbing.CommitObject, raw), out.finish())
+	}
+	if err != nil {
+		return reconciler.Commit{}, err
+	}
+	bounded, cancel := context.WithTimeoutCause(ctx, r.Limits.Idle, errors.New("the remote did not answer the push in "+r.Limits.Idle.String()))
+	defer cancel()
+	if err := r.push(bounded, f, head, id); err != nil {
+		if ctx.Err() == nil && bounded.Err() != nil {
+			err = context.Cause(bounded)
+		}
+		return reconciler.Commit{}, fmt.Errorf("pushing the revert: %w", err)
+	}
+	return r.admit(ctx, f, id, false)
+}
+
+// pair finds both ends of the range and makes sure that it is one.
+func (r *Repository) pair(ctx context.Context, v reconciler.Revert) (good commitHead, head plumbing.Hash, err error) {
+	if head, err = parseID(v.Head); err != nil {
+		return good, head, err
+	}
+	h, err := parseID(v.Good)
+	if err != nil {
+		return good, head, err
+	}
+	raw, err := r.own.readAs(plumbing.CommitObject, h)
+	if err != nil {
+		return good, head, err
+	}
+	if good, err = parseCommit(raw); err != nil {
+		return good, head, err
+	}
+	ok, err := r.Ancestor(ctx, v.Good, v.Head)
+	if err == nil && (!ok || v.Good == v.Head) {
+		err = fmt.Errorf("%s is not below %s", short(v.Good), short(v.Head))
+	}
+	return good, head, err
+}
+
+// already looks for our own revert of the same range among the commits that came since.
+func (r *Repository) already(ctx context.Context, v reconciler.Revert, good commitHead, now reconciler.Commit) (reconciler.Commit, error) {
+	moved := fmt.Errorf("reverting: the branch is at %s, not at %s: %w", short(now.ID), short(v.Head), reconciler.ErrMoved)
+	since, err := r.Between(ctx, v.Head, now.ID)
+	if err != nil {
+		return reconciler.Commit{}, moved
+	}
+	for _, c := range since {
+		head, err := parseCommit(c.Raw)
+		if err == nil && head.tree == good.tree && len(c.Parents) == 1 && c.Parents[0] == v.Head && r.signedByUs(c.Raw) {
+			return c, nil
+		}
+	}
+	return reconciler.Commit{}, moved
+}
+
+// revertCommit is the commit object, signed. Whatever comes from outside is on one line of its own.
+func (r *Repository) revertCommit(v reconciler.Revert, good commitHead) ([]byte, error) {
+	line := func(text string, n int) string {
+		text = strings.TrimSpace(refusal.Clip(strings.ToValidUTF8(text, "?"), n))
+		return cmpOr(text, "-")
+	}
+	var b bytes.Buffer
+	who := fmt.Sprintf("%s <%s> %d +0000", r.Name, r.Email, r.Now().Unix())
+	fmt.Fprintf(&b, "tree %s\nparent %s\nauthor %s\ncommitter %s\n\n", good.tree, v.Head, who, who)
+	fmt.Fprintf(&b, "Revert to %s: %s %s\n\n", short(v.Good), line(v.Unit, 60), line(v.Gate, 60))
+	fmt.Fprintf(&b, "The unit did not pass its gate, so this brings back the content of the last\ncommit that did: %s.\n\n", v.Good)
+	fmt.Fprintf(&b, "Kmo-Reverts: %s..%s\nKmo-Unit: %s\nKmo-Gate: %s\nKmo-Evidence: %s\nKmo-Host: %s\n",
+		v.Good, v.Head, line(v.Unit, 200), line(v.Gate, 200), line(v.Evidence, 1000), line(v.Host, 200))
+	return signCommit(b.Bytes(), r.Signer)
+}
+
+// signCommit puts an SSH signature of namespace git between the committer and the message, as git commit -S does.
+func signCommit(unsigned []byte, signer ssh.Signer) ([]byte, error) {
+	signature, err := sshsig.Sign(bytes.NewReader(unsigned), signer, sshsig.HashSHA512, "git")
+	if err != nil {
+		return nil, err
+	}
+	armored := strings.TrimSuffix(string(sshsig.Armor(signature)), "\n")
+	header, message, _ := bytes.Cut(unsigned, []byte("\n\n"))
+	return fmt.Appendf(nil, "%s\ngpgsig %s\n\n%s", header, strings.ReplaceAll(armored, "\n", "\n "), message), nil
+}
+
+// signedByUs says whether a commit carries a good signature of our own key.
+func (r *Repository) signedByUs(raw []byte) bool {
+	header, message, _ := bytes.Cut(raw, []byte("\n\n"))
+	before, armored, ok := strings.Cut(string(header), "\ngpgsig ")
+	if !ok {
+		return false
+	}
+	signature, err := sshsig.Unarmor([]byte(strings.ReplaceAll(armored, "\n ", "\n") + "\n"))
+	if err != nil {
+		return false
+	}
+	unsigned := before + "\n\n" + string(message)
+	return sshsig.Verify(strings.NewReader(unsigned), signature, r.Signer.PublicKey(), signature.HashAlgorithm, "git") == nil
+}
+
+// push offers one commit in place of another. The server's own compare-and-swap is the lease.
+func (r *Repository) push(ctx context.Context, pack *os.File, old, id plumbing.Hash) error {
+	t, err := r.dial(ctx, "git-receive-pack")
+	if denied := (*deniedError)(nil); errors.As(err, &denied) {
+		return fmt.Errorf("%w: %s", reconciler.ErrPushRefused, denied.text)
+	}
+	if err != nil {
+		return err
+	}
+	defer t.close()
+	name := plumbing.ReferenceName("refs/heads/" + r.Branch)
+	if at := t.refs.References[name.String()]; at != old {
+		return fmt.Errorf("it is at %s, not at %s: %w", short(at.String()), short(old.String()), reconciler.ErrMoved)
+	}
+	if _, err := pack.Seek(0, io.SeekStart); err != nil {
+		return err
+	}
+	request := packp.NewReferenceUpdateRequestFromCapabilities(t.refs.Capabilities)
+	if !request.Capabilities.Supports(capability.ReportStatus) {
+		return errors.New("the remote does not report what became of a push")
+	}
+	band := t.refs.Capabilities.Supports(capability.Sideband64k)
+	if band {
+		_ = request.Capabilities.Set(capability.Sideband64k)
+	}
+	request.Commands = []*packp.Command{{Name: name, Old: old, New: id}}
+	request.Packfile = io.NopCloser(pack)
+	var text bytes.Buffer
+	if err := request.Encode(&text); err != nil {
+		return err
+	}
+	answer, err := t.ask(text.Bytes())
+	if err != nil {
+		return err
+	}
+	said := &tail{}
+	answer = io.LimitReader(answer, 1<<20)
+	if band {
+		d := sideband.NewDemuxer(sideband.Sideband64k, answer)
+		d.Progress = said
+		answer = d
+	}
+	report := packp.NewReportStatus()
+	if err := report.Decode(answer); err != nil {
+		return fmt.Errorf("reading the answer: %s", refusal.Clip(err.Error(), 300))
+	}
+	return r.outcome(ctx, report, said.String(), old)
+}
+
+// outcome tells a branch that has moved from a remote that will not have the commit, and both from a lock that another push
+// holds just now.
+func (r *Repository) outcome(ctx context.Context, report *packp.ReportStatus, said string, old plumbing.Hash) error {
+	err := report.Error()
+	if err == nil {
+		return nil
+	}
+	text := refusal.Clip(err.Error(), 300)
+	if said != "" {
+		text += " (" + said + ")"
+	}
+	if at, err := r.look(ctx); err == nil && at != old {
+		return fmt.Errorf("%w: it is at %s, not at %s", reconciler.ErrMoved, short(at.String()), short(old.String()))
+	}
+	for _, passing := range []string{"failed to update ref", "failed to lock", "cannot lock ref", "fetch first", "stale info"} {
+		if strings.Contains(text, passing) {
+			return fmt.Errorf("another push was under way: %s", text)
+		}
+	}
+	return fmt.Errorf("%w: %s", reconciler.ErrPushRefused, text)
+}
+
+// look asks the remote where the branch is, and nothing else.
+func (r *Repository) look(ctx context.Context) (plumbing.Hash, error) {
+	if r.remote.scheme == "" {
+		return lookLocal(r.remote.repositoryDir(), r.Branch, r.Limits)
+	}
+	t, err := r.dial(ctx, "git-upload-pack")
+	if err != nil {
+		return plumbing.ZeroHash, err
+	}
+	defer t.close()
+	return t.refs.References["refs/heads/"+r.Branch], nil
+}
