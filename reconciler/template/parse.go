@@ -2,9 +2,11 @@ package template
 
 import (
 	"bytes"
+	"cmp"
 	"errors"
 	"fmt"
 	"io"
+	"slices"
 	"strings"
 	"unicode/utf8"
 
@@ -98,6 +100,7 @@ func show(text string) string { return `"` + refusal.Clip(text, maxShown) + `"` 
 // problems are the faults of one file.
 type problems struct {
 	list []*refusal.Error
+	at   []*node // where each of them stands
 	more int
 }
 
@@ -114,17 +117,26 @@ func (p *problems) add(n *node, field, got, want string) {
 	if field != "" {
 		subject += " " + refusal.Clip(field, maxShown)
 	}
+	p.at = append(p.at, n)
 	p.list = append(p.list, &refusal.Error{Code: "E_DECODE", Subject: subject, Got: got, Want: want})
 }
 
-// err joins the faults, nil if there are none.
+// err joins the faults in the order of the file, nil if there are none.
 func (p *problems) err() error {
+	order := make([]int, len(p.list))
+	for i := range order {
+		order[i] = i
+	}
+	slices.SortStableFunc(order, func(a, b int) int {
+		x, y := p.at[a], p.at[b]
+		return cmp.Or(strings.Compare(x.file, y.file), cmp.Compare(x.line, y.line), cmp.Compare(x.col, y.col))
+	})
 	var all []error
-	for _, one := range p.list {
-		all = append(all, one)
+	for _, i := range order {
+		all = append(all, p.list[i])
 	}
 	if p.more > 0 {
-		last := *p.list[len(p.list)-1]
+		last := *p.list[order[len(order)-1]]
 		last.Got = fmt.Sprintf("%s (and %d more faults in this file)", last.Got, p.more)
 		all[len(all)-1] = &last
 	}

@@ -4,6 +4,8 @@ import (
 	"github.com/kindos/kmo/registry/merkle"
 )
 
+//go:generate go test -run ^TestSchemas$ -update .
+
 // The JSON of these types has the keys of the YAML. Tags: doc is the schema's description, need:"yes" a required key, min and max bound
 // a number, enum lists the words a string may be, items bounds a list's length ("1-16"), unique:"yes" forbids a value twice, and one:"yes"
 // marks the keys of which there is at most one (or exactly one, where the blank field says so).

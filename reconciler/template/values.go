@@ -17,13 +17,15 @@ type CPU int64
 // UnmarshalText reads the one spelling of a CPU.
 func (c *CPU) UnmarshalText(text []byte) error {
 	digits, milli := strings.CutSuffix(string(text), "m")
+	size := int64(1000)
+	if milli {
+		size = 1
+	}
 	n, err := strconv.ParseInt(digits, 10, 64)
-	if err != nil || n <= 0 || n > 1_000_000 {
+	if err != nil || n <= 0 || n > 1_000_000/size {
 		return fmt.Errorf("want cores up to 1000, or thousandths of one as 100m")
 	}
-	if !milli {
-		n *= 1000
-	}
+	n *= size
 	*c = CPU(n)
 	return oneSpelling(string(text), c.String())
 }
@@ -192,7 +194,7 @@ func (p HostPath) clean() string { return path.Clean(string(p)) }
 type textRule struct {
 	pattern string // matched in full
 	max     int    // in characters
-	number  bool   // a plain whole number is one of its spellings
+	number  int64  // a plain whole number up to this is one of its spellings; 0: none is
 	want    string // for people
 }
 
@@ -207,26 +209,26 @@ const (
 // textRules are the rules of all text types. A unit's name leaves room for the eight digits of a workload's name in a DNS label.
 func textRules() map[reflect.Type]textRule {
 	return map[reflect.Type]textRule{
-		reflect.TypeFor[CPU]():           {`[1-9][0-9]{0,6}m?`, 16, true, "cores or thousandths of one: 1 or 100m"},
-		reflect.TypeFor[Bytes]():         {`[1-9][0-9]{0,15}(Ki|Mi|Gi|Ti)?`, 20, true, "bytes: 512, 64Ki, 32Mi, 1Gi or 2Ti"},
-		reflect.TypeFor[Duration]():      {`[1-9][0-9]{0,10}(ms|s|m|h)`, 14, false, "a whole number with one unit: 500ms, 5s, 5m or 2h"},
-		reflect.TypeFor[Mode]():          {`[0-7]{4}`, 4, false, `four octal digits in quotes: "0644"`},
-		reflect.TypeFor[merkle.Digest](): {`kmo1:sha3-256:[0-9a-f]{64}`, 78, false, "kmo1:sha3-256: and 64 lower-case hex digits"},
-		reflect.TypeFor[Name]():          {namePattern, 54, false, "a name: lower-case letters, digits and single dashes, a letter first, 54 at most"},
-		reflect.TypeFor[PortName]():      {namePattern, 15, false, "a port's name: lower-case letters, digits and single dashes, a letter first, 15 at most"},
-		reflect.TypeFor[EnvName]():       {`[A-Za-z_][A-Za-z0-9_]*`, 255, false, "a variable's name: letters, digits and underscores, no digit first"},
-		reflect.TypeFor[Label]():         {`[A-Za-z0-9]([A-Za-z0-9._/-]*[A-Za-z0-9])?`, 127, false, "a label: letters, digits, dots, dashes, underscores and slashes"},
-		reflect.TypeFor[Branch]():        {branchPart + `(/` + branchPart + `)*`, 200, false, "a branch's name: main, release/2026"},
-		reflect.TypeFor[Registry]():      {hostPattern + repoPattern + `*`, 255, false, "a registry: reg.example, localhost:5000, reg.example/team"},
-		reflect.TypeFor[Ref](): {hostPattern + repoPattern + `+(:[A-Za-z0-9_][A-Za-z0-9_.-]{0,127})?(@sha256:[0-9a-f]{64})?`, 512, false,
+		reflect.TypeFor[CPU]():           {`[1-9][0-9]{0,2}|1000|[1-9][0-9]{0,6}m`, 8, 1000, "cores or thousandths of one: 1 or 100m"},
+		reflect.TypeFor[Bytes]():         {`[1-9][0-9]{0,15}(Ki|Mi|Gi|Ti)?`, 20, 1 << 50, "bytes: 512, 64Ki, 32Mi, 1Gi or 2Ti"},
+		reflect.TypeFor[Duration]():      {`[1-9][0-9]{0,10}(ms|s|m|h)`, 14, 0, "a whole number with one unit: 500ms, 5s, 5m or 2h"},
+		reflect.TypeFor[Mode]():          {`[0-7]{4}`, 4, 0, `four octal digits in quotes: "0644"`},
+		reflect.TypeFor[merkle.Digest](): {`kmo1:sha3-256:[0-9a-f]{64}`, 78, 0, "kmo1:sha3-256: and 64 lower-case hex digits"},
+		reflect.TypeFor[Name]():          {namePattern, 54, 0, "a name: lower-case letters, digits and single dashes, a letter first, 54 at most"},
+		reflect.TypeFor[PortName]():      {namePattern, 15, 0, "a port's name: lower-case letters, digits and single dashes, a letter first, 15 at most"},
+		reflect.TypeFor[EnvName]():       {`[A-Za-z_][A-Za-z0-9_]*`, 255, 0, "a variable's name: letters, digits and underscores, no digit first"},
+		reflect.TypeFor[Label]():         {`[A-Za-z0-9]([A-Za-z0-9._/-]*[A-Za-z0-9])?`, 127, 0, "a label: letters, digits, dots, dashes, underscores and slashes"},
+		reflect.TypeFor[Branch]():        {branchPart + `(/` + branchPart + `)*`, 200, 0, "a branch's name: main, release/2026"},
+		reflect.TypeFor[Registry]():      {hostPattern + repoPattern + `*`, 255, 0, "a registry: reg.example, localhost:5000, reg.example/team"},
+		reflect.TypeFor[Ref](): {hostPattern + repoPattern + `+(:[A-Za-z0-9_][A-Za-z0-9_.-]{0,127})?(@sha256:[0-9a-f]{64})?`, 512, 0,
 			"an image: host/repository@sha256: and 64 lower-case hex digits"},
-		reflect.TypeFor[Path]():       {`(/` + segment + `)+`, 4096, false, "a clean absolute path: /etc/relay.toml"},
-		reflect.TypeFor[HostPath]():   {`/[^\x00-\x1f\x7f]*`, 4096, false, "an absolute path of the host"},
-		reflect.TypeFor[LocalPath]():  {segment + `(/` + segment + `)*`, 1024, false, "a clean path inside the unit's folder: relay.toml"},
-		reflect.TypeFor[URLPath]():    {`/[!-~]*`, 1024, false, "a path and query: /healthz"},
-		reflect.TypeFor[Capability](): {`CAP_[A-Z][A-Z_]*`, 64, false, "a capability: CAP_NET_BIND_SERVICE"},
-		reflect.TypeFor[Percent]():    {`([0-9]|[1-9][0-9]|100)%`, 4, false, "a percentage: 10%"},
-		reflect.TypeFor[Share]():      {`[1-9][0-9]{0,4}|([0-9]|[1-9][0-9]|100)%`, 5, true, "a whole number or a percentage: 2 or 10%"},
-		reflect.TypeFor[Count]():      {`all|[1-9][0-9]{0,4}`, 5, true, "all, or a whole number"},
+		reflect.TypeFor[Path]():       {`(/` + segment + `)+`, 4096, 0, "a clean absolute path: /etc/relay.toml"},
+		reflect.TypeFor[HostPath]():   {`/[^\x00-\x1f\x7f]*`, 4096, 0, "an absolute path of the host"},
+		reflect.TypeFor[LocalPath]():  {segment + `(/` + segment + `)*`, 1024, 0, "a clean path inside the unit's folder: relay.toml"},
+		reflect.TypeFor[URLPath]():    {`/[!-~]*`, 1024, 0, "a path and query: /healthz"},
+		reflect.TypeFor[Capability](): {`CAP_[A-Z][A-Z_]*`, 64, 0, "a capability: CAP_NET_BIND_SERVICE"},
+		reflect.TypeFor[Percent]():    {`([0-9]|[1-9][0-9]|100)%`, 4, 0, "a percentage: 10%"},
+		reflect.TypeFor[Share]():      {`[1-9][0-9]{0,4}|([0-9]|[1-9][0-9]|100)%`, 5, 99_999, "a whole number or a percentage: 2 or 10%"},
+		reflect.TypeFor[Count]():      {`all|[1-9][0-9]{0,4}`, 5, 99_999, "all, or a whole number"},
 	}
 }

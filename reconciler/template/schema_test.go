@@ -1,0 +1,302 @@
+package template
+
+import (
+	"bytes"
+	"encoding/json"
+	"flag"
+	"fmt"
+	"os"
+	"path/filepath"
+	"reflect"
+	"slices"
+	"strings"
+	"testing"
+
+	"github.com/santhosh-tekuri/jsonschema/v6"
+	"go.yaml.in/yaml/v4"
+)
+
+var update = flag.Bool("update", false, "write docs/schema")
+
+// schemaOf is the JSON Schema of one file, made from the same tags and rules that the decoder reads.
+func schemaOf(d *decoder, title string, t reflect.Type) map[string]any {
+	s := schemas{decoder: d, defs: make(map[string]any), later: make(map[string]string)}
+	file := "unit"
+	if title == "site" {
+		file = "site"
+	}
+	for _, row := range notYet() {
+		if row.file == file {
+			s.later[row.path] = "This build refuses it"
+			if row.but != "" {
+				s.later[row.path] += " unless it is " + row.but
+			}
+			s.later[row.path] += ": " + row.why + "."
+		}
+	}
+	top := s.object(t, "")
+	top["$schema"] = "https://json-schema.org/draft/2020-12/schema"
+	top["$id"] = "urn:kmo:schema:" + title
+	top["title"] = title
+	top["$defs"] = s.defs
+	return top
+}
+
+// schemas collects the definitions of one schema.
+type schemas struct {
+	*decoder
+	defs  map[string]any
+	later map[string]string // by path of keys
+}
+
+// object is the schema of a struct.
+func (s *schemas) object(t reflect.Type, path string) map[string]any {
+	out := map[string]any{"type": "object"}
+	if t == reflect.TypeFor[Open]() {
+		return out
+	}
+	properties, required, one := map[string]any{}, []string{}, []any{}
+	for _, f := range s.structs[t].fields {
+		below := join(path, f.name)
+		property := s.value(t.Field(f.index).Type, f, below)
+		property["description"] = f.doc
+		if later := s.later[below]; later != "" {
+			property["description"] = f.doc + ". " + later
+		}
+		properties[f.name] = property
+		if f.need {
+			required = append(required, f.name)
+		}
+		if f.one {
+			one = append(one, map[string]any{"required": []string{f.name}})
+		}
+	}
+	out["properties"], out["additionalProperties"] = properties, false
+	if len(required) > 0 {
+		out["required"] = required
+	}
+	if len(one) > 0 {
+		if !s.structs[t].exactly {
+			one = append(one, map[string]any{"not": map[string]any{"anyOf": slices.Clone(one)}})
+		}
+		out["oneOf"] = one
+	}
+	return out
+}
+
+// value is the schema of a value of type t in a field.
+func (s *schemas) value(t reflect.Type, f field, path string) map[string]any {
+	if rule, ok := s.texts[t]; ok {
+		s.defs[t.Name()] = text(rule.textRule)
+		return map[string]any{"$ref": "#/$defs/" + t.Name()}
+	}
+	switch t.Kind() {
+	case reflect.Pointer:
+		return s.value(t.Elem(), f, path)
+	case reflect.Struct:
+		return s.object(t, path)
+	case reflect.Map:
+		return map[string]any{"type": "object", "propertyNames": s.value(t.Key(), field{}, path), "additionalProperties": s.value(t.Elem(), f, path)}
+	case reflect.Slice:
+		member := field{enum: f.enum}
+		if t.Elem().Kind() == reflect.Slice {
+			member.items = [2]int{1, 64}
+		}
+		out := map[string]any{"type": "array", "items": s.value(t.Elem(), member, path), "maxItems": f.items[1]}
+		if f.items[0] > 0 {
+			out["minItems"] = f.items[0]
+		}
+		if f.unique {
+			out["uniqueItems"] = true
+		}
+		return out
+	case reflect.Bool:
+		return map[string]any{"type": "boolean"}
+	case reflect.Int, reflect.Int64:
+		return map[string]any{"type": "integer", "minimum": f.min, "maximum": f.max}
+	case reflect.String:
+		return plainText(f)
+	}
+	panic(fmt.Sprintf("no schema for %v at %s", t, path))
+}
+
+// plainText is the schema of a string.
+func plainText(f field) map[string]any {
+	if len(f.enum) > 0 {
+		return map[string]any{"enum": f.enum}
+	}
+	out := map[string]any{"type": "string", "maxLength": int64(maxText), "pattern": `^[^\x00]*$`}
+	if f.max > 0 {
+		out["maxLength"] = f.max
+	}
+	if f.need {
+		out["minLength"] = 1
+	}
+	return out
+}
+
+// text is the schema of a text type.
+func text(rule textRule) map[string]any {
+	out := map[string]any{"type": "string", "maxLength": rule.max, "pattern": "^(?:" + rule.pattern + ")$", "description": rule.want}
+	if rule.number > 0 {
+		out["type"], out["minimum"], out["maximum"] = []string{"string", "integer"}, 1, rule.number
+	}
+	return out
+}
+
+// kinds are the files that have a schema.
+func kinds() map[string]func() any {
+	return map[string]func() any{
+		"site": func() any { return new(Config) }, "unit": func() any { return &Unit{Tier: -1} }, "profile": func() any { return new(Profile) },
+	}
+}
+
+// TestSchemas: docs/schema is what the types say. go generate writes it.
+func TestSchemas(t *testing.T) {
+	d := newDecoder()
+	for name, value := range kinds() {
+		var want bytes.Buffer
+		enc := json.NewEncoder(&want)
+		enc.SetEscapeHTML(false)
+		enc.SetIndent("", "  ")
+		if err := enc.Encode(schemaOf(d, name, reflect.TypeOf(value()).Elem())); err != nil {
+			t.Fatal(err)
+		}
+		file := filepath.Join("..", "..", "docs", "schema", name+".schema.json")
+		if *update {
+			if err := os.WriteFile(file, want.Bytes(), 0o644); err != nil {
+				t.Fatal(err)
+			}
+		}
+		got, err := os.ReadFile(file)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if !bytes.Equal(got, want.Bytes()) {
+			t.Errorf("%s is not what the types say: run go generate ./reconciler/template", file)
+		}
+	}
+}
+
+// judges are the two that must agree: the schema in docs and the decoder.
+type judges struct {
+	d       *decoder
+	schemas map[string]*jsonschema.Schema
+}
+
+func newJudges(t *testing.T) judges {
+	t.Helper()
+	j := judges{d: newDecoder(), schemas: make(map[string]*jsonschema.Schema)}
+	for name := range kinds() {
+		compiler := jsonschema.NewCompiler()
+		compiler.DefaultDraft(jsonschema.Draft2020)
+		schema, err := compiler.Compile(filepath.Join("..", "..", "docs", "schema", name+".schema.json"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		j.schemas[name] = schema
+	}
+	return j
+}
+
+// judge returns what the schema and the decoder say of a document.
+func (j judges) judge(t *testing.T, kind, text string) (schema, decoder error) {
+	t.Helper()
+	var loose any
+	if err := yaml.Unmarshal([]byte(text), &loose); err != nil {
+		t.Fatalf("%v in %s", err, text)
+	}
+	asJSON, err := json.Marshal(loose)
+	if err != nil {
+		t.Fatal(err)
+	}
+	document, err := jsonschema.UnmarshalJSON(bytes.NewReader(asJSON))
+	if err != nil {
+		t.Fatal(err)
+	}
+	var p problems
+	if top := parse(kind+".yaml", []byte(text), &p); top != nil {
+		j.d.decode(top, kinds()[kind](), &p)
+	}
+	return j.schemas[kind].Validate(document), p.err()
+}
+
+func TestSchemaAndDecoderAgree(t *testing.T) {
+	j := newJudges(t)
+	whole := relayFile + `
+secrets: [{from: token.sops.yaml, key: token, to: /run/secrets/token}]
+mounts: [{from: /srv/data, to: /data, readOnly: true}]
+links: [{to: message-bus, via: bus}]
+security: {privileged: true, capabilities: [CAP_NET_RAW], host: [pid]}
+`
+	whole = strings.Replace(whole, "disk: {max: 256Mi}", "disk: {max: 256Mi}\n  devices: [camera]", 1)
+	whole = strings.Replace(whole, "count: all", "count: 3\n  prefer: [{label: {sensor: cam-1}, weight: 50}]\n  spread: zone", 1)
+	whole = strings.Replace(whole, "gate: {bake: 60s}", "gate: {bake: 60s, deadline: 5m, metrics: [{name: p99, scrape: {port: http, path: /metrics, query: q}, worse: 20%}]}", 1)
+	whole = strings.Replace(whole, "to: /etc/relay.toml}", "to: /etc/relay.toml, mode: \"0600\"}", 1)
+	documents := map[string]string{
+		"unit": whole, "profile": edgeSmall,
+		"site": siteFile + "rollout: {bake: 5m, maxUnavailable: 10%, missing: 20%}\ngate: {bake: 1m}\nevents: {a: b}\nsnapshots: {}\nretention: {}\n",
+	}
+	for kind, text := range documents {
+		if schema, decoder := j.judge(t, kind, text); schema != nil || decoder != nil {
+			t.Fatalf("%s: the schema says %v, the decoder %v", kind, schema, decoder)
+		}
+		var tree any
+		if err := yaml.Unmarshal([]byte(text), &tree); err != nil {
+			t.Fatal(err)
+		}
+		tried, bad := 0, 0
+		mutate(tree, func() {
+			changed, err := json.Marshal(tree)
+			if err != nil {
+				t.Fatal(err)
+			}
+			tried++
+			schema, decoder := j.judge(t, kind, string(changed))
+			if schema != nil {
+				bad++
+			}
+			if (schema == nil) != (decoder == nil) {
+				t.Errorf("%s\nthe schema says: %v\nthe decoder says: %v", changed, schema, decoder)
+			}
+		})
+		if kind == "unit" && (tried < 500 || bad < tried/2 || bad == tried) {
+			t.Errorf("%s: %d documents tried, %d refused: that shows nothing", kind, tried, bad)
+		}
+	}
+}
+
+// mutate changes one thing of a tree after the other, calls try, and puts it back.
+func mutate(tree any, try func()) {
+	replacements := []any{"text", "", "all", "10%", "5m", "/a/../b", "\x00", "0", 0, 1, 3, 70000, -1, 1.5, true, nil, []any{}, []any{"a", "a"}, []any{[]any{}},
+		map[string]any{}, map[string]any{"x": "y"}, strings.Repeat("a", 20_000), "CAP_X", "reg.example/x:tag", "UPPER", "64Mi", "100m"}
+	switch node := tree.(type) {
+	case map[string]any:
+		for key, value := range node {
+			for _, other := range replacements {
+				node[key] = other
+				try()
+			}
+			delete(node, key)
+			try()
+			node[key] = value
+			mutate(value, try)
+		}
+		for _, key := range []string{"unknown", "http", "tcp", "wasm", "port", ""} {
+			if _, ok := node[key]; !ok {
+				node[key] = map[string]any{"port": "http"}
+				try()
+				delete(node, key)
+			}
+		}
+	case []any:
+		for i, value := range node {
+			for _, other := range replacements {
+				node[i] = other
+				try()
+			}
+			node[i] = value
+			mutate(value, try)
+		}
+	}
+}
