@@ -32,6 +32,7 @@ type world struct {
 	dir   string
 	root  Root
 	keys  map[string]ssh.Signer
+	raw   map[string]ed25519.PrivateKey
 	files map[string]string // the work tree
 	now   time.Time
 	v     *Verifier
@@ -51,7 +52,7 @@ var people = [][4]string{
 // newWorld makes a site with one root; change may alter the root before it is signed.
 func newWorld(t *testing.T, change func(w *world, r *Root)) *world {
 	t.Helper()
-	w := &world{t: t, dir: t.TempDir(), keys: map[string]ssh.Signer{}, now: day0}
+	w := &world{t: t, dir: t.TempDir(), keys: map[string]ssh.Signer{}, raw: map[string]ed25519.PrivateKey{}, now: day0}
 	w.root = Root{Version: 1, Site: "north-sea", Tiers: DefaultTiers(), Units: []Pattern{{Path: "units/kernel-*", Tier: 0}, {Path: "profiles/core*.yaml", Tier: 0}}}
 	members := map[string][]string{}
 	for _, p := range people {
@@ -94,6 +95,7 @@ func (w *world) key(name string, uses ...string) Key {
 	if err != nil {
 		w.t.Fatal(err)
 	}
+	w.raw[name] = private
 	block, err := ssh.MarshalPrivateKey(private, "")
 	if err != nil {
 		w.t.Fatal(err)
