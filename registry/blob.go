@@ -1,0 +1,298 @@
+package registry
+
+import (
+	"cmp"
+	"context"
+	"crypto/sha256"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"hash"
+	"io"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"sync"
+	"time"
+
+	v1 "github.com/google/go-containerregistry/pkg/v1"
+
+	"github.com/kindos/kmo/policy/refusal"
+	"github.com/kindos/kmo/registry/merkle"
+)
+
+// The slowest transfer that is waited for. Below it the world does not answer.
+const (
+	slowest = 4 << 10 // bytes a second
+	grace   = time.Minute
+)
+
+// verifier hands out what it reads and judges it at the end: size and sha256 must be the descriptor's before io.EOF is
+// given; kmo1 is computed beside them.
+type verifier struct {
+	subject string
+	want    v1.Descriptor
+	reader  io.Reader
+	sha     hash.Hash
+	blob    *merkle.Blob // nil if the root is known
+	size    int64
+}
+
+func newVerifier(subject string, want v1.Descriptor, r io.Reader, root bool) *verifier {
+	v := &verifier{subject: subject, want: want, reader: io.LimitReader(r, want.Size+1), sha: sha256.New()}
+	if root {
+		v.blob = merkle.NewBlob()
+	}
+	return v
+}
+
+func (v *verifier) Read(p []byte) (int, error) {
+	n, err := v.reader.Read(p)
+	v.size += int64(n)
+	if v.size > v.want.Size {
+		return 0, refuse("E_IMG_DIGEST", v.subject, fmt.Sprintf("more than %d bytes", v.want.Size), fmt.Sprintf("size %d", v.want.Size))
+	}
+	v.sha.Write(p[:n])
+	if v.blob != nil {
+		v.blob.Write(p[:n])
+	}
+	if err != io.EOF {
+		return n, err
+	}
+	if v.size != v.want.Size {
+		return n, refuse("E_IMG_DIGEST", v.subject, fmt.Sprintf("%d bytes", v.size), fmt.Sprintf("size %d", v.want.Size))
+	}
+	if got := hex.EncodeToString(v.sha.Sum(nil)); got != v.want.Digest.Hex {
+		return n, refuse("E_IMG_DIGEST", v.subject, "sha256:"+got, "sha256:"+v.want.Digest.Hex)
+	}
+	return n, io.EOF
+}
+
+// read is one blob or manifest from the first place that has it right. take gets the verified stream; it is called again, from the start, for the
+// next place if one lies. want.Size is -1 for a manifest whose size nothing says yet.
+func (s *Store) read(ctx context.Context, at []source, kind, subject string, want v1.Descriptor, take func(io.Reader) error) error {
+	var silent, refused, absent error
+	for _, place := range at {
+		err := s.readFrom(ctx, place, kind, subject, want, take)
+		switch {
+		case err == nil:
+			return nil
+		case errors.Is(err, errAbsent):
+			absent = err
+		case refusal.Of(err) != nil:
+			refused = err
+		default:
+			silent = err
+		}
+	}
+	return cmp.Or(silent, refused, absent) // while one place may yet answer, nothing is refused
+}
+
+func (s *Store) readFrom(ctx context.Context, place source, kind, subject string, want v1.Descriptor, take func(io.Reader) error) error {
+	ctx, cancel := context.WithTimeout(ctx, grace+time.Duration(max(0, want.Size)/slowest)*time.Second)
+	defer cancel()
+	body, size, err := place.open(ctx, kind, want.Digest.Hex)
+	if err != nil {
+		return err
+	}
+	defer body.Close()
+	if want.Size >= 0 && size >= 0 && size != want.Size {
+		return refuse("E_IMG_DIGEST", subject, fmt.Sprintf("%d bytes", size), fmt.Sprintf("size %d", want.Size))
+	}
+	if err := take(body); err != nil {
+		return outside(subject, err)
+	}
+	return nil
+}
+
+// document gets an index or a manifest, at most maxManifest bytes, and parses it.
+func (s *Store) document(ctx context.Context, at []source, subject string, desc v1.Descriptor) (*document, error) {
+	subject += ": manifest sha256:" + desc.Digest.Hex
+	d := &document{desc: desc}
+	var err error
+	if d.raw, err = s.small(ctx, at, kindManifest, subject, desc); err != nil {
+		return nil, err
+	}
+	return d, d.parse(subject)
+}
+
+// small gets at most maxManifest bytes, kept on disk like any blob.
+func (s *Store) small(ctx context.Context, at []source, kind, subject string, desc v1.Descriptor) ([]byte, error) {
+	if desc.Size > maxManifest {
+		return nil, refuse("E_LIMIT", subject, fmt.Sprintf("%d bytes", desc.Size), fmt.Sprintf("at most %d", maxManifest))
+	}
+	kept, err := os.ReadFile(s.blobPath(desc.Digest.Hex))
+	if err == nil && len(kept) <= maxManifest && sha256Hex(kept) == desc.Digest.Hex {
+		return kept, nil
+	}
+	var raw []byte
+	err = s.read(ctx, at, kind, subject, desc, func(r io.Reader) error {
+		var err error
+		if raw, err = io.ReadAll(io.LimitReader(r, maxManifest+1)); err != nil {
+			return err
+		}
+		if len(raw) > maxManifest {
+			return refuse("E_LIMIT", subject, fmt.Sprintf("more than %d bytes", maxManifest), fmt.Sprintf("at most %d", maxManifest))
+		}
+		if desc.Size >= 0 && int64(len(raw)) != desc.Size {
+			return refuse("E_IMG_DIGEST", subject, fmt.Sprintf("%d bytes", len(raw)), fmt.Sprintf("size %d", desc.Size))
+		}
+		if got := sha256Hex(raw); got != desc.Digest.Hex {
+			return refuse("E_IMG_DIGEST", subject, "sha256:"+got, "sha256:"+desc.Digest.Hex)
+		}
+		return nil
+	})
+	if err != nil {
+		return nil, err
+	}
+	return raw, s.promote(s.blobPath(desc.Digest.Hex), 0o444, func(w io.Writer) error {
+		_, err := w.Write(raw)
+		return err
+	})
+}
+
+// blob makes sure that a blob's root is known, and with keep that its bytes are on disk. One caller at a time works on a blob.
+func (s *Store) blob(ctx context.Context, at []source, subject string, desc v1.Descriptor, keep bool) (merkle.Digest, error) {
+	subject += ": blob sha256:" + desc.Digest.Hex
+	unlock, err := s.locks.lock(ctx, desc.Digest.Hex)
+	if err != nil {
+		return merkle.Digest{}, err
+	}
+	defer unlock()
+	path := s.blobPath(desc.Digest.Hex)
+	stat, missing := os.Stat(path)
+	if missing == nil && stat.Size() != desc.Size {
+		missing = os.ErrNotExist
+	}
+	if root, ok := readRoot(path+".root", desc.Size); ok && (!keep || missing == nil) {
+		return root, nil
+	}
+	var root merkle.Digest
+	fill := func(w io.Writer) error {
+		return s.read(ctx, at, kindBlob, subject, desc, func(r io.Reader) error {
+			if file, ok := w.(*os.File); ok { // from the start, if another place lied before
+				if err := rewind(file); err != nil {
+					return err
+				}
+			}
+			v := newVerifier(subject, desc, r, true)
+			if _, err := io.CopyBuffer(struct{ io.Writer }{w}, v, make([]byte, 256<<10)); err != nil {
+				return err
+			}
+			root = v.blob.Root()
+			return nil
+		})
+	}
+	if keep {
+		err = s.promote(path, 0o444, fill)
+	} else {
+		err = fill(io.Discard)
+	}
+	if err != nil {
+		return merkle.Digest{}, err
+	}
+	return root, s.promote(path+".root", 0o444, func(w io.Writer) error {
+		_, err := fmt.Fprintf(w, "%v %d\n", root, desc.Size)
+		return err
+	})
+}
+
+func rewind(file *os.File) error {
+	if _, err := file.Seek(0, io.SeekStart); err != nil {
+		return err
+	}
+	return file.Truncate(0)
+}
+
+func readRoot(path string, size int64) (merkle.Digest, bool) {
+	text, err := os.ReadFile(path)
+	if err != nil {
+		return merkle.Digest{}, false
+	}
+	digest, length, _ := strings.Cut(strings.TrimSuffix(string(text), "\n"), " ")
+	root, err := merkle.Parse(digest)
+	return root, err == nil && length == strconv.FormatInt(size, 10)
+}
+
+// openBlob opens a kept blob for reading once more; what the disk made of it is checked again while it is read.
+func (s *Store) openBlob(subject string, desc v1.Descriptor) (io.ReadCloser, error) {
+	file, err := os.Open(s.blobPath(desc.Digest.Hex))
+	if err != nil {
+		return nil, err
+	}
+	return struct {
+		io.Reader
+		io.Closer
+	}{newVerifier(subject+": kept blob sha256:"+desc.Digest.Hex, desc, file, false), file}, nil
+}
+
+func (s *Store) blobPath(hex string) string { return filepath.Join(s.Dir, "blobs", "sha256", hex) }
+
+// promote writes a file beside the others and gives it its name once it is whole and durable.
+func (s *Store) promote(path string, mode os.FileMode, fill func(io.Writer) error) (err error) {
+	temp, err := os.CreateTemp(filepath.Join(s.Dir, "tmp"), "file-*")
+	if err != nil {
+		return err
+	}
+	defer os.Remove(temp.Name()) // in vain once it is renamed
+	defer temp.Close()
+	if err := fill(temp); err != nil {
+		return err
+	}
+	if err := errors.Join(temp.Chmod(mode), temp.Sync(), temp.Close()); err != nil {
+		return fmt.Errorf("keeping %s: %w", filepath.Base(path), err)
+	}
+	return rename(temp.Name(), path)
+}
+
+// rename is durable once it returns.
+func rename(from, to string) error {
+	if err := os.Rename(from, to); err != nil {
+		return err
+	}
+	dir, err := os.Open(filepath.Dir(to))
+	if err != nil {
+		return err
+	}
+	defer dir.Close()
+	return dir.Sync()
+}
+
+func sha256Hex(data []byte) string {
+	sum := sha256.Sum256(data)
+	return hex.EncodeToString(sum[:])
+}
+
+// locks gives one caller at a time a name.
+type locks struct {
+	mu   sync.Mutex
+	held map[string]chan struct{} // closed when given back
+}
+
+func (l *locks) lock(ctx context.Context, name string) (unlock func(), err error) {
+	for {
+		l.mu.Lock()
+		if l.held == nil {
+			l.held = make(map[string]chan struct{})
+		}
+		other, taken := l.held[name]
+		if !taken {
+			mine := make(chan struct{})
+			l.held[name] = mine
+			l.mu.Unlock()
+			return func() {
+				l.mu.Lock()
+				delete(l.held, name)
+				l.mu.Unlock()
+				close(mine)
+			}, nil
+		}
+		l.mu.Unlock()
+		select {
+		case <-other:
+		case <-ctx.Done():
+			return nil, ctx.Err()
+		}
+	}
+}

@@ -1,0 +1,282 @@
+package registry
+
+import (
+	"encoding/json"
+	"fmt"
+	"io/fs"
+	"path/filepath"
+	"regexp"
+	"slices"
+	"strings"
+
+	"github.com/google/go-containerregistry/pkg/name"
+	v1 "github.com/google/go-containerregistry/pkg/v1"
+	"github.com/google/go-containerregistry/pkg/v1/types"
+
+	"github.com/kindos/kmo/policy/refusal"
+	"github.com/kindos/kmo/registry/merkle"
+)
+
+// Bounds of what an image may be made of.
+const (
+	maxManifest = 4 << 20 // bytes of a manifest, an index or a config
+	maxMembers  = 64      // manifests in an index
+	maxLayers   = 128
+	maxDepth    = 3 // indexes inside each other
+)
+
+const layoutScheme = "oci-layout:"
+
+var digestPattern = regexp.MustCompile(`^[0-9a-f]{64}$`)
+
+// Reference names an image by digest, and where to ask for it: a repository of a registry, or an OCI layout folder.
+type Reference struct {
+	Host       string // host[:port]; "" for a layout
+	Repository string
+	Layout     string // clean absolute path; "" for a registry
+	SHA256     string // 64 lower-case hex digits of the manifest or index; "" only in a place to push to
+}
+
+// ParseReference reads "host/repository@sha256:…" or "oci-layout:/folder@sha256:…". Anything with a tag, or without a digest, is
+// refused with KT006.
+func ParseReference(text string) (Reference, error) {
+	place, digest, pinned := strings.Cut(text, "@")
+	hex, sha := strings.CutPrefix(digest, "sha256:")
+	if !pinned || !sha || !digestPattern.MatchString(hex) {
+		return Reference{}, refuse("KT006", "image "+quote(text), "it is not pinned by sha256", "host/repository@sha256:<64 hex digits>")
+	}
+	ref, err := ParsePlace(place)
+	ref.SHA256 = hex
+	return ref, err
+}
+
+// ParsePlace reads what stands before the @ of a reference: where an image is, or is to be pushed to.
+func ParsePlace(text string) (Reference, error) {
+	if folder, ok := strings.CutPrefix(text, layoutScheme); ok {
+		if !filepath.IsAbs(folder) || filepath.Clean(folder) != folder {
+			return Reference{}, refuse("KT006", "image "+quote(text), "its layout folder is not a clean absolute path", layoutScheme+"/folder@sha256:<64 hex digits>")
+		}
+		return Reference{Layout: folder}, nil
+	}
+	host, repository, _ := strings.Cut(text, "/")
+	if strings.Contains(repository, ":") {
+		return Reference{}, refuse("KT006", "image "+quote(text), "it has a tag", "host/repository@sha256:<64 hex digits>, without a tag")
+	}
+	if !strings.ContainsAny(host, ".:") && host != "localhost" || !fs.ValidPath(repository) || repository == "." {
+		return Reference{}, refuse("KT006", "image "+quote(text), "it does not name a registry and a clean repository", "host/repository@sha256:<64 hex digits>")
+	}
+	if _, err := name.NewRepository(text, name.StrictValidation); err != nil {
+		return Reference{}, refuse("KT006", "image "+quote(text), refusal.Clip(err.Error(), 200), "host/repository@sha256:<64 hex digits>")
+	}
+	return Reference{Host: host, Repository: repository}, nil
+}
+
+// String is what ParseReference reads.
+func (r Reference) String() string {
+	place := layoutScheme + r.Layout
+	if r.Layout == "" {
+		place = r.Host + "/" + r.Repository
+	}
+	if r.SHA256 == "" {
+		return place
+	}
+	return place + "@sha256:" + r.SHA256
+}
+
+// Format is what an image's content is: a key of a unit's variants.
+type Format string
+
+// The formats. OCI and LXC unpack to a folder; the others are a single file, the one layer of an artifact.
+const (
+	OCI      Format = "image"
+	LXC      Format = "lxc"
+	WASM     Format = "wasm"
+	AppImage Format = "appimage"
+	Native   Format = "native"
+)
+
+func (f Format) folder() bool { return f == OCI || f == LXC }
+
+// Config is what an image says about how to run it.
+type Config struct {
+	Entrypoint []string `json:"entrypoint,omitempty"`
+	Cmd        []string `json:"cmd,omitempty"`
+	Env        []string `json:"env,omitempty"`
+	Dir        string   `json:"dir,omitempty"`
+	User       string   `json:"user,omitempty"`
+}
+
+// document is an index or a manifest, its bytes checked against the digest it was asked for by.
+type document struct {
+	desc     v1.Descriptor // what named it; for the first one, made from the reference and its bytes
+	raw      []byte        // nil if it was not fetched
+	index    *v1.IndexManifest
+	manifest *v1.Manifest
+	members  []*document // of an index, in order
+}
+
+// parse fills in what raw says. subject is for the refusal.
+func (d *document) parse(subject string) error {
+	var shape struct {
+		MediaType types.MediaType `json:"mediaType"`
+		Manifests json.RawMessage `json:"manifests"`
+		Config    json.RawMessage `json:"config"`
+		Layers    json.RawMessage `json:"layers"`
+	}
+	if err := json.Unmarshal(d.raw, &shape); err != nil {
+		return refuse("E_DECODE", subject, refusal.Clip(err.Error(), 200), "a manifest or an index")
+	}
+	isIndex := shape.Manifests != nil
+	if isIndex && (shape.Layers != nil || shape.Config != nil) {
+		return refuse("E_DECODE", subject, "it is a manifest and an index at once", "one of them")
+	}
+	media := shape.MediaType
+	switch {
+	case media == "" && isIndex:
+		media = types.OCIImageIndex
+	case media == "":
+		media = types.OCIManifestSchema1
+	case isIndex && media.IsIndex(), !isIndex && media.IsImage():
+	default:
+		return refuse("E_DECODE", subject, "its media type is "+quote(string(media)), "that of an OCI or Docker v2 manifest or index, as its members say")
+	}
+	if d.desc.MediaType != "" && d.desc.MediaType != media {
+		return refuse("E_DECODE", subject, fmt.Sprintf("it says that it is %s, the index that it is %s", quote(string(media)), quote(string(d.desc.MediaType))), "one media type")
+	}
+	d.desc.MediaType = media
+	d.desc.Size = int64(len(d.raw))
+	if isIndex {
+		return d.parseIndex(subject)
+	}
+	return d.parseManifest(subject)
+}
+
+func (d *document) parseIndex(subject string) error {
+	d.index = &v1.IndexManifest{}
+	if err := json.Unmarshal(d.raw, d.index); err != nil {
+		return refuse("E_DECODE", subject, refusal.Clip(err.Error(), 200), "an OCI image index")
+	}
+	if n := len(d.index.Manifests); n == 0 || n > maxMembers {
+		return refuse("E_LIMIT", subject, fmt.Sprintf("%d manifests in the index", n), fmt.Sprintf("1 to %d", maxMembers))
+	}
+	d.members = nil
+	for _, desc := range d.index.Manifests {
+		if err := checkDescriptor(desc, maxManifest); err != nil {
+			return refuse(err.code, subject, err.got, err.want)
+		}
+		d.members = append(d.members, &document{desc: desc})
+	}
+	return nil
+}
+
+func (d *document) parseManifest(subject string) error {
+	d.manifest = &v1.Manifest{}
+	if err := json.Unmarshal(d.raw, d.manifest); err != nil {
+		return refuse("E_DECODE", subject, refusal.Clip(err.Error(), 200), "an OCI image manifest")
+	}
+	if n := len(d.manifest.Layers); n > maxLayers {
+		return refuse("E_LIMIT", subject, fmt.Sprintf("%d layers", n), fmt.Sprintf("at most %d", maxLayers))
+	}
+	if err := checkDescriptor(d.manifest.Config, maxManifest); err != nil {
+		return refuse(err.code, subject, "config: "+err.got, err.want)
+	}
+	for i, layer := range d.manifest.Layers {
+		if err := checkDescriptor(layer, 1<<40); err != nil {
+			return refuse(err.code, subject, fmt.Sprintf("layer %d: %s", i, err.got), err.want)
+		}
+	}
+	return nil
+}
+
+type descriptorError struct {
+	code      refusal.Code
+	got, want string
+}
+
+func checkDescriptor(d v1.Descriptor, limit int64) *descriptorError {
+	switch {
+	case d.Digest.Algorithm != "sha256" || !digestPattern.MatchString(d.Digest.Hex):
+		return &descriptorError{"E_DECODE", "digest " + quote(d.Digest.String()), "sha256:<64 hex digits>"}
+	case d.Size < 0 || d.Size > limit:
+		return &descriptorError{"E_LIMIT", fmt.Sprintf("size %d", d.Size), fmt.Sprintf("0 to %d bytes", limit)}
+	}
+	return nil
+}
+
+// blobs are the blobs of a manifest in the order of its root: config, layers.
+func (d *document) blobs() []v1.Descriptor {
+	return append([]v1.Descriptor{d.manifest.Config}, d.manifest.Layers...)
+}
+
+// roots are kmo1 roots by sha256 hex: of blobs, and of whole manifests and nested indexes.
+type roots struct {
+	blobs     map[string]merkle.Digest
+	manifests map[string]merkle.Digest
+}
+
+// root computes the manifestRoot or indexRoot of d, from blobs' roots where they are known and from manifests' roots elsewhere.
+// It returns none if something is missing.
+func (d *document) root(known roots) (merkle.Digest, error) {
+	var members []merkle.Descriptor
+	switch {
+	case d.manifest != nil:
+		for _, blob := range d.blobs() {
+			members = append(members, described(blob, known.blobs[blob.Digest.Hex]))
+		}
+	case d.index != nil:
+		for _, m := range d.members {
+			root, err := m.root(known)
+			if err != nil {
+				return merkle.Digest{}, err
+			}
+			member := described(m.desc, root)
+			member.Platform, member.Nested = platformText(m.desc.Platform), m.desc.MediaType.IsIndex()
+			members = append(members, member)
+		}
+	}
+	if members == nil || slices.ContainsFunc(members, func(m merkle.Descriptor) bool { return m.Root.IsZero() }) {
+		return known.manifests[d.desc.Digest.Hex], nil
+	}
+	self := described(d.desc, merkle.BlobRoot(d.raw))
+	if d.index != nil {
+		return merkle.IndexRoot(self, members)
+	}
+	return merkle.ManifestRoot(self, members[0], members[1:])
+}
+
+func described(d v1.Descriptor, root merkle.Digest) merkle.Descriptor {
+	return merkle.Descriptor{MediaType: string(d.MediaType), Digest: d.Digest.String(), Size: uint64(d.Size), Root: root}
+}
+
+// platformText is "os/arch[/variant][:os.version]", "" for none.
+func platformText(p *v1.Platform) string {
+	if p == nil {
+		return ""
+	}
+	return p.String()
+}
+
+// choose returns the member of an index that fits, the first of several; nil if none does. A platform with a variant wants
+// that variant, or one without.
+func (d *document) choose(want v1.Platform) *document {
+	var fallback *document
+	for _, m := range d.members {
+		p := m.desc.Platform
+		if p == nil || p.OS != want.OS || p.Architecture != want.Architecture {
+			continue
+		}
+		if want.Variant == "" || p.Variant == want.Variant {
+			return m
+		}
+		if p.Variant == "" && fallback == nil {
+			fallback = m
+		}
+	}
+	return fallback
+}
+
+func refuse(code refusal.Code, subject, got, want string) *refusal.Error {
+	return &refusal.Error{Code: code, Subject: subject, Got: got, Want: want}
+}
+
+func quote(s string) string { return `"` + refusal.Clip(s, 200) + `"` }

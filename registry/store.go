@@ -1,0 +1,470 @@
+// Package registry turns a reference and a kmo1 root into verified content on this host.
+//
+// A unit pins an image twice: by the sha256 of its manifest or index, in the reference, and by a kmo1 root (package merkle). Both must match, over
+// every byte that is used here; where the bytes come from (a registry, a mirror, a folder) gives them no trust. What a root covers:
+//
+//	a manifest   its own bytes, its config and its layers
+//	an index     its own bytes, and all its members, this platform's and the others'
+//
+// The members for other platforms are not downloaded if an image statement, found beside the image, gives their roots: the statement needs no trust for
+// that, since the index's root comes out as pinned only if it is right. Without one everything is fetched and hashed. A layer's contentRoot
+// is left empty in a manifest's root: the layer's bytes are there already.
+//
+// # On disk
+//
+// A store's folder is trusted: whoever can write there decides what runs. In it are
+//
+//	blobs/sha256/HEX       bytes as they came, verified; HEX.root has their kmo1 root and size
+//	content/KEY/root       an unpacked image; content/KEY/file is a single file
+//	content/KEY/tree       what was unpacked, one JSON entry a line: the list that Check goes by
+//	images/KEY.json        the promoted record, written last: the content of KEY is whole and proven
+//	tmp/                   what is being written; nothing is there between two calls
+//
+// # Example
+//
+//	store := &registry.Store{Dir: "/var/lib/kmo/images"}
+//	ref, err := registry.ParseReference("reg.example/relay@sha256:…")
+//	content, err := store.Fetch(ctx, ref, root, registry.OCI)
+//	// content.Path is the image's root file system
+package registry
+
+import (
+	"bytes"
+	"context"
+	"crypto"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+	"runtime"
+	"strings"
+	"sync"
+
+	"github.com/google/go-containerregistry/pkg/authn"
+	v1 "github.com/google/go-containerregistry/pkg/v1"
+
+	"github.com/kindos/kmo/policy/refusal"
+	"github.com/kindos/kmo/registry/merkle"
+)
+
+// Store keeps verified images. Its methods may be called concurrently; its exported fields must not change after the first call.
+type Store struct {
+	Dir      string             // clean absolute path; made if it is not there
+	Platform string             // os/arch[/variant] of what is fetched; "" means linux on this machine's architecture
+	Mirror   string             // an OCI layout folder that is asked before the registry; "" for none
+	Keychain authn.Keychain     // credentials for registries; nil for none
+	Keys     []crypto.PublicKey // of those whose statements may lower limits; nil for none
+
+	once     sync.Once
+	invalid  error
+	platform v1.Platform
+	locks    locks
+
+	mu      sync.Mutex
+	known   map[string]Content       // by key: what was fetched or loaded before
+	remotes map[string]*remoteSource // by host and repository
+}
+
+// Content is verified content on this host.
+type Content struct {
+	Path   string        `json:"path"` // folder or file, by format; to be read only
+	Root   merkle.Digest `json:"root"` // contentRoot of the folder, blobRoot of the file
+	Config Config        `json:"config"`
+	Size   int64         `json:"size"`             // bytes of the files
+	SetUID []string      `json:"setuid,omitempty"` // paths of set-uid and set-gid files and of those with capabilities, at most 100
+}
+
+// Description is what is known of an image without its layers.
+type Description struct {
+	Ref       string        `json:"ref"`
+	SHA256    string        `json:"sha256"`
+	Root      merkle.Digest `json:"root"`
+	Proved    bool          `json:"proved"`   // the pinned root was recomputed, with a statement's help or from bytes that are here
+	Platform  string        `json:"platform"` // of the chosen member, or as the config says
+	Manifest  string        `json:"manifest"` // sha256 of the chosen manifest
+	Artifact  string        `json:"artifact,omitempty"`
+	Platforms []string      `json:"platforms,omitempty"` // of an index's members
+	Layers    int           `json:"layers"`
+	Size      int64         `json:"size"` // bytes to download, all layers
+	Config    Config        `json:"config"`
+	Statement *Statement    `json:"statement,omitempty"` // the one that proved the root
+	Signer    string        `json:"signer,omitempty"`    // id of the key of Store.Keys that signed it; "" for a stranger's
+}
+
+// open validates the store once and makes its folders.
+func (s *Store) open() error {
+	s.once.Do(func() { s.invalid = s.validate() })
+	return s.invalid
+}
+
+func (s *Store) validate() error {
+	if !filepath.IsAbs(s.Dir) || filepath.Clean(s.Dir) != s.Dir {
+		return fmt.Errorf("image store: folder %q: want a clean absolute path", s.Dir)
+	}
+	want := s.Platform
+	if want == "" {
+		want = "linux/" + runtime.GOARCH
+	}
+	platform, err := v1.ParsePlatform(want)
+	if err != nil || platform.OS == "" || platform.Architecture == "" {
+		return fmt.Errorf("image store: platform %q: want os/arch[/variant]", want)
+	}
+	s.platform = *platform
+	s.known, s.remotes = map[string]Content{}, map[string]*remoteSource{}
+	for _, dir := range []string{"blobs/sha256", "content", "images", "tmp"} {
+		if err := os.MkdirAll(filepath.Join(s.Dir, dir), 0o755); err != nil {
+			return fmt.Errorf("image store: %w", err)
+		}
+	}
+	return s.sweep()
+}
+
+// image is one reference, resolved: the chain of documents from what is pinned to this platform's manifest.
+type image struct {
+	ref     Reference
+	subject string
+	at      []source
+	top     *document
+	chosen  *document // a manifest
+	config  []byte
+	oci     v1.ConfigFile
+	known   roots
+}
+
+// resolve gets indexes, manifest and config: small, each verified by its digest.
+func (s *Store) resolve(ctx context.Context, ref Reference, format Format) (*image, error) {
+	if !digestPattern.MatchString(ref.SHA256) {
+		return nil, refuse("KT006", "image "+quote(ref.String()), "it is not pinned by sha256", "host/repository@sha256:<64 hex digits>")
+	}
+	img := &image{ref: ref, subject: "image " + ref.String(), known: roots{blobs: map[string]merkle.Digest{}, manifests: map[string]merkle.Digest{}}}
+	img.at = s.sources(ref)
+	var err error
+	if img.top, err = s.document(ctx, img.at, img.subject, v1.Descriptor{Size: -1, Digest: v1.Hash{Algorithm: "sha256", Hex: ref.SHA256}}); err != nil {
+		return nil, err
+	}
+	if img.chosen, err = s.chooseIn(ctx, img, img.top, s.wanted(format), 1); err != nil {
+		return nil, err
+	}
+	if img.chosen == nil {
+		return nil, refuse("E_PLATFORM", img.subject, "it has "+strings.Join(img.top.platforms(), ", "), s.wanted(format).String())
+	}
+	config := img.chosen.manifest.Config
+	if img.config, err = s.small(ctx, img.at, kindBlob, img.subject+": config sha256:"+config.Digest.Hex, config); err != nil {
+		return nil, err
+	}
+	img.known.blobs[config.Digest.Hex] = merkle.BlobRoot(img.config)
+	if config.MediaType.IsConfig() {
+		if err := json.Unmarshal(img.config, &img.oci); err != nil {
+			return nil, refuse("E_DECODE", img.subject, "config: "+refusal.Clip(err.Error(), 200), "an OCI image config")
+		}
+	}
+	return img, s.checkPlatform(img, format)
+}
+
+// sources are the places to ask for a reference, in order.
+func (s *Store) sources(ref Reference) []source {
+	switch {
+	case ref.Layout != "":
+		return []source{layoutSource{ref.Layout}}
+	case s.Mirror != "":
+		return []source{layoutSource{s.Mirror}, &lazySource{store: s, ref: ref}}
+	}
+	return []source{&lazySource{store: s, ref: ref}}
+}
+
+func (s *Store) wanted(format Format) v1.Platform {
+	if format == WASM {
+		return v1.Platform{OS: "wasip1", Architecture: "wasm"}
+	}
+	return s.platform
+}
+
+// chooseIn finds the manifest for a platform, through nested indexes; nil if there is none.
+func (s *Store) chooseIn(ctx context.Context, img *image, d *document, want v1.Platform, depth int) (*document, error) {
+	if d.manifest != nil {
+		return d, nil
+	}
+	if depth > maxDepth {
+		return nil, refuse("E_LIMIT", img.subject, fmt.Sprintf("indexes nested deeper than %d", maxDepth), fmt.Sprintf("at most %d", maxDepth))
+	}
+	found := d.choose(want)
+	for _, m := range d.members {
+		if m != found && (found != nil || !m.desc.MediaType.IsIndex()) {
+			continue
+		}
+		if err := s.load(ctx, img, m); err != nil {
+			return nil, err
+		}
+		if chosen, err := s.chooseIn(ctx, img, m, want, depth+1); chosen != nil || err != nil {
+			return chosen, err
+		}
+	}
+	return nil, nil
+}
+
+// load fetches a member of an index in place.
+func (s *Store) load(ctx context.Context, img *image, d *document) error {
+	if d.raw != nil {
+		return nil
+	}
+	loaded, err := s.document(ctx, img.at, img.subject, d.desc)
+	if err != nil {
+		return err
+	}
+	loaded.desc.Platform = d.desc.Platform
+	*d = *loaded
+	return nil
+}
+
+// checkPlatform holds the manifest against what the index and the host say: a manifest may have been put in another's place.
+func (s *Store) checkPlatform(img *image, format Format) error {
+	got := v1.Platform{OS: img.oci.OS, Architecture: img.oci.Architecture}
+	want := s.wanted(format)
+	if got.OS == "" && got.Architecture == "" {
+		return nil // an artifact's config says nothing
+	}
+	if got.OS != want.OS || got.Architecture != want.Architecture {
+		return refuse("E_PLATFORM", img.subject, "its config is for "+quote(got.String()), want.String())
+	}
+	return nil
+}
+
+// platforms lists what an index's members, or a manifest, are for.
+func (d *document) platforms() []string {
+	all := make([]string, 0, len(d.members))
+	for _, m := range d.members {
+		all = append(all, quote(platformText(m.desc.Platform)))
+	}
+	return all
+}
+
+// lazySource talks to a registry only once something is asked for.
+type lazySource struct {
+	store *Store
+	ref   Reference
+}
+
+func (l *lazySource) remote(ctx context.Context) (*remoteSource, error) {
+	key := l.ref.Host + "/" + l.ref.Repository
+	l.store.mu.Lock()
+	known := l.store.remotes[key]
+	l.store.mu.Unlock()
+	if known != nil {
+		return known, nil
+	}
+	made, err := newRemoteSource(ctx, l.ref, l.store.Keychain)
+	if err != nil {
+		return nil, err
+	}
+	l.store.mu.Lock()
+	defer l.store.mu.Unlock()
+	l.store.remotes[key] = made
+	return made, nil
+}
+
+func (l *lazySource) open(ctx context.Context, kind, hex string) (io.ReadCloser, int64, error) {
+	r, err := l.remote(ctx)
+	if err != nil {
+		return nil, 0, err
+	}
+	return r.open(ctx, kind, hex)
+}
+
+func (l *lazySource) referrers(ctx context.Context, hex string) ([]v1.Descriptor, error) {
+	r, err := l.remote(ctx)
+	if err != nil {
+		return nil, err
+	}
+	return r.referrers(ctx, hex)
+}
+
+// Describe gets an image's index, manifest and config, verified by sha256, and compares them with the root where a statement, or blobs that are
+// here already, allow it; Fetch compares in any case. A root of none describes what is there.
+func (s *Store) Describe(ctx context.Context, ref Reference, root merkle.Digest, format Format) (Description, error) {
+	if err := s.open(); err != nil {
+		return Description{}, err
+	}
+	img, err := s.resolve(ctx, ref, format)
+	if err != nil {
+		return Description{}, err
+	}
+	d := Description{Ref: ref.String(), SHA256: ref.SHA256, Root: root, Manifest: img.chosen.desc.Digest.Hex, Artifact: img.chosen.manifest.ArtifactType,
+		Layers: len(img.chosen.manifest.Layers), Config: img.run(), Platform: platformText(img.chosen.desc.Platform)}
+	for _, m := range img.top.members {
+		d.Platforms = append(d.Platforms, platformText(m.desc.Platform))
+	}
+	if d.Platform == "" && img.oci.OS != "" {
+		d.Platform = img.oci.OS + "/" + img.oci.Architecture
+	}
+	for _, layer := range img.chosen.manifest.Layers {
+		d.Size += layer.Size
+		if known, ok := readRoot(s.blobPath(layer.Digest.Hex)+".root", layer.Size); ok {
+			img.known.blobs[layer.Digest.Hex] = known
+		}
+	}
+	if root.IsZero() {
+		return d, nil
+	}
+	d.Statement, d.Signer, d.Proved, err = s.proveByStatement(ctx, img, root)
+	return d, err
+}
+
+func (img *image) run() Config {
+	c := img.oci.Config
+	return Config{Entrypoint: c.Entrypoint, Cmd: c.Cmd, Env: c.Env, Dir: c.WorkingDir, User: c.User}
+}
+
+// Fetch returns the image's content, verified against both pins. Once it has, the same pins cost one look at the disk and no network.
+func (s *Store) Fetch(ctx context.Context, ref Reference, root merkle.Digest, format Format) (Content, error) {
+	if err := s.open(); err != nil {
+		return Content{}, err
+	}
+	if root.IsZero() {
+		return Content{}, refuse("KT007", "image "+ref.String(), "it has no kmo1 root", "kmo1:sha3-256:<64 hex digits>")
+	}
+	key := s.key(ref, root, format)
+	if content, ok := s.recall(key); ok {
+		return content, nil
+	}
+	unlock, err := s.locks.lock(ctx, key)
+	if err != nil {
+		return Content{}, err
+	}
+	defer unlock()
+	if content, ok := s.recall(key); ok {
+		return content, nil
+	}
+	return s.fetch(ctx, ref, root, format, key)
+}
+
+func (s *Store) fetch(ctx context.Context, ref Reference, root merkle.Digest, format Format, key string) (Content, error) {
+	img, err := s.resolve(ctx, ref, format)
+	if err != nil {
+		return Content{}, err
+	}
+	if n := len(img.chosen.manifest.Layers); !format.folder() && n != 1 {
+		return Content{}, refuse("E_LAYER", img.subject, fmt.Sprintf("%d layers", n), "exactly one, for "+string(format))
+	}
+	for i, layer := range img.chosen.manifest.Layers {
+		blobRoot, err := s.blob(ctx, img.at, fmt.Sprintf("%s: layer %d", img.subject, i), layer, true)
+		if err != nil {
+			return Content{}, err
+		}
+		img.known.blobs[layer.Digest.Hex] = blobRoot
+	}
+	statement, err := s.prove(ctx, img, root)
+	if err != nil {
+		return Content{}, err
+	}
+	content, err := s.place(ctx, img, format, key, statement)
+	if err != nil {
+		return Content{}, err
+	}
+	content.Config = img.run()
+	return content, s.remember(key, content)
+}
+
+// prove compares the pinned root with what the bytes give. Roots of members for other platforms come from a statement, or from their bytes.
+func (s *Store) prove(ctx context.Context, img *image, root merkle.Digest) (*Statement, error) {
+	statement, signer, proved, err := s.proveByStatement(ctx, img, root)
+	if err != nil || proved {
+		if signer == "" {
+			statement = nil // a stranger's may prove, but not lower limits
+		}
+		return statement, err
+	}
+	if err := s.loadAll(ctx, img, img.top, 1); err != nil {
+		if errors.Is(err, errAbsent) {
+			return nil, refuse("E_MERKLE_MISSING", img.subject, refusal.Clip(err.Error(), 300), "a statement with the roots of all its platforms, or all their blobs")
+		}
+		return nil, err
+	}
+	got, err := img.top.root(img.known)
+	if err != nil {
+		return nil, err
+	}
+	return nil, mismatch(img.subject, got, root)
+}
+
+// mismatch is nil, or E_MERKLE_ROOT.
+func mismatch(subject string, got, want merkle.Digest) error {
+	if got == want {
+		return nil
+	}
+	r := refuse("E_MERKLE_ROOT", subject, got.String(), want.String())
+	r.Err = &merkle.MismatchError{Name: subject, Got: got, Want: want}
+	return r
+}
+
+// loadAll makes every root below d known from bytes.
+func (s *Store) loadAll(ctx context.Context, img *image, d *document, depth int) error {
+	if depth > maxDepth+1 {
+		return refuse("E_LIMIT", img.subject, fmt.Sprintf("indexes nested deeper than %d", maxDepth), fmt.Sprintf("at most %d", maxDepth))
+	}
+	if err := s.load(ctx, img, d); err != nil {
+		return err
+	}
+	if d.manifest != nil {
+		for _, blob := range d.blobs() {
+			if _, known := img.known.blobs[blob.Digest.Hex]; known {
+				continue
+			}
+			root, err := s.blob(ctx, img.at, img.subject, blob, false)
+			if err != nil {
+				return err
+			}
+			img.known.blobs[blob.Digest.Hex] = root
+		}
+	}
+	for _, m := range d.members {
+		if err := s.loadAll(ctx, img, m, depth+1); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// key names a pinned image: what it is, what it must be, and for which platform.
+func (s *Store) key(ref Reference, root merkle.Digest, format Format) string {
+	platform := strings.NewReplacer("/", "-", ":", "-").Replace(s.wanted(format).String())
+	return ref.SHA256 + "-" + root.Hex() + "-" + string(format) + "-" + platform
+}
+
+// recall returns the content of a promoted record, if the record and the content are there.
+func (s *Store) recall(key string) (Content, bool) {
+	s.mu.Lock()
+	content, ok := s.known[key]
+	s.mu.Unlock()
+	if !ok {
+		text, err := os.ReadFile(s.record(key))
+		decoder := json.NewDecoder(bytes.NewReader(text))
+		decoder.DisallowUnknownFields()
+		if err != nil || decoder.Decode(&content) != nil || content.Root.IsZero() {
+			return Content{}, false
+		}
+		content.Path = filepath.Join(s.Dir, "content", key, filepath.Base(content.Path))
+	}
+	if _, err := os.Lstat(content.Path); err != nil {
+		return Content{}, false
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.known[key] = content
+	return content, true
+}
+
+func (s *Store) record(key string) string { return filepath.Join(s.Dir, "images", key+".json") }
+
+// remember writes the promoted record: the last step.
+func (s *Store) remember(key string, content Content) error {
+	err := s.promote(s.record(key), 0o444, func(w io.Writer) error { return json.NewEncoder(w).Encode(content) })
+	if err != nil {
+		return err
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.known[key] = content
+	return nil
+}
