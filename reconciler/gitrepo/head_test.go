@@ -321,4 +321,3 @@ func TestWatch(t *testing.T) {
 		}
 	})
 }
-

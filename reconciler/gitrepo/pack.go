@@ -64,6 +64,9 @@ func index(ctx context.Context, f *os.File, limits Limits, held func(plumbing.Ha
 		err = x.resolve(ctx)
 	}
 	if err != nil {
+		if errors.Is(err, packfile.ErrInflatedSizeMismatch) {
+			err = refuse("E_LIMIT", "a packed object", "more bytes than it says", "as many as it says")
+		}
 		if refusal.Of(err) == nil && ctx.Err() == nil {
 			err = refuse("E_PACK", "the pack", err.Error(), "a whole pack as git makes it")
 		}
