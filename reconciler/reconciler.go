@@ -33,12 +33,12 @@ type Source interface {
 
 // Revert is what to take back and why. The range is every commit reachable from Head but not from Good.
 type Revert struct {
-	Good     string // the commit whose tree comes back
-	Head     string // the commit on which the revert stands
-	Unit     string // the unit whose gate failed
-	Gate     string // what failed: "http /healthz"
-	Evidence string // what was seen, one line
-	Host     string // who judged
+	Good     string `json:"good"`     // the commit whose tree comes back
+	Head     string `json:"head"`     // the commit on which the revert stands
+	Unit     string `json:"unit"`     // the unit whose gate failed
+	Gate     string `json:"gate"`     // what failed: "http /healthz"
+	Evidence string `json:"evidence"` // what was seen, one line
+	Host     string `json:"host"`     // who judged
 }
 
 // Outcome is how a reconcile ended.
@@ -71,6 +71,7 @@ type Record struct {
 type Bad struct {
 	Commit   string    `json:"commit"`
 	Unit     string    `json:"unit"`
+	Workload string    `json:"workload"` // never placed again by itself
 	Gate     string    `json:"gate"`
 	Evidence string    `json:"evidence"`
 	Revert   string    `json:"revert,omitempty"` // the commit that took it back; empty while it is not pushed

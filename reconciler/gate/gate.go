@@ -7,7 +7,7 @@
 //	finding := gate.Gate{Observe: observe}.Watch(ctx, []gate.Target{{
 //		Workload: "relay-3f9a2c1d",
 //		Probe:    gate.Probe{Kind: gate.HTTP, Port: "http", Path: "/healthz"},
-//	}}, time.Minute)
+//	}})
 package gate
 
 import (
@@ -57,7 +57,8 @@ func (p Probe) String() string {
 	return "process"
 }
 
-func (p Probe) withDefaults() Probe {
+// WithDefaults fills the zero fields.
+func (p Probe) WithDefaults() Probe {
 	set := func(d *time.Duration, to time.Duration) {
 		if *d == 0 {
 			*d = to
@@ -85,6 +86,7 @@ type Target struct {
 	Unit     string
 	Probe    Probe
 	Bake     time.Duration // how long it must go on passing once it has passed
+	Deadline time.Duration // when the verdict must be there; 0 is long enough for the target to fail by itself
 }
 
 // Verdict is what a gate says.
@@ -117,17 +119,21 @@ type Gate struct {
 // errDeadline ends a watch that had its time.
 var errDeadline = errors.New("the gate's deadline has passed")
 
-// Watch probes every target until all have passed and baked (Pass), until one has failed (Fail), or until deadline has gone by
-// with neither: then a target whose last answer was a failure has failed, any other has given no data. A ctx that ended judges nothing.
-func (g Gate) Watch(ctx context.Context, targets []Target, deadline time.Duration) Finding {
+// Watch probes every target until all have passed and baked (Pass), until one has failed (Fail), or until the longest deadline has
+// gone by with neither: then a target whose last answer was a failure has failed, any other has given no data. A ctx that ended judges nothing.
+func (g Gate) Watch(ctx context.Context, targets []Target) Finding {
 	if len(targets) == 0 {
 		return Finding{Verdict: Pass}
+	}
+	var deadline time.Duration
+	for _, target := range targets {
+		deadline = max(deadline, target.longest())
 	}
 	watch, stop := context.WithTimeoutCause(ctx, deadline, errDeadline)
 	defer stop()
 	results := make(chan Finding, len(targets))
 	for _, target := range targets {
-		target.Probe = target.Probe.withDefaults()
+		target.Probe = target.Probe.WithDefaults()
 		go func() { results <- g.watchOne(watch, target) }()
 	}
 	worst := Finding{Verdict: Pass}
@@ -152,7 +158,7 @@ func (g Gate) Once(ctx context.Context, targets []Target) []Finding {
 	results := make([]Finding, len(targets))
 	parallel(len(targets), func(i int) {
 		target := targets[i]
-		target.Probe = target.Probe.withDefaults()
+		target.Probe = target.Probe.WithDefaults()
 		answer := g.ask(ctx, target)
 		results[i] = target.finding(answer.verdict, answer.evidence)
 	})
@@ -178,6 +184,16 @@ func parallel(n int, f func(int)) {
 	for range n {
 		<-done
 	}
+}
+
+// longest is when the target's verdict must be there.
+func (t Target) longest() time.Duration {
+	if t.Deadline != 0 {
+		return t.Deadline
+	}
+	probe := t.Probe.WithDefaults()
+	rounds := time.Duration(probe.Failures + probe.After)
+	return time.Minute + 2*(probe.Start+t.Bake+rounds*(probe.Every+probe.Timeout))
 }
 
 func (t Target) finding(verdict Verdict, evidence string) Finding {

@@ -62,7 +62,7 @@ func TestVerdicts(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				begun := time.Now()
 				got := Gate{Observe: script(test.script)}.Watch(t.Context(),
-					[]Target{{Workload: "relay-1", Unit: "relay", Probe: probe, Bake: test.bake}}, 100*time.Second)
+					[]Target{{Workload: "relay-1", Unit: "relay", Probe: probe, Bake: test.bake, Deadline: 100 * time.Second}})
 				if got.Verdict != test.want || !strings.Contains(got.Evidence, test.evidence) {
 					t.Errorf("got %+v, want %s with %q", got, test.want, test.evidence)
 				}
@@ -83,7 +83,7 @@ func TestOneFailureDecidesForAll(t *testing.T) {
 		got := Gate{Observe: observe}.Watch(t.Context(), []Target{
 			{Workload: "good-1", Unit: "good", Bake: time.Hour},
 			{Workload: "bad-1", Unit: "bad", Probe: Probe{Start: time.Millisecond}},
-		}, 2*time.Hour)
+		})
 		if got.Verdict != Fail || got.Unit != "bad" || !strings.Contains(got.Evidence, "ended with status 3") {
 			t.Errorf("got %+v, want bad to fail", got)
 		}
@@ -99,7 +99,7 @@ func TestCancelledContextJudgesNothing(t *testing.T) {
 			ctx, cancel := context.WithCancel(t.Context())
 			time.AfterFunc(20*time.Second, cancel)
 			got := Gate{Observe: script(letters)}.Watch(ctx,
-				[]Target{{Workload: "relay-1", Probe: Probe{Start: time.Hour}, Bake: time.Hour}}, 2*time.Hour)
+				[]Target{{Workload: "relay-1", Probe: Probe{Start: time.Hour}, Bake: time.Hour}})
 			if got.Verdict != NoData {
 				t.Errorf("script %q: got %+v, want no data", letters, got)
 			}
@@ -110,7 +110,9 @@ func TestCancelledContextJudgesNothing(t *testing.T) {
 func TestProbes(t *testing.T) {
 	mux := http.NewServeMux()
 	mux.HandleFunc("/good", func(http.ResponseWriter, *http.Request) {})
-	mux.HandleFunc("/bad", func(w http.ResponseWriter, _ *http.Request) { http.Error(w, "boom \x1b[31m", http.StatusInternalServerError) })
+	mux.HandleFunc("/bad", func(w http.ResponseWriter, _ *http.Request) {
+		http.Error(w, "boom \x1b[31m", http.StatusInternalServerError)
+	})
 	mux.HandleFunc("/teapot", func(w http.ResponseWriter, _ *http.Request) { w.WriteHeader(http.StatusTeapot) })
 	mux.HandleFunc("/away", func(w http.ResponseWriter, r *http.Request) { http.Redirect(w, r, "/bad", http.StatusFound) })
 	mux.HandleFunc("/slow", func(_ http.ResponseWriter, r *http.Request) { <-r.Context().Done() })

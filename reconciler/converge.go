@@ -1,0 +1,150 @@
+package reconciler
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+	"time"
+
+	"github.com/kindos/kmo/backends"
+	"github.com/kindos/kmo/policy/refusal"
+	"github.com/kindos/kmo/reconciler/gate"
+)
+
+// observe asks every backend what exists on this host, one after the other: they answer from memory.
+func (r *Reconciler) observe(ctx context.Context) ([]Have, error) {
+	var all []Have
+	for _, name := range r.backendNames() {
+		list, err := r.Backends[name].Observe(ctx)
+		if err != nil {
+			return nil, fmt.Errorf("observing %s: %w", name, err)
+		}
+		for _, status := range list {
+			all = append(all, Have{Backend: name, Status: status})
+		}
+	}
+	return all, nil
+}
+
+// gate is the gate over what is observed anew at each probe.
+func (r *Reconciler) gate() gate.Gate {
+	return gate.Gate{Observe: r.statuses, Exec: r.exec}
+}
+
+func (r *Reconciler) statuses(ctx context.Context) (map[string]backends.Status, error) {
+	list, err := r.observe(ctx)
+	if err != nil {
+		return nil, err
+	}
+	return byName(list), nil
+}
+
+func byName(list []Have) map[string]backends.Status {
+	all := make(map[string]backends.Status, len(list))
+	for _, have := range list {
+		all[have.Name] = have.Status
+	}
+	return all
+}
+
+// exec runs a probe's command inside a workload, wherever it runs.
+func (r *Reconciler) exec(ctx context.Context, workload string, argv []string) (int, []byte, error) {
+	for _, name := range r.backendNames() {
+		execer, ok := r.Backends[name].(backends.Execer)
+		if !ok {
+			continue
+		}
+		status, output, err := execer.Exec(ctx, workload, argv)
+		if !errors.Is(err, backends.ErrNotFound) {
+			return status, output, err
+		}
+	}
+	return 0, nil, backends.ErrNotFound
+}
+
+// converge does the steps and returns the gate's verdict on what they changed. A unit is started when those it needs have passed their
+// probes. Going forward, an old copy goes when everything new has passed its gate, or first where the two cannot stand side by
+// side; going back, what is not wanted goes whatever the gate says. An error means that a backend did not answer.
+func (r *Reconciler) converge(ctx context.Context, want *desired, steps []Step, forward bool) (gate.Finding, error) {
+	finding, err := r.start(ctx, want, steps, forward)
+	if err != nil || forward && finding.Verdict != gate.Pass {
+		return finding, err
+	}
+	for _, step := range steps {
+		if step.Op != Remove {
+			continue
+		}
+		if err := r.remove(ctx, step.Backend, step.Name, step.Reason); err != nil {
+			return gate.Finding{}, err
+		}
+	}
+	return finding, nil
+}
+
+// start does the Apply steps, in order, and watches what they started.
+func (r *Reconciler) start(ctx context.Context, want *desired, steps []Step, forward bool) (gate.Finding, error) {
+	started := make(map[string]bool) // units
+	for _, step := range steps {
+		if step.Op != Apply {
+			continue
+		}
+		needs := want.needs(step.Name)
+		needed := want.targets(func(unit string) bool { return slices.Contains(needs, unit) }, false)
+		if finding := r.gate().Watch(ctx, needed); finding.Verdict != gate.Pass {
+			return finding, nil
+		}
+		if err := r.apply(ctx, step); err != nil {
+			finding, blamed := blame(step, err)
+			if !blamed {
+				err = fmt.Errorf("applying %s: %w", step.Name, err)
+			} else {
+				err = nil
+			}
+			return finding, err
+		}
+		started[step.Unit] = true
+	}
+	// What a try changed is watched even if nothing is left to start: a try that was cut short has no verdict yet.
+	targets := want.targets(func(unit string) bool { return started[unit] || forward && want.changed[unit] }, forward)
+	return r.gate().Watch(ctx, targets), nil
+}
+
+// blame tells a workload that is itself at fault from a backend that did not answer.
+func blame(step Step, err error) (gate.Finding, bool) {
+	var feature *backends.FeatureError
+	var start *backends.StartError
+	if !errors.As(err, &feature) && !errors.As(err, &start) && refusal.Of(err) == nil {
+		return gate.Finding{}, false
+	}
+	return gate.Finding{Verdict: gate.Fail, Workload: step.Name, Unit: step.Unit, Gate: "start", Evidence: refusal.Clip(err.Error(), 500)}, true
+}
+
+// apply does one step: what it replaces goes first.
+func (r *Reconciler) apply(ctx context.Context, step Step) error {
+	backend, ok := r.Backends[step.Backend]
+	if !ok {
+		return fmt.Errorf("%s: %w: %s", step.Name, errNoBackend, step.Backend)
+	}
+	for _, old := range step.Replaces {
+		for _, name := range r.backendNames() {
+			if err := r.remove(ctx, name, old, "it shares "+fmt.Sprint(step.Because)+" with "+step.Name); err != nil {
+				return err
+			}
+		}
+	}
+	begun := time.Now()
+	err := backend.Apply(ctx, step.Workload)
+	r.Logger.Debug("apply", "unit", step.Name, "backend", step.Backend, "stage", "apply", "took", time.Since(begun), "reason", step.Reason, "err", err)
+	return err
+}
+
+func (r *Reconciler) remove(ctx context.Context, backend, name, reason string) error {
+	begun := time.Now()
+	err := r.Backends[backend].Remove(ctx, name)
+	r.Logger.Debug("remove", "unit", name, "backend", backend, "stage", "apply", "took", time.Since(begun), "reason", reason, "err", err)
+	if err != nil {
+		return fmt.Errorf("removing %s from %s: %w", name, backend, err)
+	}
+	return nil
+}

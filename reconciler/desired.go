@@ -1,0 +1,188 @@
+package reconciler
+
+import (
+	"context"
+	"time"
+
+	"github.com/kindos/kmo/backends"
+	"github.com/kindos/kmo/policy"
+	"github.com/kindos/kmo/reconciler/gate"
+	"github.com/kindos/kmo/reconciler/template"
+)
+
+// unit returns the site's unit of that name, nil if there is none.
+func (d *desired) unit(name string) *template.Unit {
+	if d.site == nil {
+		return nil
+	}
+	return d.site.Unit(name)
+}
+
+// names lists the site's units; none before there is a commit.
+func (d *desired) names() []string {
+	if d.site == nil {
+		return nil
+	}
+	return d.site.Order
+}
+
+// needs are the units that a workload needs.
+func (d *desired) needs(workload string) []string {
+	for _, check := range d.plan.Checks {
+		if check.Workload == workload {
+			return check.Needs
+		}
+	}
+	return nil
+}
+
+// runs says whether a workload of that name is wanted.
+func (d *desired) runs(name string) bool {
+	if d.wanted == nil {
+		d.wanted = make(map[string]bool, len(d.plan.Workloads))
+		for _, workload := range d.plan.Workloads {
+			d.wanted[workload.Name] = true
+		}
+	}
+	return d.wanted[name]
+}
+
+// compare notes the units whose workload is not the good commit's.
+func (d *desired) compare(good *desired) {
+	d.changed = make(map[string]bool)
+	for _, workload := range d.plan.Workloads {
+		if !good.runs(workload.Name) {
+			d.changed[workload.Unit] = true
+		}
+	}
+}
+
+// all are the targets of every workload, made once.
+func (d *desired) all() []gate.Target {
+	if d.probes == nil {
+		d.probes = d.targets(func(string) bool { return true }, false)
+	}
+	return d.probes
+}
+
+// targets are what the gate watches of the units chosen.
+func (d *desired) targets(chosen func(unit string) bool, bake bool) []gate.Target {
+	var list []gate.Target
+	for _, check := range d.plan.Checks {
+		if !chosen(check.Unit) {
+			continue
+		}
+		target := gate.Target{Workload: check.Workload, Unit: check.Unit, Probe: probe(check.Health).WithDefaults(), Deadline: time.Duration(check.Gate.Deadline)}
+		if bake {
+			target.Bake = time.Duration(check.Gate.Bake)
+		}
+		list = append(list, target)
+	}
+	return list
+}
+
+// probe is a unit's health as the gate asks it.
+func probe(h template.Health) gate.Probe {
+	p := gate.Probe{Every: time.Duration(h.Every), Timeout: time.Duration(h.Timeout), Start: time.Duration(h.Start), After: h.After, Failures: h.Failures}
+	switch {
+	case h.HTTP != nil:
+		p.Kind, p.Port, p.Path, p.Status = gate.HTTP, string(h.HTTP.Port), string(h.HTTP.Path), h.HTTP.Status
+	case h.TCP != nil:
+		p.Kind, p.Port = gate.TCP, string(h.TCP.Port)
+	case h.Exec != nil:
+		p.Kind, p.Argv = gate.Exec, h.Exec.Argv
+	}
+	return p
+}
+
+// exclusive says what a copy that exists and one that is wanted cannot both have. Of a copy that neither commit knows it assumes
+// that it has all that the new one wants.
+func (r *Reconciler) exclusive(want *desired) func(old, new string) []string {
+	known := make(map[string]backends.Workload)
+	for _, d := range []*desired{r.good, want} {
+		if d == nil {
+			continue
+		}
+		for _, workload := range d.plan.Workloads {
+			known[workload.Name] = workload
+		}
+	}
+	return func(old, new string) []string {
+		before, ok := known[old]
+		if !ok {
+			before = known[new]
+		}
+		return template.Exclusive(before, known[new], r.fingerprints)
+	}
+}
+
+// input is the document that the rules judge.
+func (r *Reconciler) input(ctx context.Context, good, next *desired) (policy.Input, error) {
+	judged := next.site
+	if good.site != nil {
+		judged = good.site // the base's lists judge the next commit
+	}
+	input := policy.Input{
+		Version: 1,
+		Site:    policy.Site{Name: string(next.site.Config.Site), Branch: string(next.site.Config.Branch)},
+		Host: policy.Host{Name: r.Host.Name, Zone: r.Host.Zone, OS: r.Host.OS, Arch: r.Host.Arch, Labels: r.Host.Labels,
+			CPU: r.Host.CPU, Memory: r.Host.Memory, PIDs: r.Host.PIDs, Disk: r.Host.Disk, State: r.State},
+		Time:   next.facts.Time,
+		Commit: next.commit.ID,
+		Change: next.facts,
+		Totals: totals(good, next),
+	}
+	for _, registry := range judged.Config.Registries {
+		input.Site.Registries = append(input.Site.Registries, string(registry))
+	}
+	for _, facts := range next.facts.Units {
+		unit := policy.Unit{Name: facts.Unit}
+		if before := good.unit(facts.Unit); before != nil {
+			unit.Before = before
+		}
+		if after := next.unit(facts.Unit); after != nil {
+			unit.After = after
+		}
+		if unit.Before == nil && unit.After == nil {
+			continue // trust, policy or the site file
+		}
+		for _, workload := range next.plan.Workloads {
+			if workload.Unit != facts.Unit {
+				continue
+			}
+			unit.Workloads = append(unit.Workloads, workload)
+			described, err := r.Images.Describe(ctx, workload.Image, workload.Format)
+			if err != nil {
+				return input, err
+			}
+			unit.Images = append(unit.Images, described)
+		}
+		input.Units = append(input.Units, unit)
+	}
+	return input, nil
+}
+
+// totals sums over the whole site on this host.
+func totals(good, next *desired) policy.Totals {
+	sums := policy.Totals{Before: len(good.names()), After: len(next.names())}
+	for _, name := range good.names() {
+		if next.unit(name) == nil {
+			sums.Removed++
+		}
+	}
+	for _, workload := range next.plan.Workloads {
+		sums.CPU += workload.Resources.CPU
+		sums.Memory += workload.Resources.Memory
+		sums.PIDs += workload.Resources.PIDs
+		sums.Disk += workload.Resources.Disk
+	}
+	return sums
+}
+
+// recordDecision writes the decision to the audit log, unless it is the one written last: a refused head is judged at every look.
+func (r *Reconciler) recordDecision(rec Record, next *desired) error {
+	if rec.Head == next.commit.ID && rec.Outcome == Refused && rec.Stage == "policy" {
+		return nil
+	}
+	return r.record("decision", DecisionEntry{Commit: next.commit.ID, Host: rec.Host, Decision: next.decision})
+}

@@ -1,0 +1,288 @@
+package reconciler
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"log/slog"
+	"reflect"
+	"slices"
+	"time"
+
+	"github.com/kindos/kmo/backends"
+	"github.com/kindos/kmo/policy"
+	"github.com/kindos/kmo/policy/audit"
+	"github.com/kindos/kmo/policy/refusal"
+	"github.com/kindos/kmo/policy/trust"
+	"github.com/kindos/kmo/reconciler/gate"
+	"github.com/kindos/kmo/reconciler/template"
+)
+
+// Images turns what a unit pins into verified bytes on this host.
+type Images interface {
+	// Describe returns what the registry knows of an image, small and verified, as the rules shall see it.
+	Describe(ctx context.Context, image backends.Image, format backends.Format) (any, error)
+	// Fetch returns the image with Content, ContentRoot and Config set. A second call for the same pins touches no network.
+	Fetch(ctx context.Context, image backends.Image, format backends.Format) (backends.Image, error)
+	// Check reads the content again; it must return a *refusal.Error naming what differs if a byte is not what was fetched.
+	Check(ctx context.Context, image backends.Image) error
+	// Repair makes the content good again from stored or fetched blobs and returns where it is now.
+	Repair(ctx context.Context, image backends.Image, format backends.Format) (backends.Image, error)
+}
+
+// Reconciler makes one host run what its site's branch says. Its methods must not run side by side.
+type Reconciler struct {
+	Host     template.Host // facts of this host, but the fingerprints
+	State    string        // kMO's state folder, which policy keeps units away from
+	Source   Source
+	Trust    *trust.Verifier
+	Images   Images
+	Backends map[string]backends.Backend
+	Journal  Journal
+	Audit    *audit.Log
+	Rules    func(site fs.FS) (*policy.Set, error) // the shipped rules with the site's own, nil for none
+	Logger   *slog.Logger
+	Every    time.Duration // between two checks of a base's bytes; 0 means one a minute
+
+	// owned by the one goroutine that calls Reconcile
+	loader       template.Loader
+	fingerprints map[string]backends.Fingerprint
+	good         *desired // the good commit as it was last rendered; nil until it is asked for
+	sets         ruleCache
+	vitals       vitals
+	saved        Record // as it is in the journal
+}
+
+// Reconcile looks once and does what is to be done. The record says how it ended; the error is for what keeps kMO itself from going
+// on: its journal, its audit log, a context that ended.
+func (r *Reconciler) Reconcile(ctx context.Context) (Record, error) {
+	rec, err := r.Journal.Load()
+	if err != nil {
+		return rec, err
+	}
+	rec.Host, r.saved = r.Host.Name, rec
+	r.saved.Bad = slices.Clone(rec.Bad)
+	r.fingerprints = nil
+	if rec.Trying != "" {
+		rec, err = r.resume(ctx, rec)
+		if err != nil || rec.Outcome != Waiting {
+			return rec, err
+		}
+	}
+	return r.follow(ctx, rec)
+}
+
+// follow looks at the branch.
+func (r *Reconciler) follow(ctx context.Context, rec Record) (Record, error) {
+	head, err := r.Source.Head(ctx)
+	if err != nil {
+		return r.hold(ctx, rec, rec.Head, "source", err)
+	}
+	if rec.Trying == head.ID {
+		return rec, nil // it waits for data; resume has said so
+	}
+	if rec.Good == head.ID {
+		return r.keep(ctx, rec)
+	}
+	if bad := rec.bad(head.ID); bad != nil {
+		return r.keepReverted(ctx, rec, bad)
+	}
+	next, stage, err := r.judge(ctx, rec, head)
+	if err != nil {
+		return r.hold(ctx, rec, head.ID, stage, err)
+	}
+	return r.try(ctx, rec, next)
+}
+
+// hold keeps the good commit running and records why the head does not run.
+func (r *Reconciler) hold(ctx context.Context, rec Record, head, stage string, cause error) (Record, error) {
+	trouble, err := r.repair(ctx, rec)
+	switch {
+	case err != nil:
+		return rec, err
+	case trouble.reason != "":
+		return r.end(ctx, rec, head, trouble.outcome, "keep", trouble.reason+"; besides, "+stage+": "+cause.Error())
+	}
+	return r.end(ctx, rec, head, meaning(cause), stage, cause.Error())
+}
+
+// meaning is the one place that tells refused from waiting: a refusal is a value, anything else is the world not answering.
+func meaning(err error) Outcome {
+	if refusal.Of(err) != nil {
+		return Refused
+	}
+	return Waiting
+}
+
+// keep repairs the good commit, which is the head.
+func (r *Reconciler) keep(ctx context.Context, rec Record) (Record, error) {
+	trouble, err := r.repair(ctx, rec)
+	switch {
+	case err != nil:
+		return rec, err
+	case trouble.reason != "":
+		return r.end(ctx, rec, rec.Good, trouble.outcome, "keep", trouble.reason)
+	}
+	for _, bad := range rec.Bad {
+		if bad.Revert == rec.Good { // the head is the revert
+			return r.end(ctx, rec, rec.Good, Reverted, "gate", bad.reason())
+		}
+	}
+	return r.end(ctx, rec, rec.Good, Converged, "", "")
+}
+
+// keepReverted keeps the good commit while the head is one that failed here, and goes on trying to take that back in Git.
+func (r *Reconciler) keepReverted(ctx context.Context, rec Record, bad *Bad) (Record, error) {
+	trouble, err := r.repair(ctx, rec)
+	if err != nil {
+		return rec, err
+	}
+	if bad.Revert == "" && rec.Good != "" {
+		if err := r.takeBack(ctx, &rec, bad); err != nil {
+			return rec, err
+		}
+	}
+	if trouble.reason != "" {
+		return r.end(ctx, rec, bad.Commit, trouble.outcome, "keep", trouble.reason+"; besides, "+bad.reason())
+	}
+	return r.end(ctx, rec, bad.Commit, badOutcome(rec), "gate", bad.reason())
+}
+
+// badOutcome is what a failed head means: without a good commit there is nothing to go back to.
+func badOutcome(rec Record) Outcome {
+	if rec.Good == "" {
+		return Stuck
+	}
+	return Reverted
+}
+
+func (b Bad) reason() string {
+	text := fmt.Sprintf("%s: %s: %s", b.Unit, b.Gate, b.Evidence)
+	switch {
+	case b.Revert != "":
+		text += "; taken back by " + b.Revert
+	case b.Why != "":
+		text += "; not taken back in Git: " + b.Why
+	}
+	return text
+}
+
+// try makes the host run a commit that may run, and watches it.
+func (r *Reconciler) try(ctx context.Context, rec Record, next *desired) (Record, error) {
+	if err := r.Trust.Accept(ctx, next.commit, next.facts); err != nil {
+		return r.hold(ctx, rec, next.commit.ID, "accept", err)
+	}
+	rec.Trying, rec.Head = next.commit.ID, next.commit.ID
+	if err := r.save(&rec); err != nil { // commit point: from here the host may change
+		return rec, err
+	}
+	return r.finish(ctx, rec, next)
+}
+
+// resume goes on with a try that was interrupted. What it tries was judged and accepted before the commit point.
+func (r *Reconciler) resume(ctx context.Context, rec Record) (Record, error) {
+	next, err := r.load(ctx, rec.Trying)
+	if err != nil {
+		return r.end(ctx, rec, rec.Trying, Waiting, "resume", err.Error())
+	}
+	return r.finish(ctx, rec, next)
+}
+
+// finish converges the host to next and does what the gate's verdict asks for.
+func (r *Reconciler) finish(ctx context.Context, rec Record, next *desired) (Record, error) {
+	have, err := r.observe(ctx)
+	if err != nil {
+		return r.end(ctx, rec, rec.Trying, Waiting, "observe", err.Error())
+	}
+	finding, err := r.converge(ctx, next, Diff(next.plan.Workloads, have, r.exclusive(next)), true)
+	if ctx.Err() != nil {
+		return rec, context.Cause(ctx) // judges nothing: the next Reconcile goes on
+	}
+	if err != nil {
+		return r.end(ctx, rec, rec.Trying, Waiting, "apply", err.Error())
+	}
+	if err := r.record("gate", GateEntry{Commit: next.commit.ID, Host: rec.Host, Finding: finding}); err != nil {
+		return rec, err
+	}
+	switch finding.Verdict {
+	case gate.Pass:
+		return r.promote(ctx, rec, next)
+	case gate.Fail:
+		return r.goBack(ctx, rec, next, finding)
+	}
+	return r.end(ctx, rec, rec.Trying, Waiting, "gate", fmt.Sprintf("no data from %s %s: %s", finding.Unit, finding.Gate, finding.Evidence))
+}
+
+// promote makes next the good commit.
+func (r *Reconciler) promote(ctx context.Context, rec Record, next *desired) (Record, error) {
+	if err := r.Trust.Passed(ctx, next.commit.ID); err != nil {
+		return rec, fmt.Errorf("remembering what passed: %w", err)
+	}
+	rec.Good, rec.Trying = next.commit.ID, ""
+	r.good, r.vitals = next, newVitals()
+	if bad := rec.settle(next.commit.ID, next.facts.Revert); bad != nil {
+		return r.end(ctx, rec, next.commit.ID, Reverted, "gate", bad.reason())
+	}
+	return r.end(ctx, rec, next.commit.ID, Converged, "", "")
+}
+
+// end makes the outcome durable and tells of it, once: in the audit log and in one line of the log. A context that ended judges nothing.
+func (r *Reconciler) end(ctx context.Context, rec Record, head string, outcome Outcome, stage, reason string) (Record, error) {
+	if ctx.Err() != nil {
+		return rec, context.Cause(ctx)
+	}
+	told := rec.Head == head && rec.Outcome == outcome && rec.Stage == stage && rec.Reason == refusal.Clip(reason, maxReason)
+	rec.Head, rec.Outcome, rec.Stage, rec.Reason = head, outcome, stage, refusal.Clip(reason, maxReason)
+	if told && reflect.DeepEqual(rec, r.saved) {
+		return rec, nil
+	}
+	rec.When = time.Now().UTC()
+	if !told {
+		if err := r.record("outcome", OutcomeEntry{Commit: head, Host: rec.Host, Outcome: outcome, Stage: stage, Reason: rec.Reason, Good: rec.Good}); err != nil {
+			return rec, err
+		}
+	}
+	if err := r.save(&rec); err != nil {
+		return rec, err
+	}
+	if !told {
+		r.Logger.Info(string(outcome), "commit", head, "stage", stage, "err", rec.Reason)
+	}
+	return rec, nil
+}
+
+// OutcomeEntry is what the audit log keeps of how a reconcile ended, each time that changes.
+type OutcomeEntry struct {
+	Commit  string  `json:"commit"`
+	Host    string  `json:"host"`
+	Outcome Outcome `json:"outcome"`
+	Stage   string  `json:"stage,omitempty"`
+	Reason  string  `json:"reason,omitempty"`
+	Good    string  `json:"good,omitempty"`
+}
+
+// maxReason bounds a reason in bytes.
+const maxReason = 2000
+
+// save makes rec durable.
+func (r *Reconciler) save(rec *Record) error {
+	rec.Seq++
+	if err := r.Journal.Save(*rec); err != nil {
+		return fmt.Errorf("journal: %w", err)
+	}
+	r.saved = *rec
+	r.saved.Bad = slices.Clone(rec.Bad)
+	return nil
+}
+
+// record writes to the audit log, durably, before what it speaks of takes effect.
+func (r *Reconciler) record(kind string, entry any) error {
+	if _, err := r.Audit.Append(kind, entry); err != nil {
+		return fmt.Errorf("audit log: %w", err)
+	}
+	return nil
+}
+
+// errNoBackend says that a workload exists in, or is meant for, a backend this host does not have.
+var errNoBackend = errors.New("this host has no such backend")

@@ -1,0 +1,585 @@
+package reconciler
+
+import (
+	"context"
+	"crypto/ed25519"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"log/slog"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"golang.org/x/crypto/ssh"
+
+	"github.com/kindos/kmo/backends"
+	"github.com/kindos/kmo/backends/fake"
+	"github.com/kindos/kmo/policy"
+	"github.com/kindos/kmo/policy/audit"
+	"github.com/kindos/kmo/policy/trust"
+	"github.com/kindos/kmo/reconciler/template"
+	"github.com/kindos/kmo/rego"
+)
+
+// world is one host with everything around it in memory but its trust state and its audit log, which are real.
+type world struct {
+	*memSource
+	t       *testing.T
+	dir     string
+	files   map[string]string
+	alice   ssh.Signer
+	images  *memImages
+	journal *memJournal
+	fake    *fake.Backend
+	faults  *faults
+	r       *Reconciler
+	log     *audit.Log
+	root    []byte
+}
+
+func key(t *testing.T, seed byte) ssh.Signer {
+	t.Helper()
+	signer, err := ssh.NewSignerFromKey(ed25519.NewKeyFromSeed(slices.Repeat([]byte{seed}, ed25519.SeedSize)))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return signer
+}
+
+func public(signer ssh.Signer) string {
+	return strings.TrimSpace(string(ssh.MarshalAuthorizedKey(signer.PublicKey())))
+}
+
+// newWorld is a site with no unit, on a host that has accepted nothing.
+func newWorld(t *testing.T) *world {
+	t.Helper()
+	w := &world{t: t, dir: t.TempDir(), alice: key(t, 1), faults: &faults{}, fake: &fake.Backend{}}
+	host := key(t, 9)
+	root, err := trust.SignRoot(trust.Root{
+		Version: 1, Site: "north-sea", Tiers: []trust.Tier{{Tier: 0, Need: 1}, {Tier: 1, Need: 1}, {Tier: 2, Need: 1}, {Tier: 3}},
+		Principals: []trust.Principal{
+			{Name: "alice", Class: "human", Emails: []string{"alice@example.org"}, Keys: []trust.Key{{Public: public(w.alice), Uses: []string{trust.RoleRoot, trust.RoleCommit, trust.RoleApprove}}}},
+			{Name: "edge-1", Class: "robot", Keys: []trust.Key{{Public: public(host), Uses: []string{trust.RoleRevert}}}},
+		},
+		Roles: []trust.Role{
+			{Name: trust.RoleRoot, Threshold: 1, Members: []string{"alice"}},
+			{Name: trust.RoleCommit, Threshold: 1, Members: []string{"alice"}},
+			{Name: trust.RoleApprove, Threshold: 1, Members: []string{"alice"}},
+			{Name: trust.RoleRevert, Threshold: 1, Members: []string{"edge-1"}},
+		},
+	}, w.alice)
+	if err != nil {
+		t.Fatal(err)
+	}
+	w.root = root
+	w.files = map[string]string{
+		"site.yaml":         "site: north-sea\nbranch: main\nzones: [edge]\nregistries: [reg.example]\n",
+		"trust/1.root.json": string(root),
+	}
+	w.memSource = &memSource{t: t, faults: w.faults, host: host, commits: map[string]Commit{}, clock: time.Now()}
+	w.images = &memImages{faults: w.faults, broken: map[string]error{}, drift: map[string]bool{}}
+	w.journal = &memJournal{faults: w.faults}
+	w.start()
+	return w
+}
+
+// start makes a new agent over what the old one left.
+func (w *world) start() {
+	w.t.Helper()
+	if w.log != nil {
+		_ = w.log.Close()
+	}
+	log, err := audit.Open(audit.Options{Dir: filepath.Join(w.dir, "audit"), Name: "edge-1/kmo-audit", Key: ed25519.NewKeyFromSeed(make([]byte, 32))})
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	w.log = log
+	w.t.Cleanup(func() { _ = log.Close() })
+	w.r = &Reconciler{
+		Host:   template.Host{Name: "edge-1", Zone: "edge", OS: "linux", Arch: "amd64", CPU: 8000, Memory: 16 << 30, PIDs: 30000, Disk: 100 << 30},
+		State:  "/var/lib/kmo",
+		Source: w.memSource,
+		Trust: &trust.Verifier{Site: "north-sea", Branch: "main", Pin: trust.PinOf(w.root), State: trust.StateFile{Path: filepath.Join(w.dir, "trust.json")},
+			Clock: time.Now, Describe: Declare()},
+		Images:   w.images,
+		Backends: map[string]backends.Backend{"fake": faulty{w.fake, w.faults}},
+		Journal:  w.journal,
+		Audit:    log,
+		Rules:    testRules,
+		Logger:   slog.New(slog.NewTextHandler(io.Discard, nil)),
+	}
+}
+
+// shipped is loaded outside every bubble: a set does not change.
+var shipped = sync.OnceValues(func() (*policy.Set, error) { return policy.Load(rego.Rules()) })
+
+func testRules(fs.FS) (*policy.Set, error) { return shipped() }
+
+func TestMain(m *testing.M) {
+	if _, err := shipped(); err != nil {
+		panic(err)
+	}
+	m.Run()
+}
+
+// unit adds or changes a unit; text follows the lines that every unit has.
+func (w *world) unit(name, version, text string) {
+	w.files["units/"+name+"/unit.yaml"] = fmt.Sprintf(`unit: %s
+tier: 3
+variants:
+  - image: reg.example/%s@sha256:%064x
+    merkle: kmo1:sha3-256:%064x
+resources: {cpu: {max: 100m}, memory: {max: 32Mi}, pids: {max: 16}, disk: {max: 16Mi}}
+run: {args: [%q], user: 65532}
+health: {process: {}, every: 1s, start: 2s, failures: 2}
+%s`, name, name, 7, 8, version, text)
+}
+
+// push commits the files as they are.
+func (w *world) push(message string) string {
+	return w.commit(w.alice, "alice@example.org", message, w.files)
+}
+
+// reconcile runs one pass and checks its outcome.
+func (w *world) reconcile(want Outcome) Record {
+	w.t.Helper()
+	rec, err := w.r.Reconcile(w.t.Context())
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	if rec.Outcome != want {
+		w.t.Fatalf("outcome %s at %s: %s; want %s", rec.Outcome, rec.Stage, rec.Reason, want)
+	}
+	return rec
+}
+
+// running lists the arguments of the workloads that exist, as "unit=version".
+func (w *world) running() string {
+	w.t.Helper()
+	var list []string
+	for _, workload := range w.fake.Workloads() {
+		list = append(list, workload.Unit+"="+workload.Run.Args[0])
+	}
+	slices.Sort(list)
+	return strings.Join(list, " ")
+}
+
+func (w *world) wantRunning(want string) {
+	w.t.Helper()
+	if got := w.running(); got != want {
+		w.t.Fatalf("running %q, want %q", got, want)
+	}
+}
+
+// failing makes every program started with that argument end at once, with status 3.
+func (w *world) failing(version string) {
+	w.fake.Program = func(p *fake.Process) (int, bool) { return 3, p.Workload.Run.Args[0] == version }
+}
+
+// only is the one workload of a unit.
+func (w *world) only(unit string) string {
+	w.t.Helper()
+	for _, workload := range w.fake.Workloads() {
+		if workload.Unit == unit {
+			return workload.Name
+		}
+	}
+	w.t.Fatalf("no workload of %s", unit)
+	return ""
+}
+
+// story runs a test in a bubble, where waiting costs nothing.
+func story(t *testing.T, f func(t *testing.T, w *world)) {
+	t.Helper()
+	synctest.Test(t, func(t *testing.T) { f(t, newWorld(t)) })
+}
+
+func TestForwardAndBack(t *testing.T) {
+	story(t, func(t *testing.T, w *world) {
+		w.unit("relay", "1", "")
+		v1 := w.push("v1")
+		rec := w.reconcile(Converged)
+		if rec.Good != v1 || rec.Trying != "" {
+			t.Fatalf("record %+v, want good %s", rec, v1)
+		}
+		w.wantRunning("relay=1")
+
+		seq := w.journal.rec.Seq
+		w.faults.seen = nil
+		w.reconcile(Converged)
+		if got := strings.Join(w.faults.seen, " "); got != "source.Head backend.Observe" || w.journal.rec.Seq != seq {
+			t.Errorf("a reconcile with nothing to do made the calls %q and %d saves", got, w.journal.rec.Seq-seq)
+		}
+
+		w.failing("2")
+		w.unit("relay", "2", "")
+		v2 := w.push("v2")
+		rec = w.reconcile(Reverted)
+		w.wantRunning("relay=1")
+		if rec.Good != v1 || len(rec.Bad) != 1 || rec.Bad[0].Commit != v2 || rec.Bad[0].Revert != w.head || !strings.Contains(rec.Reason, "ended with status 3") {
+			t.Fatalf("record %+v, want v2 bad, taken back by %s", rec, w.head)
+		}
+		revert := w.head
+		rec = w.reconcile(Reverted)
+		if rec.Good != revert || rec.Head != revert {
+			t.Fatalf("record %+v, want the revert to be the good commit", rec)
+		}
+		w.reconcile(Reverted)
+		w.wantRunning("relay=1")
+		if w.pushes != 1 {
+			t.Errorf("%d reverts were pushed, want 1", w.pushes)
+		}
+
+		w.unit("relay", "3", "")
+		w.push("v3")
+		w.reconcile(Converged)
+		w.wantRunning("relay=3")
+	})
+}
+
+func TestOldCopyServesUntilTheNewOnePasses(t *testing.T) {
+	story(t, func(t *testing.T, w *world) {
+		w.unit("relay", "1", "gate: {bake: 30s}\n")
+		w.push("v1")
+		w.reconcile(Converged)
+		w.unit("relay", "2", "gate: {bake: 30s}\n")
+		w.push("v2")
+		go func() {
+			time.Sleep(15 * time.Second)
+			if got := w.running(); got != "relay=1 relay=2" {
+				t.Errorf("P-04 while it bakes %q runs, want both copies", got)
+			}
+		}()
+		w.reconcile(Converged)
+		w.wantRunning("relay=2")
+	})
+}
+
+func TestExclusiveCopiesReplaceEachOther(t *testing.T) {
+	story(t, func(t *testing.T, w *world) {
+		run := func(version string) { w.unit("relay", version, "overlay: {size: 1Mi, keep: [/data]}\n") }
+		run("1")
+		w.push("v1")
+		w.reconcile(Converged)
+		run("2")
+		id := w.push("v2")
+		preview, err := w.r.Preview(t.Context(), id)
+		if err != nil || len(preview.Steps) != 2 || len(preview.Steps[0].Replaces) != 1 || !slices.Contains(preview.Steps[0].Because, "kept path /data") {
+			t.Fatalf("P-04 plan %+v (%v), want a replacement because of the kept path", preview.Steps, err)
+		}
+		w.reconcile(Converged)
+		w.wantRunning("relay=2")
+		w.failing("3")
+		run("3")
+		w.push("v3")
+		w.reconcile(Reverted)
+		w.wantRunning("relay=2")
+	})
+}
+
+func TestRefusals(t *testing.T) {
+	for _, test := range []struct {
+		name, stage, code string
+		change            func(w *world)
+	}{
+		{"T01 unsigned head", "trust", "E_SIG_MISSING", func(w *world) { w.commit(nil, "alice@example.org", "x", w.files) }},
+		{"T02 stranger's key", "trust", "E_SIG_UNKNOWN_KEY", func(w *world) { w.commit(key(w.t, 77), "alice@example.org", "x", w.files) }},
+		{"T63 privileged", "policy", "KT001", func(w *world) { w.unit("relay", "2", "security: {privileged: true}\n"); w.push("x") }},
+		{"T16 no quorum", "policy", "KT018", func(w *world) {
+			w.unit("relay", "2", "")
+			w.files["units/relay/unit.yaml"] = strings.Replace(w.files["units/relay/unit.yaml"], "tier: 3", "tier: 1", 1)
+			w.push("x")
+		}},
+		{"T67 unknown field", "trust", "E_DECODE", func(w *world) { w.unit("relay", "2", "priviledged: true\n"); w.push("x") }},
+		{"needs nobody", "trust", "E_GRAPH", func(w *world) { w.unit("relay", "2", "needs: [nobody]\n"); w.push("x") }},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			story(t, func(t *testing.T, w *world) {
+				w.unit("relay", "1", "")
+				v1 := w.push("v1")
+				w.reconcile(Converged)
+				files := w.files
+				w.files = map[string]string{}
+				for name, text := range files {
+					w.files[name] = text
+				}
+				test.change(w)
+				rec := w.reconcile(Refused)
+				if rec.Stage != test.stage || !strings.Contains(rec.Reason, test.code) || rec.Good != v1 {
+					t.Fatalf("refused at %s: %s; want %s at %s", rec.Stage, rec.Reason, test.code, test.stage)
+				}
+				w.wantRunning("relay=1")
+				before := w.records()
+				w.reconcile(Refused)
+				if after := w.records(); after != before {
+					t.Errorf("looking again at the same refused head wrote %d audit records", after-before)
+				}
+				w.fake.Damage(w.only("relay"), "test")
+				w.reconcile(Refused)
+				list, err := w.fake.Observe(t.Context())
+				if err != nil || len(list) != 1 || list[0].State != backends.Running {
+					t.Errorf("drift beside a refused head: %+v (%v), want one running workload", list, err)
+				}
+			})
+		})
+	}
+}
+
+func (w *world) records() int {
+	w.t.Helper()
+	list, err := w.log.Last(1 << 20)
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	return len(list)
+}
+
+func TestTheWorldDoesNotAnswer(t *testing.T) {
+	for _, call := range []string{"source.Head", "images.Describe", "images.Fetch", "backend.Observe", "backend.Apply"} {
+		t.Run(call, func(t *testing.T) {
+			story(t, func(t *testing.T, w *world) {
+				w.unit("relay", "1", "")
+				w.push("v1")
+				w.reconcile(Converged)
+				w.unit("relay", "2", "")
+				v2 := w.push("v2")
+				w.faults.armed = &fault{call: call}
+				rec := w.reconcile(Waiting)
+				if !strings.Contains(rec.Reason, errFault.Error()) {
+					t.Errorf("reason %q does not say %q", rec.Reason, errFault)
+				}
+				if rec = w.reconcile(Converged); rec.Good != v2 {
+					t.Errorf("good %s, want %s", rec.Good, v2)
+				}
+				w.wantRunning("relay=2")
+			})
+		})
+	}
+}
+
+func TestFirstCommitFails(t *testing.T) {
+	story(t, func(t *testing.T, w *world) {
+		w.failing("1")
+		w.unit("relay", "1", "")
+		w.push("v1")
+		rec := w.reconcile(Stuck)
+		w.wantRunning("")
+		if !strings.Contains(rec.Reason, "no earlier good commit") {
+			t.Errorf("reason %q", rec.Reason)
+		}
+		w.reconcile(Stuck)
+		w.unit("relay", "2", "")
+		w.push("v2")
+		w.reconcile(Converged)
+		w.wantRunning("relay=2")
+	})
+}
+
+func TestP05AFailedVersionIsNeverPlacedAgain(t *testing.T) {
+	story(t, func(t *testing.T, w *world) {
+		w.unit("relay", "1", "")
+		w.push("v1")
+		w.reconcile(Converged)
+		w.failing("2")
+		w.unit("relay", "2", "")
+		w.push("v2")
+		w.reconcile(Reverted)
+		w.reconcile(Reverted)
+		w.unit("other", "1", "")
+		w.push("v2 once more, with something else")
+		w.faults.seen = nil
+		rec := w.reconcile(Refused)
+		if !strings.Contains(rec.Reason, "E_FAILED_BEFORE") || slices.Contains(w.faults.seen, "backend.Apply") {
+			t.Errorf("reason %q, calls %v", rec.Reason, w.faults.seen)
+		}
+	})
+}
+
+func TestRevertWhileTheBranchMoves(t *testing.T) {
+	begin := func(w *world) string {
+		w.unit("relay", "1", "")
+		w.push("v1")
+		w.reconcile(Converged)
+		w.failing("2")
+		w.unit("relay", "2", "")
+		return w.push("v2")
+	}
+	t.Run("to a commit with the same fault", func(t *testing.T) {
+		story(t, func(t *testing.T, w *world) {
+			begin(w)
+			w.moved = func(*memSource) { w.files["README"] = "hello"; w.push("words") }
+			w.reconcile(Reverted)
+			w.reconcile(Reverted)
+			w.wantRunning("relay=1")
+			if w.pushes != 1 {
+				t.Errorf("%d pushes, want 1", w.pushes)
+			}
+		})
+	})
+	t.Run("to the mended version", func(t *testing.T) {
+		story(t, func(t *testing.T, w *world) {
+			begin(w)
+			w.moved = func(*memSource) { w.unit("relay", "3", ""); w.push("v3") }
+			rec := w.reconcile(Reverted)
+			if w.pushes != 0 || !strings.Contains(rec.Reason, "moved on") {
+				t.Errorf("%d pushes, reason %q: a mended branch must not be taken back", w.pushes, rec.Reason)
+			}
+			w.reconcile(Converged)
+			w.wantRunning("relay=3")
+		})
+	})
+	t.Run("and the remote takes no push", func(t *testing.T) {
+		story(t, func(t *testing.T, w *world) {
+			v2 := begin(w)
+			w.refuse = true
+			rec := w.reconcile(Reverted)
+			if !strings.Contains(rec.Reason, "protected branch") || rec.Bad[0].Commit != v2 {
+				t.Errorf("reason %q", rec.Reason)
+			}
+			w.reconcile(Reverted)
+			w.wantRunning("relay=1")
+			w.refuse = false
+			w.reconcile(Reverted)
+			if w.pushes != 1 {
+				t.Errorf("%d pushes once it may, want 1", w.pushes)
+			}
+		})
+	})
+}
+
+func TestNeedsComeFirst(t *testing.T) {
+	story(t, func(t *testing.T, w *world) {
+		w.unit("app", "1", "needs: [bus]\n")
+		w.unit("bus", "1", "")
+		w.push("both")
+		w.fake.Program = func(p *fake.Process) (int, bool) {
+			if p.Workload.Unit != "bus" {
+				t.Errorf("%s was started although what it needs is not healthy", p.Workload.Unit)
+			}
+			return 1, true
+		}
+		rec := w.reconcile(Stuck)
+		if !strings.HasPrefix(rec.Reason, "bus: ") {
+			t.Errorf("reason %q, want bus to be blamed", rec.Reason)
+		}
+	})
+}
+
+func TestStuckOnTheGoodCommit(t *testing.T) {
+	story(t, func(t *testing.T, w *world) {
+		w.unit("relay", "1", "")
+		v1 := w.push("v1")
+		w.reconcile(Converged)
+		w.failing("1")
+		w.fake.Kill(w.only("relay"))
+		for range 2 {
+			time.Sleep(2 * time.Second)
+			if _, err := w.r.Reconcile(t.Context()); err != nil {
+				t.Fatal(err)
+			}
+		}
+		rec := w.reconcile(Stuck)
+		if rec.Good != v1 || len(rec.Bad) != 0 || w.pushes != 0 {
+			t.Errorf("record %+v: the good commit was blamed", rec)
+		}
+		w.failing("none")
+		time.Sleep(time.Hour) // its backend starts it again
+		w.reconcile(Converged)
+	})
+}
+
+func TestP03RepairsEnd(t *testing.T) {
+	story(t, func(t *testing.T, w *world) {
+		w.unit("relay", "1", "")
+		w.push("v1")
+		w.reconcile(Converged)
+		name := w.fake.Workloads()[0].Name
+		for range maxRepairs {
+			w.fake.Damage(name, "test")
+			w.reconcile(Converged)
+		}
+		w.fake.Damage(name, "test")
+		if rec := w.reconcile(Stuck); !strings.Contains(rec.Reason, "repaired 5 times") {
+			t.Errorf("reason %q", rec.Reason)
+		}
+	})
+}
+
+func TestT56ChangedBase(t *testing.T) {
+	story(t, func(t *testing.T, w *world) {
+		w.unit("relay", "1", "")
+		w.push("v1")
+		w.reconcile(Converged)
+		started := w.fake.Calls("Apply")
+		w.images.drift[w.fake.Workloads()[0].Image.Ref] = true
+		time.Sleep(2 * time.Minute)
+		w.reconcile(Converged)
+		w.wantRunning("relay=1")
+		if w.fake.Calls("Apply") != started+1 || len(w.images.drift) != 0 {
+			t.Errorf("%d calls of Apply after the base changed, want one more than %d; drift left: %v", w.fake.Calls("Apply"), started, w.images.drift)
+		}
+	})
+}
+
+// TestCrashTable fails each outside call before and after its effect and ends the agent there, as a kill would; a new agent must come to
+// the same end, with one revert and nothing half-done.
+func TestCrashTable(t *testing.T) {
+	calls := []string{"source.Head", "images.Describe", "images.Fetch", "backend.Observe", "journal.Save trying", "backend.Apply",
+		"backend.Remove", "journal.Save " + string(Converged), "journal.Save " + string(Reverted), "source.Revert"}
+	for _, bad := range []bool{false, true} {
+		for _, call := range calls {
+			for _, after := range []bool{false, true} {
+				for nth := 1; nth <= 3; nth++ {
+					t.Run(fmt.Sprintf("bad=%v/%s/after=%v/%d", bad, call, after, nth), func(t *testing.T) {
+						story(t, func(t *testing.T, w *world) { crash(t, w, bad, fault{call: call, after: after, times: nth}) })
+					})
+				}
+			}
+		}
+	}
+}
+
+func crash(t *testing.T, w *world, bad bool, at fault) {
+	w.unit("relay", "1", "")
+	w.unit("bus", "1", "")
+	w.push("v1")
+	w.reconcile(Converged)
+	w.unit("relay", "2", "needs: [bus]\n")
+	w.unit("bus", "2", "")
+	w.push("v2")
+	want, outcome := "bus=2 relay=2", Converged
+	if bad {
+		w.failing("2")
+		want, outcome = "bus=1 relay=1", Reverted
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	w.faults.armed, w.faults.cancel = &at, cancel
+	for range 3 {
+		if _, err := w.r.Reconcile(ctx); ctx.Err() != nil && err == nil {
+			t.Error("a pass whose context ended gave no error")
+		}
+	}
+	w.faults.armed, w.faults.cancel = nil, nil
+	w.start()
+	var rec Record
+	var err error
+	for range 4 {
+		if rec, err = w.r.Reconcile(t.Context()); err != nil && !errors.Is(err, errFault) {
+			t.Fatal(err)
+		}
+	}
+	if rec.Outcome != outcome || rec.Trying != "" {
+		t.Errorf("ended %s (%s: %s), trying %q; want %s", rec.Outcome, rec.Stage, rec.Reason, rec.Trying, outcome)
+	}
+	w.wantRunning(want)
+	if reverts := w.pushes; bad && reverts != 1 || !bad && reverts != 0 {
+		t.Errorf("%d reverts were pushed", reverts)
+	}
+	cancel()
+}

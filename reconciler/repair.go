@@ -1,0 +1,190 @@
+package reconciler
+
+import (
+	"context"
+	"fmt"
+	"slices"
+	"time"
+
+	"github.com/kindos/kmo/backends"
+	"github.com/kindos/kmo/policy/refusal"
+	"github.com/kindos/kmo/reconciler/gate"
+)
+
+const (
+	maxRepairs   = 5                // of one workload for one reason, in a row
+	calmAfter    = 10 * time.Minute // without a repair, after which the count begins anew
+	checkPerPass = time.Minute      // between two checks of a base's bytes, unless Reconciler.Every says otherwise
+)
+
+// trouble is what keeps the good commit from being what runs, and well. The zero value is none.
+type trouble struct {
+	outcome Outcome
+	reason  string
+}
+
+// vitals is what the reconciler remembers, while it lives, of the good commit's workloads.
+type vitals struct {
+	repairs map[string]repairs   // by workload
+	asked   map[string]time.Time // when each was last probed
+	failing map[string]failing   // those whose last probe failed
+	checked int                  // index of the workload whose base was last checked
+	when    time.Time            // of that check
+}
+
+type failing struct {
+	count   int // in a row
+	finding gate.Finding
+}
+
+type repairs struct {
+	reason string
+	count  int
+	last   time.Time
+}
+
+func newVitals() vitals {
+	return vitals{repairs: map[string]repairs{}, asked: map[string]time.Time{}, failing: map[string]failing{}}
+}
+
+// again counts one more repair and says whether it is one too many.
+func (v *vitals) again(step Step, now time.Time) bool {
+	seen := v.repairs[step.Name]
+	if seen.reason != step.Reason || now.Sub(seen.last) > calmAfter {
+		seen = repairs{reason: step.Reason}
+	}
+	if seen.count >= maxRepairs {
+		return true
+	}
+	seen.count, seen.last = seen.count+1, now
+	v.repairs[step.Name] = seen
+	return false
+}
+
+// repair makes the host run the good commit, whatever it runs now, and says what is wrong with it. When nothing is, it changes
+// nothing and costs one look at each backend.
+func (r *Reconciler) repair(ctx context.Context, rec Record) (trouble, error) {
+	good, err := r.goodPlan(ctx, rec)
+	if err != nil {
+		return r.noAnswer(ctx, "rendering the good commit", err)
+	}
+	if err := r.checkBase(ctx, good); err != nil {
+		return r.noAnswer(ctx, "checking what runs", err)
+	}
+	have, err := r.observe(ctx)
+	if err != nil {
+		return r.noAnswer(ctx, "keep", err)
+	}
+	steps := Diff(good.plan.Workloads, have, r.exclusive(good))
+	if len(steps) == 0 {
+		return r.health(ctx, good, have), nil
+	}
+	worn := ""
+	steps = slices.DeleteFunc(steps, func(step Step) bool {
+		tooOften := step.Op == Apply && r.vitals.again(step, time.Now())
+		if tooOften {
+			worn = fmt.Sprintf("%s: repaired %d times and again: %s", step.Name, maxRepairs, step.Reason)
+		}
+		return tooOften
+	})
+	if len(steps) > 0 {
+		if err := r.record("repair", RepairEntry{Commit: rec.Good, Host: rec.Host, Steps: steps}); err != nil {
+			return trouble{}, err
+		}
+	}
+	finding, err := r.converge(ctx, good, steps, false)
+	switch {
+	case err != nil:
+		return r.noAnswer(ctx, "repair", err)
+	case ctx.Err() != nil:
+		return trouble{}, context.Cause(ctx)
+	case worn != "":
+		return trouble{Stuck, worn}, nil
+	case finding.Verdict == gate.Fail:
+		return trouble{Stuck, fmt.Sprintf("%s of the good commit does not pass: %s: %s", finding.Unit, finding.Gate, finding.Evidence)}, nil
+	case finding.Verdict == gate.NoData:
+		return trouble{Waiting, fmt.Sprintf("no data from %s: %s", finding.Unit, finding.Evidence)}, nil
+	}
+	return trouble{}, nil
+}
+
+// RepairEntry is what the audit log keeps of a repair: every step with its reason.
+type RepairEntry struct {
+	Commit string `json:"commit"`
+	Host   string `json:"host"`
+	Steps  []Step `json:"steps"`
+}
+
+// noAnswer is the trouble of a world that does not answer, or the end of the context.
+func (r *Reconciler) noAnswer(ctx context.Context, doing string, err error) (trouble, error) {
+	if ctx.Err() != nil {
+		return trouble{}, context.Cause(ctx)
+	}
+	if refusal.Of(err) != nil {
+		return trouble{Stuck, doing + ": " + err.Error()}, nil
+	}
+	return trouble{Waiting, doing + ": " + err.Error()}, nil
+}
+
+// health probes the good commit's workloads whose time has come. One that fails often enough is trouble, not a reason to go back.
+func (r *Reconciler) health(ctx context.Context, good *desired, have []Have) trouble {
+	now := time.Now()
+	var due []gate.Target
+	for _, target := range good.all() {
+		if now.Sub(r.vitals.asked[target.Workload]) >= target.Probe.Every {
+			r.vitals.asked[target.Workload] = now
+			due = append(due, target)
+		}
+	}
+	seen := byName(have)
+	g := gate.Gate{Observe: func(context.Context) (map[string]backends.Status, error) { return seen, nil }, Exec: r.exec}
+	failed := make(map[string]gate.Finding)
+	for _, finding := range g.Once(ctx, due) {
+		failed[finding.Workload] = finding
+	}
+	worst := trouble{}
+	for _, target := range due {
+		finding, bad := failed[target.Workload]
+		if !bad {
+			delete(r.vitals.failing, target.Workload)
+		} else if finding.Verdict == gate.Fail {
+			r.vitals.failing[target.Workload] = failing{r.vitals.failing[target.Workload].count + 1, finding}
+		}
+	}
+	for _, target := range good.all() {
+		if f, bad := r.vitals.failing[target.Workload]; bad && f.count >= target.Probe.Failures {
+			worst = trouble{Stuck, fmt.Sprintf("%s of the good commit does not pass: %s: %s", f.finding.Unit, f.finding.Gate, f.finding.Evidence)}
+			break
+		}
+	}
+	return worst
+}
+
+// checkBase reads the base of one workload again, each time another one's, and makes it good if a byte has changed.
+func (r *Reconciler) checkBase(ctx context.Context, good *desired) error {
+	every := r.Every
+	if every == 0 {
+		every = checkPerPass
+	}
+	list := good.plan.Workloads
+	if len(list) == 0 || time.Since(r.vitals.when) < every {
+		return nil
+	}
+	r.vitals.when, r.vitals.checked = time.Now(), (r.vitals.checked+1)%len(list)
+	workload := &list[r.vitals.checked]
+	err := r.Images.Check(ctx, workload.Image)
+	if refusal.Of(err) == nil {
+		return err
+	}
+	step := Step{Op: Apply, Unit: workload.Unit, Name: workload.Name, Backend: workload.Backend, Reason: "its base changed: " + err.Error()}
+	if err := r.record("repair", RepairEntry{Commit: good.commit.ID, Host: r.Host.Name, Steps: []Step{step}}); err != nil {
+		return err
+	}
+	r.Logger.Warn("drift", "commit", good.commit.ID, "unit", workload.Name, "backend", workload.Backend, "stage", "keep", "err", err)
+	image, err := r.Images.Repair(ctx, workload.Image, workload.Format)
+	if err != nil {
+		return err
+	}
+	workload.Image = image
+	return r.remove(ctx, workload.Backend, workload.Name, step.Reason) // and the difference starts it again from good bytes
+}

@@ -1,0 +1,121 @@
+package reconciler
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"time"
+
+	"github.com/kindos/kmo/policy/refusal"
+	"github.com/kindos/kmo/reconciler/gate"
+)
+
+const (
+	maxBad    = 32 // failed commits remembered, newest first
+	maxLeases = 5  // pushes of one revert before it is left to the next Reconcile
+)
+
+// GateEntry is what the audit log keeps of a gate.
+type GateEntry struct {
+	Commit  string       `json:"commit"`
+	Host    string       `json:"host"`
+	Finding gate.Finding `json:"finding"`
+}
+
+// RevertEntry is what the audit log keeps of a revert, before it is pushed.
+type RevertEntry struct {
+	Commit string `json:"commit"`
+	Revert Revert `json:"revert"`
+}
+
+// bad returns the remembered failure of a commit, nil if it has not failed here.
+func (rec *Record) bad(commit string) *Bad {
+	for i := range rec.Bad {
+		if rec.Bad[i].Commit == commit {
+			return &rec.Bad[i]
+		}
+	}
+	return nil
+}
+
+// settle notes that a commit which passed took back what failed before it, and returns the failure, nil if there is none.
+func (rec *Record) settle(commit string, revert bool) *Bad {
+	if !revert || len(rec.Bad) == 0 {
+		return nil
+	}
+	for i := range rec.Bad {
+		if rec.Bad[i].Revert == "" {
+			rec.Bad[i].Revert, rec.Bad[i].Why = commit, ""
+		}
+	}
+	for i := range rec.Bad {
+		if rec.Bad[i].Revert == commit {
+			return &rec.Bad[i]
+		}
+	}
+	return nil
+}
+
+// goBack remembers that next is bad, durably and first, and then makes the host run the good commit again with the code that goes
+// forward; last, it takes the bad commit back in Git. A crash in between is repaired like any drift.
+func (r *Reconciler) goBack(ctx context.Context, rec Record, next *desired, finding gate.Finding) (Record, error) {
+	bad := Bad{Commit: next.commit.ID, Unit: finding.Unit, Workload: finding.Workload, Gate: finding.Gate, Evidence: finding.Evidence, When: time.Now().UTC()}
+	if rec.Good == "" {
+		bad.Why = "there is no earlier good commit"
+	}
+	rec.Bad = append([]Bad{bad}, rec.Bad[:min(len(rec.Bad), maxBad-1)]...)
+	rec.Trying = ""
+	rec.Outcome, rec.Stage, rec.Reason = badOutcome(rec), "gate", bad.reason()
+	if err := r.save(&rec); err != nil {
+		return rec, err
+	}
+	return r.keepReverted(ctx, rec, &rec.Bad[0])
+}
+
+// takeBack makes the revert commit and pushes it, anew from a fresh fetch while the branch moves on with the same fault in it.
+// What came of it is noted in bad; the error is for what ends the Reconcile.
+func (r *Reconciler) takeBack(ctx context.Context, rec *Record, bad *Bad) error {
+	revert := Revert{Good: rec.Good, Head: bad.Commit, Unit: bad.Unit, Gate: bad.Gate, Evidence: bad.Evidence, Host: rec.Host}
+	for range maxLeases {
+		if err := r.record("revert", RevertEntry{Commit: revert.Head, Revert: revert}); err != nil {
+			return err
+		}
+		commit, err := r.Source.Revert(ctx, revert)
+		switch {
+		case err == nil:
+			bad.Revert, bad.Why = commit.ID, ""
+			return nil
+		case ctx.Err() != nil:
+			return context.Cause(ctx)
+		case !errors.Is(err, ErrMoved):
+			bad.Why = refusal.Clip(err.Error(), 500)
+			return nil
+		}
+		head, err := r.Source.Head(ctx)
+		if err != nil {
+			bad.Why = refusal.Clip(err.Error(), 500)
+			return nil
+		}
+		if !r.hasFault(ctx, head, *bad) {
+			bad.Why = fmt.Sprintf("the branch has moved on to %s, which does not have the fault", head.ID)
+			return nil
+		}
+		revert.Head = head.ID
+	}
+	bad.Why = fmt.Sprintf("the branch moved %d times while the revert was pushed; it is tried again", maxLeases)
+	return nil
+}
+
+// hasFault says whether a commit would run the very workload that failed.
+func (r *Reconciler) hasFault(ctx context.Context, head Commit, bad Bad) bool {
+	next, err := r.render(ctx, head)
+	if err != nil {
+		return false
+	}
+	for _, workload := range next.plan.Workloads {
+		if workload.Name == bad.Workload {
+			return true
+		}
+	}
+	return false
+}
