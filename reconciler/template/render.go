@@ -68,6 +68,7 @@ type render struct {
 	skip     string
 	workload backends.Workload
 	check    Check
+	ports    []int // of the host, that it takes
 	lack     *refusal.Error
 	err      error
 }
@@ -85,6 +86,7 @@ func (s *Site) Render(host Host) (Plan, error) {
 	key := sha256.Sum256(facts)
 	plan := Plan{Workloads: make([]backends.Workload, 0, len(s.units)), Checks: make([]Check, 0, len(s.units))}
 	var errs []error
+	taken := make(map[int]string) // host ports, by the unit that has them
 	for _, e := range s.units {
 		r := e.rendered.Load()
 		if r == nil || r.host != key {
@@ -99,12 +101,12 @@ func (s *Site) Render(host Host) (Plan, error) {
 			plan.Skipped = append(plan.Skipped, Skip{Unit: string(e.unit.Unit), Why: r.skip})
 		default:
 			plan.Workloads, plan.Checks = append(plan.Workloads, r.workload), append(plan.Checks, r.check)
+			errs = append(errs, r.take(taken, host.Name)...)
 		}
 		if r.lack != nil {
 			plan.Lacks = append(plan.Lacks, r.lack)
 		}
 	}
-	errs = append(errs, conflicts(plan.Workloads, host)...)
 	if len(errs) > 0 {
 		return Plan{}, errors.Join(errs...)
 	}
@@ -124,7 +126,7 @@ func (e *entry) render(host Host) *render {
 	if r.err = seal(&w); r.err != nil {
 		return r
 	}
-	r.check.Workload, r.workload = w.Name, w
+	r.check.Workload, r.workload, r.ports = w.Name, w, ports(w, host.Fingerprints[w.Backend])
 	return r
 }
 
@@ -401,19 +403,17 @@ func ports(w backends.Workload, print backends.Fingerprint) []int {
 	return slices.Compact(taken)
 }
 
-// conflicts refuses a host port that two units claim.
-func conflicts(workloads []backends.Workload, host Host) []error {
+// take notes the host ports of a workload and refuses those that another unit has.
+func (r *render) take(taken map[int]string, host string) []error {
 	var errs []error
-	owner := make(map[int]string)
-	for _, w := range workloads {
-		for _, port := range ports(w, host.Fingerprints[w.Backend]) {
-			if by, ok := owner[port]; ok {
-				errs = append(errs, &refusal.Error{Code: "E_CONFLICT", Subject: fmt.Sprintf("units %s and %s on %s", by, w.Unit, refusal.Clip(host.Name, maxShown)),
-					Got: fmt.Sprintf("host port %d for both", port), Want: "another port under run.ports of one of them"})
-				continue
-			}
-			owner[port] = w.Unit
+	for _, port := range r.ports {
+		by, ok := taken[port]
+		if !ok {
+			taken[port] = r.workload.Unit
+			continue
 		}
+		errs = append(errs, &refusal.Error{Code: "E_CONFLICT", Subject: fmt.Sprintf("units %s and %s on %s", by, r.workload.Unit, refusal.Clip(host, maxShown)),
+			Got: fmt.Sprintf("host port %d for both", port), Want: "another port under run.ports of one of them"})
 	}
 	return errs
 }
