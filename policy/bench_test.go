@@ -62,6 +62,7 @@ func BenchmarkDecode(b *testing.B) {
 	if err != nil {
 		b.Fatal(err)
 	}
+	b.ReportAllocs()
 	b.SetBytes(int64(len(document)))
 	for b.Loop() {
 		if _, err := decode(document); err != nil {

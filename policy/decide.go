@@ -1,13 +1,10 @@
 package policy
 
 import (
-	"bytes"
 	"cmp"
 	"context"
 	"encoding/json"
-	"errors"
 	"fmt"
-	"io"
 	"slices"
 	"strings"
 	"time"
@@ -39,9 +36,9 @@ func (s *Set) Decide(ctx context.Context, input Input) (decision Decision, err e
 }
 
 // Replay judges an input document as Decide made it and the audit log keeps it: same set, same bytes, same decision.
-func (s *Set) Replay(ctx context.Context, document []byte) (decision Decision, err error) {
+func (s *Set) Replay(ctx context.Context, input []byte) (decision Decision, err error) {
 	start := time.Now()
-	decision = Decision{Policy: s.digest, Input: document}
+	decision = Decision{Policy: s.digest, Input: input}
 	defer func() {
 		if r := recover(); r != nil {
 			err = &refusal.Error{Code: codeError, Subject: "policy", Got: refusal.Clip(fmt.Sprintf("panic: %v", r), 200), Want: "a judgement"}
@@ -54,7 +51,7 @@ func (s *Set) Replay(ctx context.Context, document []byte) (decision Decision, e
 		}
 		decision.Took = time.Since(start)
 	}()
-	value, err := decode(document)
+	value, err := decode(input)
 	if err != nil {
 		return decision, err
 	}
@@ -63,30 +60,6 @@ func (s *Set) Replay(ctx context.Context, document []byte) (decision Decision, e
 		return decision, err
 	}
 	return decision, found.into(&decision)
-}
-
-// decode reads a document and holds it against what the rules take for granted.
-func decode(document []byte) (ast.Value, error) {
-	if len(document) > maxInput {
-		return nil, &refusal.Error{Code: codeLimit, Subject: "policy input", Got: fmt.Sprintf("%d bytes", len(document)), Want: fmt.Sprintf("at most %d", maxInput)}
-	}
-	decoder := json.NewDecoder(bytes.NewReader(document))
-	decoder.UseNumber()
-	var tree any
-	if err := decoder.Decode(&tree); err != nil {
-		return nil, &refusal.Error{Code: codeDecode, Subject: "policy input", Got: refusal.Clip(err.Error(), 200), Want: "one JSON object"}
-	}
-	if _, err := decoder.Token(); !errors.Is(err, io.EOF) {
-		return nil, &refusal.Error{Code: codeDecode, Subject: "policy input", Got: "more after the first value", Want: "one JSON object"}
-	}
-	if err := checkShape(tree); err != nil {
-		return nil, err
-	}
-	value, err := ast.InterfaceToValue(tree)
-	if err != nil {
-		return nil, &refusal.Error{Code: codeDecode, Subject: "policy input", Got: refusal.Clip(err.Error(), 200), Want: "one JSON object"}
-	}
-	return value, nil
 }
 
 // findings are what the query answers, of all packages together. Only the shipped ones can say that a shipped rule looked.

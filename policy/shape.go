@@ -1,10 +1,6 @@
 package policy
 
 import (
-	"encoding/json"
-	"fmt"
-	"strconv"
-
 	"github.com/kindos/kmo/policy/refusal"
 )
 
@@ -112,105 +108,44 @@ func needed(k kind) *shape      { return &shape{kind: k, must: true} }
 func listOf(elem *shape) *shape { return &shape{kind: list, elem: elem} }
 
 // fault is where a document is not as expected. The path grows on the way out: a document that is as expected costs no paths.
-type fault struct {
-	path, want string
-	got        any
+type fault struct{ path, got, want string }
+
+func (f *fault) below(path string) *fault {
+	f.path = path + f.path
+	return f
 }
 
-// checkShape refuses a document that is not as the rules expect, so that no rule passes over a value for its type.
-func checkShape(document any) error {
-	if f := inputShape().check(document); f != nil {
-		return malformed("input"+f.path, f.got, f.want)
-	}
-	input := document.(map[string]any)
-	if version := input["version"].(json.Number); version != "1" {
-		return malformed("input.version", version, "1")
-	}
-	if commit := input["change"].(map[string]any)["commit"]; commit != input["commit"] {
-		return malformed("input.change.commit", commit, "that of input.commit")
-	}
-	units, _ := input["units"].([]any)
-	seen := make(map[string]bool, len(units))
-	for i, unit := range units {
-		name := unit.(map[string]any)["name"].(string)
-		if name == "" || seen[name] {
-			return malformed(fmt.Sprintf("input.units[%d].name", i), name, "each unit once, by name")
-		}
-		seen[name] = true
-	}
-	return nil
+func malformed(path, got, want string) error {
+	return &refusal.Error{Code: codeDecode, Subject: refusal.Clip(path, 200), Got: refusal.Clip(got, 100), Want: want}
 }
 
-func malformed(path string, got any, want string) error {
-	return &refusal.Error{Code: codeDecode, Subject: refusal.Clip(path, 200), Got: refusal.Clip(fmt.Sprintf("%v", got), 100), Want: want}
-}
-
-func (s *shape) check(value any) *fault {
-	switch value := value.(type) {
-	case nil:
-		if s.must {
-			return &fault{got: "missing", want: s.kind.String()}
-		}
-		return nil
-	case string:
-		return s.is(text, value)
-	case bool:
-		return s.is(truth, value)
-	case json.Number:
-		if _, err := value.Int64(); s.kind == integer && err != nil {
-			return &fault{got: value, want: s.kind.String()}
-		}
-		return s.is(integer, value)
-	case []any:
-		if s.kind != list {
-			return s.is(list, "a list")
-		}
-		for i, elem := range value {
-			if f := s.elem.check(elem); f != nil {
-				f.path = "[" + strconv.Itoa(i) + "]" + f.path
-				return f
-			}
-		}
-		return nil
-	case map[string]any:
-		if s.kind != object {
-			return s.is(object, "an object")
-		}
-		return s.members(value)
-	}
-	return &fault{got: fmt.Sprintf("%T", value), want: s.kind.String()}
-}
-
-func (s *shape) is(k kind, value any) *fault {
+// is says what is wrong with a value of kind k at s.
+func (s *shape) is(k kind, got string) *fault {
 	if s.kind == anything || s.kind == k {
 		return nil
 	}
-	return &fault{got: value, want: s.kind.String()}
+	return &fault{got: refusal.Clip(got, 100), want: s.kind.String()}
 }
 
-func (s *shape) members(value map[string]any) *fault {
-	for key, field := range s.fields {
-		if f := field.check(value[key]); f != nil {
-			f.path = "." + key + f.path
-			return f
-		}
-	}
-	if !s.closed && s.elem == nil {
-		return nil
-	}
-	for key, field := range value {
-		var f *fault
-		if s.closed && s.fields[key] == nil {
-			f = &fault{got: field, want: "no field that no rule knows"}
-		} else if s.elem != nil {
-			f = s.elem.check(field)
-		}
-		if f != nil {
-			f.path = "." + key + f.path
-			return f
-		}
+// null passes where nothing is needed.
+func (s *shape) null() *fault {
+	if s.must {
+		return &fault{got: "missing", want: s.kind.String()}
 	}
 	return nil
+}
+
+// field is the shape of one member, free if no rule looks at it, and whether there may be such a member.
+func (s *shape) field(name string, free *shape) (*shape, bool) {
+	switch f := s.fields[name]; {
+	case f != nil:
+		return f, true
+	case s.kind == anything:
+		return s, true
+	case s.elem != nil:
+		return s.elem, true
+	}
+	return free, !s.closed
 }
 
 func (k kind) String() string {

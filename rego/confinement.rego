@@ -25,15 +25,18 @@ deny contains plan.finding("KT001", i, "security.privileged", msg) if {
 
 deny contains plan.finding("KT001", i, "resources.devices", msg) if {
 	some i, unit in input.units
-	some device in all_devices(unit)
-	msg := sprintf("devices hold %q, which is every device; want single devices by name", [device])
+	some device in unit.after.resources.devices
+	msg := every_device(device)
 }
 
-all_devices(unit) := {device |
-	some device in array.concat(
-		[device | some device in unit.after.resources.devices],
-		[device | some workload in unit.workloads; some device in workload.resources.devices],
-	)
+deny contains plan.finding("KT001", i, "resources.devices", msg) if {
+	some i, unit in input.units
+	some workload in unit.workloads
+	some device in workload.resources.devices
+	msg := every_device(device)
+}
+
+every_device(device) := sprintf("devices hold %q, which is every device; want single devices by name", [device]) if {
 	regex.match(`^(all|\*|/|/dev/?)$`, device)
 }
 
@@ -74,9 +77,9 @@ deny contains plan.finding("KT005", i, "security.capabilities", msg) if {
 #   waivable: true
 deny contains plan.finding("KT010", i, "run.user", msg) if {
 	some i, unit in input.units
-	some user in [unit.after.run.user | is_number(unit.after.run.user)]
-	user < 1
-	msg := root_user(user)
+	unit.after.run.user < 1
+	is_number(unit.after.run.user)
+	msg := root_user(unit.after.run.user)
 }
 
 deny contains plan.finding("KT010", i, "run.user", msg) if {

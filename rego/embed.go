@@ -19,13 +19,14 @@ import (
 	"slices"
 )
 
-//go:embed *.rego limits.json capabilities.json
+//go:embed confinement.rego hooks.rego images.rego mounts.rego plan.rego removal.rego resources.rego secrets.rego separation.rego tiers.rego
+//go:embed limits.json capabilities.json
 var rules embed.FS
 
 //go:embed fixtures
 var fixtures embed.FS
 
-// Rules returns the shipped modules with limits.json and capabilities.json. The modules' tests (*_test.rego) are among them.
+// Rules returns the shipped modules with limits.json and capabilities.json. Their tests (*_test.rego) stay with the source.
 func Rules() fs.FS { return rules }
 
 // Fixtures returns base.json and one file a tripwire.

@@ -51,15 +51,15 @@ sealed(root) if {
 #   waivable: true
 deny contains plan.finding("KT009", i, place(i, ref), msg) if {
 	some [i, ref, _] in plan.images
-	not listed(ref)
+	not strings.any_prefix_match(ref, listed)
 	msg := sprintf("image %q is of no listed registry; want one of %v (registries in site.yaml, as already accepted)", [ref, input.site.registries])
 }
 
-listed(ref) if {
+# What a reference of a listed registry begins with.
+listed contains concat("", [trim_suffix(registry, "/"), mark]) if {
 	some registry in input.site.registries
 	registry != ""
 	some mark in ["/", "@"]
-	startswith(ref, concat("", [trim_suffix(registry, "/"), mark]))
 }
 
 # Where the template says it, or that only the plan does.

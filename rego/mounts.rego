@@ -34,9 +34,8 @@ else := {"which is the whole host"} if plan.clean(from) == "/"
 
 else := owned(path) | state(path) if path := plan.clean(from)
 
-owned(path) := {sprintf("which is in %s", [folder]) |
-	some folder in ["/etc", "/proc", "/sys", "/dev", "/boot", "/root", "/var/root"]
-	within(path, folder)
+owned(path) := {sprintf("which is in %s", [trim_suffix(folder, "/")]) |
+	some folder in regex.find_n(`^/(etc|proc|sys|dev|boot|root|var/root)(/|$)`, path, 1)
 }
 
 state(path) := {"which holds kMO's own state" | related(path, plan.clean(input.host.state))}
@@ -50,16 +49,16 @@ state(path) := {"which holds kMO's own state" | related(path, plan.clean(input.h
 #   waivable: true
 deny contains plan.finding("KT004", i, place(i, from), msg) if {
 	some [i, from, path] in plan.mounts
-	some pattern in sockets
-	regex.match(pattern, path)
+	regex.match(sockets, path)
 	msg := sprintf("mounts %q, where sockets of container runtimes lie; want a folder made for the workload, such as /run/%s", [from, input.units[i].name])
 }
 
-sockets := [
+# /run and each user's own, what runtimes keep in them, and their sockets wherever they lie.
+sockets := concat("|", [
 	`^/(var/)?run(/user(/[^/]+)?)?$`,
 	`^/(var/)?run/(user/[^/]+/)?(docker|podman|libpod|containerd|crio|cri-dockerd|dockershim|buildkit|kmo|k3s)(\.sock|\.pid)?(/|$)`,
 	`/(docker|podman|containerd|crio|cri-dockerd|dockershim|buildkitd|kmo)\.sock$`,
-]
+])
 
 within(path, folder) if path == folder
 

@@ -65,7 +65,9 @@ images contains [i, workload.image.ref, object.get(workload.image, "root", "")] 
 }
 
 # The path without ".", empty parts and a slash at the end. A ".." stays: it has no meaning that a reader can check.
-clean(path) := concat("", ["/", concat("/", [part |
+clean(path) := path if regex.match(`^(/[^/.][^/]*)+$`, path)
+
+else := concat("", ["/", concat("/", [part |
 	some part in split(path, "/")
 	not part in {"", "."}
 ])])

@@ -38,20 +38,24 @@ harmless(value) if regex.match(`(?i)^(|/.*|\$.*|<.*>|\{\{.*|true|false|yes|no|on
 # Units in whose text there is any sign of a secret. All other rules here look at these only.
 suspects contains i if {
 	some i, unit in input.units
-	text := lower(concat("\n", [text | some [_, text] in texts(unit)]))
-	suspicious(text)
+	asked := json.marshal([
+		object.get(unit, ["after", "run"], null), object.get(unit, ["after", "hooks"], null),
+		[[workload.run, object.get(workload, "hooks", null)] | some workload in unit.workloads],
+	])
+	brought := [content | some [_, content] in contents(unit)]
+	suspicious(lower(concat("\n", [asked, concat("\n", brought)])))
 }
 
 suspicious(text) if {
-	some sign in signs
+	some sign in ["@", "pass", "secret", "token", "credential", "eyj", "akia", "asia", "aiza", "xox", "k_live_"]
 	contains(text, sign)
 }
 
-signs := [
-	"private key", "akia", "asia", "ghp_", "gho_", "ghu_", "ghs_", "ghr_", "github_pat_", "glpat-", "xox", "k_live_",
-	"aiza", "age-secret-key", "eyj", "@", "passw", "passphrase", "secret", "token", "key=", "key:", "key\"", "key ", "key'",
-	"credential",
-]
+suspicious(text) if regex.match(`key["' :=\\-]`, text)
+
+suspicious(text) if regex.match(`gh[pousr]_`, text)
+
+suspicious(text) if regex.match(`pat[_-]`, text)
 
 patterns := {
 	"a private key": `-----BEGIN ([A-Z0-9]+ )*PRIVATE KEY( BLOCK)?-----`,
@@ -99,14 +103,16 @@ texts(unit) := array.concat(
 		[["run.args", concat(" ", args)] | some args in arguments(unit)],
 		array.concat(
 			[[concat(".", ["hooks", moment]), concat(" ", argv)] | some hooks in hookings(unit); some moment, commands in hooks; some argv in commands],
-			[[sprintf("files[%s]", [file.to]), base64.decode(file.content)] |
-				some workload in unit.workloads
-				some file in workload.files
-				is_string(file.content)
-			],
+			contents(unit),
 		),
 	),
 )
+
+contents(unit) := [[sprintf("files[%s]", [file.to]), base64.decode(file.content)] |
+	some workload in unit.workloads
+	some file in workload.files
+	is_string(file.content)
+]
 
 environments(unit) := {env | env := unit.after.run.env; is_object(env)} | {env | some workload in unit.workloads; env := workload.run.env; is_object(env)}
 

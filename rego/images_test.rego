@@ -1,0 +1,47 @@
+package kmo.images_test
+
+import data.kmo.example_test as example
+import data.kmo.images
+
+variant(ref, root) := example.after({"variants": [{"image": ref, "merkle": root}]})
+
+pinned(name) := concat("@sha256:", [name, example.sha])
+
+test_good if {
+	images.deny == set() with input as example.good
+	images.evaluated == {"KT006", "KT007", "KT009"} with input as example.good
+}
+
+test_kt006 if {
+	every ref in ["reg.example/relay:1", "reg.example/relay", pinned("reg.example/relay:1"), concat("", [pinned("reg.example/relay"), "0"])] {
+		example.ids(images.deny) == {"KT006"} with input as variant(ref, example.root)
+		example.paths(images.deny) == {"variants[0].image"} with input as variant(ref, example.root)
+	}
+}
+
+test_kt006_final_plan if {
+	input_ := example.planned({"image": {"ref": "reg.example/relay:1"}})
+	example.ids(images.deny) == {"KT006"} with input as input_
+	example.paths(images.deny) == {"image of the workload"} with input as input_
+}
+
+test_kt007 if {
+	every root in ["", "sha256:00", concat("", ["kmo1:sha3-256:", replace(example.sha, "ab", "00")])] {
+		example.ids(images.deny) == {"KT007"} with input as variant(example.ref, root)
+	}
+	example.ids(images.deny) == {"KT007"} with input as example.after({"variants": [{"wasm": example.ref}]})
+	example.ids(images.deny) == {"KT007"} with input as example.planned({"image": {"root": ""}})
+}
+
+test_kt009 if {
+	every name in ["evil.example/relay", "reg.example.evil/relay", "relay", "mirror.example/other/relay"] {
+		example.ids(images.deny) == {"KT009"} with input as variant(pinned(name), example.root)
+	}
+	example.ids(images.deny) == {"KT009"} with input as object.union(example.good, {"site": {"registries": [""]}})
+}
+
+test_kt009_near if {
+	every name in ["mirror.example/edge", "mirror.example/edge/relay", "reg.example/a/b"] {
+		images.deny == set() with input as variant(pinned(name), example.root)
+	}
+}
