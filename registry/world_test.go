@@ -392,3 +392,10 @@ func sampleStatement(sha256 string, root merkle.Digest) *Statement {
 	return &Statement{Type: statementType, PredicateType: predicateType, Subject: []Subject{{Name: "image", Digest: map[string]string{"sha256": sha256, "kmo1": root.Hex()}}},
 		Predicate: Predicate{Parameters: Parameters{"sha3-256", merkle.ChunkSize}}}
 }
+
+func writeBlob(t *testing.T, layout string, raw []byte) {
+	t.Helper()
+	if err := os.WriteFile(filepath.Join(layout, "blobs/sha256", sha256Hex(raw)), raw, 0o600); err != nil {
+		t.Fatal(err)
+	}
+}
