@@ -21,9 +21,9 @@ import (
 type Root struct {
 	Version    int         `json:"version"` // 1, 2, …: N of the file's name
 	Site       string      `json:"site"`
-	Principals []Principal `json:"principals"`
-	Roles      []Role      `json:"roles"`
-	Tiers      []Tier      `json:"tiers"`               // four, tier 0 first
+	Principals []Principal `json:"principals,omitempty"`
+	Roles      []Role      `json:"roles,omitempty"`
+	Tiers      []Tier      `json:"tiers,omitempty"`     // four, tier 0 first
 	Units      []Pattern   `json:"units,omitempty"`     // the most sensitive of all that match holds
 	Tripwires  []string    `json:"tripwires,omitempty"` // rule ids that every decision must have evaluated
 	Floors     []string    `json:"floors,omitempty"`    // commits that every head and every revert's target must descend from, or be
@@ -37,14 +37,14 @@ type Principal struct {
 	Class   string   `json:"class"` // human or robot
 	Org     string   `json:"org,omitempty"`
 	Emails  []string `json:"emails,omitempty"` // whose author and committer lines are this principal's
-	Keys    []Key    `json:"keys"`
+	Keys    []Key    `json:"keys,omitempty"`
 	Keyless string   `json:"keyless,omitempty"` // an issuer and exact subject
 }
 
 // Key is one SSH key of a principal.
 type Key struct {
 	Public  string    `json:"public"`            // "ssh-ed25519 AAAA…", as in an authorized_keys file, without a comment
-	Uses    []string  `json:"uses"`              // roles it may be used for
+	Uses    []string  `json:"uses,omitempty"`    // roles it may be used for
 	From    time.Time `json:"from,omitzero"`     // it signs nothing before this trusted time
 	Revoked *Revoked  `json:"revoked,omitempty"` // it signs nothing any more, whatever date is written on it
 }
@@ -59,7 +59,7 @@ type Revoked struct {
 type Role struct {
 	Name      string   `json:"name"` // root, commit, approve, revert
 	Threshold int      `json:"threshold"`
-	Members   []string `json:"members"` // principals
+	Members   []string `json:"members,omitempty"` // principals
 }
 
 // Tier is what a change of a tier needs.

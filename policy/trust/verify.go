@@ -9,6 +9,8 @@ import (
 	"sync"
 	"time"
 
+	"github.com/hiddeco/sshsig"
+
 	"github.com/kindos/kmo/policy/refusal"
 	"github.com/kindos/kmo/registry/merkle"
 )
@@ -146,22 +148,11 @@ func (j *judgement) signature(context.Context) error {
 	if got := ObjectID(j.head.Raw); got != j.head.ID {
 		return &refusal.Error{Code: "E_OBJ_MALFORMED", Subject: subject, Got: "bytes whose object id is " + got, Want: j.head.ID}
 	}
-	var err error
-	if j.parsed, err = ParseCommit(j.head.Raw); err != nil {
-		refusal.Of(err).Subject = subject
-		return err
-	}
-	if j.parsed.Signature == "" {
-		return &refusal.Error{Code: "E_SIG_MISSING", Subject: subject, Got: "no signature", Want: "a commit signed with an SSH key of the trust root (git commit -S)"}
-	}
-	blob, err := unarmour(j.parsed.Signature, subject)
+	parsed, signature, err := openCommit(j.head.Raw, subject)
 	if err != nil {
 		return err
 	}
-	signature, err := parseSignature(blob, namespaceCommit, subject)
-	if err != nil {
-		return err
-	}
+	j.parsed = parsed
 	role := RoleCommit
 	if principal, key := j.root.keyOf(signature.PublicKey); key != nil && len(j.parsed.Trailers(TrailerReverts)) > 0 && j.root.may(principal, key, RoleRevert) {
 		role = RoleRevert
@@ -177,6 +168,25 @@ func (j *judgement) signature(context.Context) error {
 	j.facts.Signer, j.facts.Class, j.facts.Key = principal.Name, principal.Class, KeyID(signature.PublicKey)
 	j.facts.Author = j.root.principalOf(j.parsed.Author.Email)
 	return nil
+}
+
+// openCommit reads a commit object and its signature, which verifySignature then checks against the payload. Where the object is good and the
+// signature is not, what was parsed is returned beside the refusal.
+func openCommit(raw []byte, subject string) (Parsed, *sshsig.Signature, error) {
+	p, err := ParseCommit(raw)
+	if err != nil {
+		refusal.Of(err).Subject = subject
+		return p, nil, err
+	}
+	if p.Signature == "" {
+		return p, nil, &refusal.Error{Code: "E_SIG_MISSING", Subject: subject, Got: "no signature", Want: "a commit signed with an SSH key of the trust root (git commit -S)"}
+	}
+	blob, err := unarmour(p.Signature, subject)
+	if err != nil {
+		return p, nil, err
+	}
+	signature, err := parseSignature(blob, namespaceCommit, subject)
+	return p, signature, err
 }
 
 // descent checks that the head is the last accepted commit or comes after it, and after every floor.
@@ -310,23 +320,17 @@ func (j *judgement) approvals(ctx context.Context) error {
 // writers adds whom a commit between the two claims as author and committer. Between accepted commits a signature is not asked for, so this
 // can exclude too many, never count anyone.
 func (j *judgement) writers(c Commit, authors map[string]bool) {
-	p, err := ParseCommit(c.Raw)
-	if err != nil {
-		return
-	}
+	p, signature, unsigned := openCommit(c.Raw, c.ID)
 	for _, email := range []string{p.Author.Email, p.Committer.Email} {
 		if name := j.root.principalOf(email); name != "" {
 			authors[name] = true
 		}
 	}
-	blob, err := unarmour(p.Signature, c.ID)
-	if err != nil {
+	if unsigned != nil {
 		return
 	}
-	if signature, err := parseSignature(blob, namespaceCommit, c.ID); err == nil {
-		if principal, _ := j.root.keyOf(signature.PublicKey); principal != nil && verifySignature(p.Payload, signature, c.ID) == nil {
-			authors[principal.Name] = true
-		}
+	if principal, _ := j.root.keyOf(signature.PublicKey); principal != nil && verifySignature(p.Payload, signature, c.ID) == nil {
+		authors[principal.Name] = true
 	}
 }
 
