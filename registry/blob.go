@@ -229,8 +229,8 @@ func (s *Store) openBlob(subject string, desc v1.Descriptor) (io.ReadCloser, err
 
 func (s *Store) blobPath(hex string) string { return filepath.Join(s.Dir, "blobs", "sha256", hex) }
 
-// promote writes a file beside the others and gives it its name once it is whole and durable.
-func (s *Store) promote(path string, mode os.FileMode, fill func(io.Writer) error) (err error) {
+// promote writes a file beside the others and gives it its name once it is whole and durable: after a crash it is there whole, or not there.
+func (s *Store) promote(path string, mode os.FileMode, fill func(io.Writer) error) error {
 	temp, err := os.CreateTemp(filepath.Join(s.Dir, "tmp"), "file-*")
 	if err != nil {
 		return err
@@ -243,20 +243,7 @@ func (s *Store) promote(path string, mode os.FileMode, fill func(io.Writer) erro
 	if err := errors.Join(temp.Chmod(mode), temp.Sync(), temp.Close()); err != nil {
 		return fmt.Errorf("keeping %s: %w", filepath.Base(path), err)
 	}
-	return rename(temp.Name(), path)
-}
-
-// rename is durable once it returns.
-func rename(from, to string) error {
-	if err := os.Rename(from, to); err != nil {
-		return err
-	}
-	dir, err := os.Open(filepath.Dir(to))
-	if err != nil {
-		return err
-	}
-	defer dir.Close()
-	return dir.Sync()
+	return os.Rename(temp.Name(), path)
 }
 
 func sha256Hex(data []byte) string {

@@ -45,14 +45,11 @@ func (s *Store) place(ctx context.Context, img *image, format Format, key string
 	if err != nil {
 		return Content{}, s.forgetSpoilt(img, err)
 	}
-	if err := syncTree(temp); err != nil {
-		return Content{}, err
-	}
 	final := filepath.Join(s.Dir, "content", key)
 	if err := os.RemoveAll(final); err != nil {
 		return Content{}, err
 	}
-	if err := rename(temp, final); err != nil {
+	if err := os.Rename(temp, final); err != nil {
 		return Content{}, err
 	}
 	content.Path = filepath.Join(final, filepath.Base(content.Path))
@@ -246,7 +243,7 @@ func (s *Store) Check(ctx context.Context, content Content) error {
 }
 
 func drift(path, got, want string) *refusal.Error {
-	return refuse("E_DRIFT", "content "+quote(path), got, want)
+	return refuse("E_DRIFT", `content "`+refusal.Clip(path, 2*merkle.MaxPath)+`"`, got, want)
 }
 
 // checker compares a folder with the list of what was unpacked there.
@@ -351,7 +348,7 @@ func (s *Store) Repair(ctx context.Context, ref Reference, root merkle.Digest, f
 	s.mu.Lock()
 	delete(s.known, key)
 	s.mu.Unlock()
-	if err := os.Remove(s.record(key)); err != nil && !errors.Is(err, fs.ErrNotExist) {
+	if err := os.Remove(s.recordPath(key)); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return Content{}, err
 	}
 	content, err := s.fetch(ctx, ref, root, format, key)

@@ -29,7 +29,6 @@
 package registry
 
 import (
-	"bytes"
 	"context"
 	"crypto"
 	"encoding/json"
@@ -325,7 +324,7 @@ func (s *Store) Fetch(ctx context.Context, ref Reference, root merkle.Digest, fo
 		return Content{}, refuse("KT007", "image "+ref.String(), "it has no kmo1 root", "kmo1:sha3-256:<64 hex digits>")
 	}
 	key := s.key(ref, root, format)
-	if content, ok := s.recall(key); ok {
+	if content, ok := s.recall(ctx, key); ok {
 		return content, nil
 	}
 	unlock, err := s.locks.lock(ctx, key)
@@ -333,7 +332,7 @@ func (s *Store) Fetch(ctx context.Context, ref Reference, root merkle.Digest, fo
 		return Content{}, err
 	}
 	defer unlock()
-	if content, ok := s.recall(key); ok {
+	if content, ok := s.recall(ctx, key); ok {
 		return content, nil
 	}
 	return s.fetch(ctx, ref, root, format, key)
@@ -428,38 +427,59 @@ func (s *Store) loadAll(ctx context.Context, img *image, d *document, depth int)
 
 // key names a pinned image: what it is, what it must be, and for which platform.
 func (s *Store) key(ref Reference, root merkle.Digest, format Format) string {
-	platform := strings.NewReplacer("/", "-", ":", "-").Replace(s.wanted(format).String())
-	return ref.SHA256 + "-" + root.Hex() + "-" + string(format) + "-" + platform
+	return sha256Hex([]byte(ref.SHA256 + " " + root.Hex() + " " + string(format) + " " + s.wanted(format).String()))
 }
 
-// recall returns the content of a promoted record, if the record and the content are there.
-func (s *Store) recall(key string) (Content, bool) {
+// record is what images/KEY.json holds.
+type record struct {
+	Boot    string  `json:"boot"` // of the kernel that wrote the content
+	Content Content `json:"content"`
+}
+
+// recall returns the content of a promoted record, if the record and the content are there. Content is not synced to the disk when it is
+// unpacked, so after another boot it is read once and compared; what a power cut has torn is not there.
+func (s *Store) recall(ctx context.Context, key string) (Content, bool) {
 	s.mu.Lock()
 	content, ok := s.known[key]
 	s.mu.Unlock()
-	if !ok {
-		text, err := os.ReadFile(s.record(key))
-		decoder := json.NewDecoder(bytes.NewReader(text))
-		decoder.DisallowUnknownFields()
-		if err != nil || decoder.Decode(&content) != nil || content.Root.IsZero() {
+	if ok {
+		_, err := os.Lstat(content.Path)
+		return content, err == nil
+	}
+	text, err := os.ReadFile(s.recordPath(key))
+	if err != nil {
+		return Content{}, false
+	}
+	var r record
+	if err := decodeStrict(text, &r); err != nil || r.Content.Root.IsZero() {
+		return Content{}, false
+	}
+	r.Content.Path = filepath.Join(s.Dir, "content", key, filepath.Base(r.Content.Path))
+	if _, err := os.Lstat(r.Content.Path); err != nil {
+		return Content{}, false
+	}
+	if boot := bootID(); boot == "" || boot != r.Boot {
+		if s.Check(ctx, r.Content) != nil || s.remember(key, r.Content) != nil {
 			return Content{}, false
 		}
-		content.Path = filepath.Join(s.Dir, "content", key, filepath.Base(content.Path))
-	}
-	if _, err := os.Lstat(content.Path); err != nil {
-		return Content{}, false
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.known[key] = content
-	return content, true
+	s.known[key] = r.Content
+	return r.Content, true
 }
 
-func (s *Store) record(key string) string { return filepath.Join(s.Dir, "images", key+".json") }
+// bootID tells one boot of a Linux kernel from another; "" elsewhere.
+func bootID() string {
+	id, _ := os.ReadFile("/proc/sys/kernel/random/boot_id")
+	return strings.TrimSpace(string(id))
+}
+
+func (s *Store) recordPath(key string) string { return filepath.Join(s.Dir, "images", key+".json") }
 
 // remember writes the promoted record: the last step.
 func (s *Store) remember(key string, content Content) error {
-	err := s.promote(s.record(key), 0o444, func(w io.Writer) error { return json.NewEncoder(w).Encode(content) })
+	err := s.promote(s.recordPath(key), 0o444, func(w io.Writer) error { return json.NewEncoder(w).Encode(record{bootID(), content}) })
 	if err != nil {
 		return err
 	}

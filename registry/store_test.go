@@ -2,6 +2,7 @@ package registry
 
 import (
 	"context"
+	"errors"
 	"net/http"
 	"os"
 	"path/filepath"
@@ -60,6 +61,46 @@ func TestFetchImage(t *testing.T) {
 			}
 			if asked := w.asked(); len(asked) > 0 {
 				t.Errorf("U-30: fetching again asked for %v", asked)
+			}
+		})
+	}
+}
+
+func TestAfterAPowerCut(t *testing.T) {
+	ctx := context.Background()
+	ref := toLayout(t, simple(t, "linux/amd64", reg("a", "some bytes")))
+	root := rootOf(t, ref)
+	s := newStore(t)
+	content, err := s.Fetch(ctx, ref, root, OCI)
+	if err != nil {
+		t.Fatal(err)
+	}
+	record := s.recordPath(s.key(ref, root, OCI))
+	text, err := os.ReadFile(record)
+	if err != nil {
+		t.Fatal(err)
+	}
+	earlier := strings.Replace(string(text), bootID(), "an-earlier-boot", 1)
+	file := filepath.Join(content.Path, "a")
+	for name, torn := range map[string]func() error{
+		"content without its bytes": func() error { return os.Truncate(file, 0) },
+		"record cut":                func() error { return os.Truncate(record, 10) },
+		"record empty":              func() error { return os.Truncate(record, 0) },
+		"content gone":              func() error { return os.RemoveAll(content.Path) },
+		"a kept manifest cut":       func() error { return errors.Join(os.Remove(record), os.Truncate(s.blobPath(ref.SHA256), 10)) },
+		"nothing":                   func() error { return nil },
+	} {
+		t.Run(name, func(t *testing.T) {
+			if err := errors.Join(os.Remove(record), os.WriteFile(record, []byte(earlier), 0o600), torn()); err != nil {
+				t.Fatal(err)
+			}
+			next := &Store{Dir: s.Dir, Platform: s.Platform}
+			got, err := next.Fetch(ctx, ref, root, OCI)
+			if err != nil || cmp.Diff(content, got) != "" {
+				t.Fatalf("got %+v, %v, want %+v", got, err, content)
+			}
+			if body, err := os.ReadFile(file); err != nil || string(body) != "some bytes" {
+				t.Errorf("got %q, %v", body, err)
 			}
 		})
 	}

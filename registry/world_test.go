@@ -399,3 +399,9 @@ func writeBlob(t *testing.T, layout string, raw []byte) {
 		t.Fatal(err)
 	}
 }
+
+// nestedIndex is an index of an index.
+func nestedIndex(t testing.TB, inner v1.ImageIndex) v1.ImageIndex {
+	t.Helper()
+	return mutate.AppendManifests(mutate.IndexMediaType(empty.Index, types.OCIImageIndex), mutate.IndexAddendum{Add: inner})
+}

@@ -1,0 +1,218 @@
+package registry
+
+import (
+	"bytes"
+	"context"
+	"crypto"
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
+	"crypto/rsa"
+	"encoding/base64"
+	"encoding/json"
+	"fmt"
+	"strings"
+	"testing"
+
+	"github.com/google/go-cmp/cmp"
+	"github.com/secure-systems-lab/go-securesystemslib/dsse"
+
+	v1 "github.com/google/go-containerregistry/pkg/v1"
+
+	"github.com/kindos/kmo/policy/refusal"
+	"github.com/kindos/kmo/registry/merkle"
+)
+
+var (
+	pinSHA  = strings.Repeat("ab", 32)
+	pinRoot = merkle.BlobRoot([]byte("image"))
+)
+
+func must[T any](v T, err error) func(*testing.T) T {
+	return func(t *testing.T) T {
+		t.Helper()
+		if err != nil {
+			t.Fatal(err)
+		}
+		return v
+	}
+}
+
+func TestVerifyStatementKeys(t *testing.T) {
+	ed, _ := signingKey("a")
+	for name, signer := range map[string]crypto.Signer{
+		"Ed25519": ed, "P-256": must(ecdsa.GenerateKey(elliptic.P256(), rand.Reader))(t), "P-384": must(ecdsa.GenerateKey(elliptic.P384(), rand.Reader))(t), "RSA": must(rsa.GenerateKey(rand.Reader, 3072))(t),
+	} {
+		t.Run(name, func(t *testing.T) {
+			raw := must(sign(sampleStatement(pinSHA, pinRoot), signer))(t)
+			_, stranger := signingKey("stranger")
+			got, id, err := VerifyStatement(raw, []crypto.PublicKey{stranger, signer.Public()}, pinSHA, pinRoot)
+			if want, _ := KeyID(signer.Public()); err != nil || id != want || !strings.HasPrefix(id, "spki-sha256:") {
+				t.Fatalf("got key %s, %v, want %s", id, err, want)
+			}
+			if diff := cmp.Diff(sampleStatement(pinSHA, pinRoot).Subject, got.Subject); diff != "" {
+				t.Error(diff)
+			}
+		})
+	}
+	weak := must(rsa.GenerateKey(rand.Reader, 2048))(t)
+	if _, err := sign(sampleStatement(pinSHA, pinRoot), weak); refusal.Of(err) == nil || refusal.Of(err).Code != "E_ALG_FORBIDDEN" {
+		t.Errorf("signing with RSA-2048: got %v, want E_ALG_FORBIDDEN", err)
+	}
+	raw := must(sign(sampleStatement(pinSHA, pinRoot), ed))(t)
+	if _, _, err := VerifyStatement(raw, []crypto.PublicKey{weak.Public()}, pinSHA, pinRoot); refusal.Of(err) == nil || refusal.Of(err).Code != "E_ALG_FORBIDDEN" {
+		t.Errorf("a weak key to verify with: got %v, want E_ALG_FORBIDDEN", err)
+	}
+}
+
+func TestVerifyStatementRefusals(t *testing.T) {
+	key, public := signingKey("release")
+	other, otherPublic := signingKey("other")
+	id, _ := KeyID(public)
+	stated := func(change func(*Statement)) []byte {
+		s := sampleStatement(pinSHA, pinRoot)
+		change(s)
+		return must(sign(s, key))(t)
+	}
+	payload := string(must(json.Marshal(sampleStatement(pinSHA, pinRoot)))(t))
+	// wrapped signs any payload under any type, with any words about the key.
+	wrapped := func(media, payload, hint string, signer crypto.Signer) []byte {
+		sig := must(signer.Sign(rand.Reader, dsse.PAE(media, []byte(payload)), crypto.Hash(0)))(t)
+		return must(json.Marshal(dsse.Envelope{PayloadType: media, Payload: base64.StdEncoding.EncodeToString([]byte(payload)), Signatures: []dsse.Signature{{KeyID: hint, Sig: base64.StdEncoding.EncodeToString(sig)}}}))(t)
+	}
+	signed := func(payload string) []byte { return wrapped(payloadType, payload, id, key) }
+	many := func(n int) []byte {
+		var e dsse.Envelope
+		if err := json.Unmarshal(signed(payload), &e); err != nil {
+			t.Fatal(err)
+		}
+		for len(e.Signatures) < n {
+			e.Signatures = append(e.Signatures, e.Signatures[0])
+		}
+		e.Signatures = e.Signatures[:n]
+		return must(json.Marshal(e))(t)
+	}
+	for name, c := range map[string]struct {
+		raw  []byte
+		code refusal.Code
+	}{
+		"T53 kmo1 of another image":         {stated(func(s *Statement) { s.Subject[0].Digest["kmo1"] = merkle.BlobRoot(nil).Hex() }), "E_DIGEST_SET"},
+		"T53 sha256 of another image":       {stated(func(s *Statement) { s.Subject[0].Digest["sha256"] = strings.Repeat("0", 64) }), "E_DIGEST_SET"},
+		"T53 a third digest nobody checks":  {stated(func(s *Statement) { s.Subject[0].Digest["sha512"] = strings.Repeat("0", 128) }), "E_DIGEST_SET"},
+		"T53 sha256 alone":                  {stated(func(s *Statement) { delete(s.Subject[0].Digest, "kmo1") }), "E_DIGEST_SET"},
+		"T53 second subject":                {stated(func(s *Statement) { s.Subject = append(s.Subject, s.Subject[0]) }), "E_DIGEST_SET"},
+		"T53 no subject":                    {stated(func(s *Statement) { s.Subject = nil }), "E_DIGEST_SET"},
+		"U-28 T19 foreign payload type":     {wrapped("application/json", payload, id, key), "E_PAYLOAD_TYPE"},
+		"other predicate":                   {stated(func(s *Statement) { s.PredicateType = "https://slsa.dev/provenance/v1" }), "E_PAYLOAD_TYPE"},
+		"other chunk":                       {stated(func(s *Statement) { s.Predicate.Parameters.Chunk = 4096 }), "E_PAYLOAD_TYPE"},
+		"T20 a trusted key's id, other key": {wrapped(payloadType, payload, id, other), "E_SIG_BAD"},
+		"T52 signed by a stranger":          {wrapped(payloadType, payload, "stranger", other), "E_SIG_UNKNOWN_KEY"},
+		"T52 unsigned":                      {many(0), "E_SIG_MISSING"},
+		"U-10 10 000 signatures":            {many(10_000), "E_LIMIT"},
+		"envelope over 1 MiB":               {append(signed(payload), bytes.Repeat([]byte(" "), 1<<20)...), "E_LIMIT"},
+		"unknown field in the payload":      {signed(strings.Replace(payload, `"subject"`, `"extra":1,"subject"`, 1)), "E_DECODE"},
+		"key twice in the payload":          {signed(strings.Replace(payload, `"subject"`, `"predicate":{},"subject"`, 1)), "E_DECODE"},
+		"key twice in another case":         {signed(strings.Replace(payload, `"subject"`, `"Predicate":{},"subject"`, 1)), "E_DECODE"},
+		"second value":                      {signed(payload + payload), "E_DECODE"},
+		"nested deeper than 16":             {signed(strings.Replace(payload, `"subject"`, `"extra":`+strings.Repeat("[", 17)+strings.Repeat("]", 17)+`,"subject"`, 1)), "E_DECODE"},
+		"fractional size":                   {signed(strings.Replace(payload, `"blobs":null`, `"blobs":[{"size":1.5}]`, 1)), "E_DECODE"},
+		"root in another spelling":          {signed(strings.Replace(payload, `"blobs":null`, `"blobs":[{"blobRoot":"`+strings.ToUpper(pinRoot.String())+`"}]`, 1)), "E_DECODE"},
+		"unknown field in the envelope":     {bytes.Replace(signed(payload), []byte(`"payload"`), []byte(`"x":1,"payload"`), 1), "E_DECODE"},
+		"payload twice":                     {bytes.Replace(signed(payload), []byte(`"payload"`), []byte(`"payload":"e30=","payload"`), 1), "E_DECODE"},
+		"not an envelope":                   {[]byte("[]"), "E_DECODE"},
+		"empty":                             {nil, "E_DECODE"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			_, _, err := VerifyStatement(c.raw, []crypto.PublicKey{public}, pinSHA, pinRoot)
+			if r := refusal.Of(err); r == nil || r.Code != c.code {
+				t.Errorf("got %v, want %s", err, c.code)
+			}
+		})
+	}
+	if _, _, err := VerifyStatement(many(2), []crypto.PublicKey{otherPublic, public}, pinSHA, pinRoot); err != nil {
+		t.Errorf("near miss: two signatures by the right key: %v", err)
+	}
+	if _, _, err := VerifyStatement(wrapped(payloadType, payload, "a wrong hint", key), []crypto.PublicKey{public}, pinSHA, pinRoot); err != nil {
+		t.Errorf("near miss: a wrong hint on a right signature: %v", err)
+	}
+	t.Run("every byte of the envelope broken", func(t *testing.T) {
+		good := wrapped(payloadType, payload, "", key)
+		for i := range good {
+			bad := bytes.Clone(good)
+			bad[i] ^= 1
+			if _, _, err := VerifyStatement(bad, []crypto.PublicKey{public}, pinSHA, pinRoot); refusal.Of(err) == nil {
+				t.Errorf("byte %d (%q): got %v, want a refusal", i, good[i], err)
+			}
+		}
+	})
+}
+
+func TestT52DeletedAndFlooded(t *testing.T) {
+	ctx := context.Background()
+	w := newWorld(t)
+	index, _, _ := twoPlatforms(t)
+	ref := w.push("two", index)
+	root := rootOf(t, ref)
+	key, public := signingKey("release")
+	t.Run("U-10 a flood of referrers is bounded", func(t *testing.T) {
+		img := must(newStore(t).whole(ctx, ref))(t)
+		subject := img.top.desc
+		pusher := newStore(t)
+		for i := range 3 * maxReferrers {
+			junk := memory(envelopeMedia, fmt.Appendf(nil, "junk %d", i))
+			if _, err := pusher.push(ctx, ref, v1.Manifest{ArtifactType: StatementArtifact, Subject: &subject}, memory(emptyConfig, []byte("{}")), junk); err != nil {
+				t.Fatal(err)
+			}
+		}
+		w.asked()
+		s := newStore(t)
+		if _, err := s.Fetch(ctx, ref, root, OCI); err != nil {
+			t.Fatal(err)
+		}
+		if n := len(w.asked()); n > 3*maxReferrers {
+			t.Errorf("%d requests", n)
+		}
+	})
+	t.Run("Seal covers nested indexes", func(t *testing.T) {
+		nested := w.push("nested", nestedIndex(t, index))
+		sealed, err := newStore(t).Seal(ctx, nested, key, Sealing{})
+		if err != nil || sealed != rootOf(t, nested) {
+			t.Fatalf("got %v, %v", sealed, err)
+		}
+		s := newStore(t)
+		s.Keys = []crypto.PublicKey{public}
+		d, err := s.Describe(ctx, nested, sealed, OCI)
+		if err != nil || !d.Proved || d.Signer == "" || d.Platform != "linux/amd64" {
+			t.Errorf("got %+v, %v", d, err)
+		}
+		if _, err := s.Fetch(ctx, nested, sealed, OCI); err != nil {
+			t.Error(err)
+		}
+	})
+}
+
+func FuzzOpenStatement(f *testing.F) {
+	key, _ := signingKey("release")
+	raw, err := sign(sampleStatement(pinSHA, pinRoot), key)
+	if err != nil {
+		f.Fatal(err)
+	}
+	f.Add(raw)
+	f.Add([]byte(`{"payloadType":"application/vnd.in-toto+json","payload":"e30=","signatures":[]}`))
+	f.Fuzz(func(t *testing.T, raw []byte) {
+		if s, _, _, err := openStatement(raw); (s == nil) != (err != nil) || err != nil && refusal.Of(err) == nil {
+			t.Errorf("got %v, %v: a statement or a refusal", s, err)
+		}
+	})
+}
+
+func FuzzParseReference(f *testing.F) {
+	for _, text := range []string{"reg.example/a@sha256:" + pinSHA, "oci-layout:/a@sha256:" + pinSHA, "localhost:5000/a/b:v1@sha256:" + pinSHA} {
+		f.Add(text)
+	}
+	f.Fuzz(func(t *testing.T, text string) {
+		if ref, err := ParseReference(text); err == nil && ref.String() != text {
+			t.Errorf("%q prints as %q", text, ref)
+		}
+	})
+}
