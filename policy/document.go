@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"slices"
 	"strconv"
+	"strings"
 
 	"github.com/open-policy-agent/opa/v1/ast"
 
@@ -243,7 +244,8 @@ func (d *document) number(s *shape) (*ast.Term, *fault) {
 	} else if s.kind == integer {
 		return nil, &fault{got: digits, want: "a whole number"}
 	}
-	if _, err := strconv.ParseFloat(digits, 64); err != nil || len(digits) > 32 {
+	_, err := strconv.ParseFloat(digits, 64)
+	if exponent := strings.IndexAny(digits, "eE"); err != nil || len(digits) > 32 || exponent >= 0 && len(digits)-exponent > len("e-308") {
 		return nil, &fault{got: digits, want: "a number of at most 32 characters within 64 bits"}
 	}
 	return d.term(ast.Number(digits)), nil

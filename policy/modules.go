@@ -1,6 +1,7 @@
 package policy
 
 import (
+	"bytes"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -44,12 +45,14 @@ func (s sources) parse() (*modules, error) {
 		if !strings.HasSuffix(file.path, ".rego") {
 			continue
 		}
+		if len(bytes.TrimSpace(file.text)) == 0 {
+			faults = append(faults, &refusal.Error{Code: codeMissing, Subject: file.name(), Got: "an empty file", Want: "a package with rules"})
+			continue
+		}
 		module, err := ast.ParseModuleWithOpts(file.name(), string(file.text), options)
 		switch {
 		case err != nil:
 			faults = append(faults, compileRefusal(file.name(), err))
-		case module == nil:
-			faults = append(faults, &refusal.Error{Code: codeMissing, Subject: file.name(), Got: "an empty module", Want: "a package with rules"})
 		case file.test():
 			p.tests[file.name()] = module
 		default:
