@@ -94,7 +94,9 @@ func (b *bench) unit(unit string, steps ...string) backends.Workload {
 	if w.Run.User == 0 {
 		w.Run.User = 65532
 	}
-	w.Image.Config.Entrypoint = []string{"/app"}
+	if b.format == backends.OCI || b.format == backends.LXC {
+		w.Image.Config.Entrypoint = []string{"/app"}
+	}
 	if b.print.Has(backends.LimitCPU) {
 		w.Resources.CPU = 1000
 	}
@@ -103,9 +105,6 @@ func (b *bench) unit(unit string, steps ...string) backends.Workload {
 	}
 	if b.print.Has(backends.LimitPIDs) {
 		w.Resources.PIDs = 64
-	}
-	if b.print.Has(backends.LimitDisk) {
-		w.Resources.Disk = 32 << 20
 	}
 	return w
 }

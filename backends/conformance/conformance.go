@@ -24,6 +24,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"testing"
 
 	"github.com/kindos/kmo/backends"
@@ -97,7 +98,7 @@ type check struct {
 
 // checks lists every rule, in the order in which a new backend comes to fulfil them.
 func checks() []check {
-	return lifeChecks()
+	return slices.Concat(lifeChecks(), seenChecks(), faultChecks(), writeChecks(), boundChecks(), refusalChecks())
 }
 
 // Build builds the test program for a platform, statically, and returns its path. It lives as long as the test.

@@ -1,0 +1,239 @@
+package conformance
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/kindos/kmo/backends"
+)
+
+// faultChecks are about what goes wrong.
+func faultChecks() []check {
+	return []check{
+		{"hooks run at their moments", hooksRun},
+		{"a failing preInit is an error with its output, and no program", preInitFails},
+		{"an image without content is an error and leaves nothing", noContent},
+		{"a context that has ended changes nothing", endedContext},
+		{"cancel leaves nothing half", cancelled},
+		{"damage is seen and repaired", damageRepaired},
+		{"many at once", manyAtOnce},
+	}
+}
+
+func hooksRun(b *bench) {
+	if !b.print.Has(backends.Hooking) || !b.print.Has(backends.Keep) {
+		return // without a kept path the order could not be seen
+	}
+	w := b.unit("relay", "append /keep/order main,", "wait")
+	w.Overlay.Keep = []string{"/keep"}
+	w.Hooks = backends.Hooks{
+		PreInit:  [][]string{{"/app", "append /keep/order pre1,"}, {"/app", "append /keep/order pre2,"}},
+		PostInit: [][]string{{"/app", "append /keep/order post,"}},
+		Exit:     [][]string{{"/app", "append /keep/order exit,"}},
+	}
+	w = b.apply(w)
+	b.line(w.Name, "waiting")
+	b.apply(w)
+	b.remove(w.Name)
+	look := b.unit("relay", "cat /keep/order", "wait")
+	look.Overlay.Keep = []string{"/keep"}
+	look = b.apply(look)
+	got := b.line(look.Name, "cat /keep/order:")
+	if got != `"pre1,pre2,main,post,exit,"` && got != `"pre1,pre2,post,main,exit,"` {
+		b.Errorf("hooks and program ran as %s, want pre1,pre2,main,post,exit,", got)
+	}
+}
+
+func preInitFails(b *bench) {
+	if !b.print.Has(backends.Hooking) {
+		return // the refusal of it is checked with the others
+	}
+	w := b.unit("relay", "say never", "wait")
+	w.Hooks.PreInit = [][]string{{"/app", "say because-of-this", "exit 9"}, {"/app", "say not-reached"}}
+	w = seal(w)
+	b.names = append(b.names, w.Name)
+	err := b.backend.Apply(b.Context(), w)
+	var start *backends.StartError
+	if !errors.As(err, &start) || start.Workload != w.Name || !strings.Contains(start.Output, "because-of-this") {
+		b.Fatalf("apply: error %v, want a *StartError with the hook's output", err)
+	}
+	if strings.Contains(err.Error(), "not-reached") {
+		b.Errorf("the hook after the one that failed was run: %v", err)
+	}
+	if s, ok := b.status(w.Name); ok && s.State == backends.Running {
+		b.Errorf("the program runs although preInit failed: %+v", s)
+	}
+	if text, err := b.logs(w.Name, backends.LogOptions{}); err == nil && strings.Contains(text, "never") {
+		b.Errorf("the program ran although preInit failed: %q", text)
+	}
+	b.remove(w.Name)
+	b.gone(w.Name)
+}
+
+// gone makes sure that nothing of a removed workload is listed.
+func (b *bench) gone(name string) {
+	b.Helper()
+	if s, ok := b.status(name); ok {
+		b.Errorf("a removed workload is still listed: %+v", s)
+	}
+}
+
+func noContent(b *bench) {
+	for _, content := range []string{"", filepath.Join(b.TempDir(), "none")} {
+		w := b.unit("relay", "wait")
+		w.Image.Content = content
+		w = seal(w)
+		b.names = append(b.names, w.Name)
+		if err := b.backend.Apply(b.Context(), w); err == nil {
+			b.Errorf("apply of an image with content %q: no error", content)
+		}
+		if s, ok := b.status(w.Name); ok && s.State == backends.Running {
+			b.Errorf("it runs: %+v", s)
+		}
+		b.remove(w.Name)
+		b.gone(w.Name)
+	}
+}
+
+func endedContext(b *bench) {
+	w := b.apply(b.unit("relay", "wait"))
+	b.until(w.Name, "running", running)
+	other := seal(b.unit("other", "wait"))
+	b.names = append(b.names, other.Name)
+	ctx, cancel := context.WithCancel(b.Context())
+	cancel()
+	calls := map[string]func() error{
+		"apply":  func() error { return b.backend.Apply(ctx, other) },
+		"remove": func() error { return b.backend.Remove(ctx, w.Name) },
+		"observe": func() error {
+			_, err := b.backend.Observe(ctx)
+			return err
+		},
+	}
+	for name, call := range calls {
+		if err := call(); !errors.Is(err, context.Canceled) {
+			b.Errorf("%s with an ended context: error %v, want context.Canceled", name, err)
+		}
+	}
+	if list := b.observe(); len(list) != 1 || list[0].Name != w.Name || list[0].State != backends.Running {
+		b.Errorf("calls with an ended context changed the host: %+v", list)
+	}
+}
+
+// cancelled ends the context of Apply and Remove at moments from at once to well after.
+func cancelled(b *bench) {
+	for i, after := range []time.Duration{0, 1, 3, 10, 30, 100} {
+		w := seal(b.unit("relay", fmt.Sprint("say ", i), "wait"))
+		b.names = append(b.names, w.Name)
+		b.within(after*time.Millisecond, func(ctx context.Context) error { return b.backend.Apply(ctx, w) })
+		if list := b.observe(); len(list) > 1 || len(list) == 1 && list[0].Name != w.Name {
+			b.Fatalf("after a cancelled apply observe lists %v", names(list))
+		}
+		b.apply(w)
+		b.line(w.Name, "waiting")
+		b.within(after*time.Millisecond, func(ctx context.Context) error { return b.backend.Remove(ctx, w.Name) })
+		b.remove(w.Name)
+		b.gone(w.Name)
+		if b.subject.Leaks != nil {
+			if left := b.subject.Leaks(b.T); len(left) > 0 {
+				b.Errorf("cancelled after %v ms: left behind: %q", after, left)
+			}
+		}
+	}
+}
+
+// within runs a call whose context ends after a time, and wants it to return soon after that.
+func (b *bench) within(after time.Duration, call func(context.Context) error) {
+	b.Helper()
+	ctx, cancel := context.WithTimeout(b.Context(), after)
+	defer cancel()
+	returned := make(chan error, 1)
+	go func() { returned <- call(ctx) }()
+	select {
+	case <-returned:
+	case <-time.After(after + patience):
+		b.Fatalf("a call has not returned %v after its context ended", patience)
+	}
+}
+
+func damageRepaired(b *bench) {
+	if b.subject.Damage == nil {
+		return // nothing of this runtime can be damaged
+	}
+	w := b.apply(b.unit("relay", "wait"))
+	b.line(w.Name, "waiting")
+	b.until(w.Name, "running", running)
+	b.subject.Damage(b.T, w)
+	s := b.until(w.Name, "not running as applied", func(s backends.Status) bool { return !running(s) })
+	if s.State == backends.Damaged && s.Detail == "" {
+		b.Errorf("a damaged workload without a detail: %+v", s)
+	}
+	b.apply(w)
+	b.until(w.Name, "running after repair", running)
+	b.line(w.Name, "waiting")
+}
+
+func manyAtOnce(b *bench) {
+	const many = 6
+	var all sync.WaitGroup
+	var mu sync.Mutex
+	for i := range many {
+		w := seal(b.unit(fmt.Sprint("unit-", i), "wait"))
+		b.names = append(b.names, w.Name)
+		for range 2 {
+			all.Go(func() {
+				if err := b.backend.Apply(b.Context(), w); err != nil {
+					mu.Lock()
+					defer mu.Unlock()
+					b.Errorf("apply: %v", err)
+				}
+			})
+		}
+		all.Go(func() {
+			if _, err := b.backend.Observe(b.Context()); err != nil {
+				mu.Lock()
+				defer mu.Unlock()
+				b.Errorf("observe: %v", err)
+			}
+		})
+	}
+	all.Wait()
+	for _, name := range b.names {
+		s := b.until(name, "running", running)
+		if s.Restarts != 0 {
+			b.Errorf("%s was started %d times", name, s.Restarts+1)
+		}
+	}
+	for _, name := range b.names {
+		all.Go(func() {
+			if err := b.backend.Remove(b.Context(), name); err != nil {
+				mu.Lock()
+				defer mu.Unlock()
+				b.Errorf("remove: %v", err)
+			}
+		})
+	}
+	all.Wait()
+	if list := b.observe(); len(list) != 0 {
+		b.Errorf("observe still lists %v", names(list))
+	}
+}
+
+// hostDir is a folder that anybody may write, with a file in it.
+func (b *bench) hostDir() string {
+	b.Helper()
+	dir := b.TempDir()
+	if err := os.Chmod(dir, 0o777); err != nil { //nolint:gosec // that is the point
+		b.Fatal(err)
+	}
+	if err := os.WriteFile(filepath.Join(dir, "file"), []byte("of the host"), 0o644); err != nil { //nolint:gosec // to be read by the workload's user
+		b.Fatal(err)
+	}
+	return dir
+}
