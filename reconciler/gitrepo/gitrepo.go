@@ -24,7 +24,8 @@
 //
 // Remotes:
 //
-//	/srv/site.git, file:///srv/site.git   read directly, without a git process; a push runs git receive-pack, so hooks hold
+//	/srv/site.git, file:///srv/site.git   its files are read directly; git, where it is installed, is run for the first fetch
+//	                                      and for a push, so that hooks hold
 //	ssh://git@host:22/site.git, git@host:site.git   known_hosts is required; a key file, or the agent
 //	https://host/site.git                 a password or token from a file or a variable, a CA file if need be
 //	http://127.0.0.1:8080/site.git        loopback only
@@ -79,6 +80,7 @@ type state struct {
 	remote  remote
 	mu      sync.Mutex    // held by Head and Revert
 	tip     plumbing.Hash // guarded by mu: what refs/heads/<branch> of the copy says
+	last    trust.Commit  // guarded by mu: the commit at tip, once it was read
 	source  *store        // guarded by mu: the objects of a local remote
 	own     *store
 	trees   treeCache
@@ -227,6 +229,9 @@ func (r *Repository) At(_ context.Context, id string) (reconciler.Commit, error)
 // commit reads a commit from a store.
 func (r *Repository) commit(s *store, h plumbing.Hash) (trust.Commit, error) {
 	raw, err := s.readAs(plumbing.CommitObject, h)
+	if s == r.own {
+		err = ours(err)
+	}
 	if err != nil {
 		return trust.Commit{}, err
 	}

@@ -9,7 +9,9 @@ import (
 	"math/rand/v2"
 	"os"
 	"path/filepath"
+	"regexp"
 	"strings"
+	"syscall"
 	"time"
 
 	"github.com/fsnotify/fsnotify"
@@ -37,7 +39,9 @@ func (r *Repository) head(ctx context.Context) (reconciler.Commit, error) {
 			return reconciler.Commit{}, err
 		}
 		if tip == r.tip && !r.own.damaged.Load() {
-			return r.commit(r.own, tip)
+			if commit, err := r.tipCommit(); err == nil {
+				return commit, nil
+			}
 		}
 	}
 	bounded, cancel := context.WithTimeoutCause(ctx, r.Limits.Duration,
@@ -45,9 +49,25 @@ func (r *Repository) head(ctx context.Context) (reconciler.Commit, error) {
 	defer cancel()
 	bounded, idle := context.WithCancelCause(bounded)
 	defer idle(nil)
+	damaged := r.own.damaged.Load()
 	commit, err := r.fetch(bounded, idle)
+	if err != nil && !damaged && r.own.damaged.Load() { // found just now: our disk's fault, not the remote's
+		commit, err = r.fetch(bounded, idle)
+	}
 	if err != nil && ctx.Err() == nil && bounded.Err() != nil {
 		err = context.Cause(bounded)
+	}
+	return commit, err
+}
+
+// tipCommit is the commit that the copy is at, read once.
+func (r *Repository) tipCommit() (reconciler.Commit, error) {
+	if id := r.tip.String(); r.last.ID == id {
+		return r.last, nil
+	}
+	commit, err := r.commit(r.own, r.tip)
+	if err == nil {
+		r.last = commit
 	}
 	return commit, err
 }
@@ -67,16 +87,33 @@ func (r *Repository) fetch(ctx context.Context, idle context.CancelCauseFunc) (r
 	defer f.Close()
 	bring := r.receive
 	if r.remote.scheme == "" {
-		bring = r.collect
+		if bring = r.collect; whole || r.tip.IsZero() {
+			bring = r.first
+		}
 	}
 	tip, err := bring(ctx, idle, f, whole)
 	if err != nil {
 		return reconciler.Commit{}, err
 	}
 	if tip == r.tip && !whole {
-		return r.commit(r.own, tip)
+		return r.tipCommit()
 	}
 	return r.admit(ctx, f, tip, whole)
+}
+
+// first fetches all of a local remote through git where there is one, for git keeps the deltas; and reads it itself elsewhere.
+func (r *Repository) first(ctx context.Context, idle context.CancelCauseFunc, f *os.File, whole bool) (plumbing.Hash, error) {
+	tip, err := r.receive(ctx, idle, f, whole)
+	if err == nil || refusal.Of(err) != nil || ctx.Err() != nil {
+		return tip, err
+	}
+	if _, err := f.Seek(0, io.SeekStart); err != nil {
+		return tip, err
+	}
+	if err := f.Truncate(0); err != nil {
+		return tip, err
+	}
+	return r.collect(ctx, idle, f, whole)
 }
 
 // collect reads a local remote's objects itself: from its commit to what the copy has. What it reads is judged afterwards, by
@@ -148,6 +185,92 @@ func links(kind plumbing.ObjectType, content []byte) []plumbing.Hash {
 		}
 	}
 	return all
+}
+
+// branchName is the allow-list for a branch; checkBranch adds what a pattern cannot say.
+var branchName = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9._/-]{0,199}$`)
+
+func checkBranch(name string) error {
+	if !branchName.MatchString(name) || checkRef("refs/heads/"+name) != nil {
+		return refuse("E_REF_NAME", "branch "+show(name), "", "letters, digits, . _ - and single slashes, beginning with a letter or digit")
+	}
+	return nil
+}
+
+// checkRef refuses a reference name that git itself would not make: what a sound server cannot send.
+func checkRef(name string) error {
+	bad := len(name) > 1024 || !strings.HasPrefix(name, "refs/") && name != "HEAD" || strings.HasSuffix(name, "/") ||
+		strings.Contains(name, "..") || strings.Contains(name, "@{") || strings.ContainsAny(name, " ~^:?*[\\\x7f") ||
+		strings.ContainsFunc(name, func(r rune) bool { return r < ' ' })
+	for part := range strings.SplitSeq(name, "/") {
+		bad = bad || part == "" || part[0] == '.' || part[0] == '-' || strings.HasSuffix(part, ".") || strings.HasSuffix(part, ".lock")
+	}
+	if bad {
+		return refuse("E_REF_NAME", "a reference of the remote", show(name), "names that git would make")
+	}
+	return nil
+}
+
+// repositoryDir is where a local remote keeps its references and objects.
+func (r remote) repositoryDir() string {
+	if stat, err := os.Stat(filepath.Join(r.path, ".git")); err == nil && stat.IsDir() {
+		return filepath.Join(r.path, ".git")
+	}
+	return r.path
+}
+
+// lookLocal reads a branch of a local remote: its file, then packed-refs, then its file again for the case that it was packed between.
+func lookLocal(dir, branch string, l Limits) (plumbing.Hash, error) {
+	name := "refs/heads/" + branch
+	for range 5 { // symbolic references
+		h, next, err := readRef(dir, name, l)
+		if err != nil || next == "" {
+			return h, err
+		}
+		name = next
+	}
+	return plumbing.ZeroHash, errors.New("looking at the branch: too many symbolic references")
+}
+
+func readRef(dir, name string, l Limits) (h plumbing.Hash, next string, err error) {
+	for range 2 {
+		text, err := readRegular(filepath.Join(dir, filepath.FromSlash(name)), 1024)
+		if err == nil {
+			return parseRef(strings.TrimSpace(string(text)))
+		}
+		if !errors.Is(err, os.ErrNotExist) && !errors.Is(err, syscall.ENOTDIR) {
+			return h, "", fmt.Errorf("looking at the branch: %v", err)
+		}
+		packed, err := readRegular(filepath.Join(dir, "packed-refs"), int64(l.Refs)*1100+4096)
+		if err != nil && !errors.Is(err, os.ErrNotExist) {
+			return h, "", err
+		}
+		n := 0
+		for line := range strings.Lines(string(packed)) {
+			if n++; n > 2*l.Refs+16 {
+				return h, "", tooLarge("packed-refs of the remote", int64(n), int64(l.Refs), "references")
+			}
+			if id, ref, ok := strings.Cut(strings.TrimRight(line, "\r\n"), " "); ok && ref == name {
+				return parseRef(id)
+			}
+		}
+	}
+	if _, err := os.Stat(filepath.Join(dir, "reftable")); err == nil {
+		return h, "", errors.New("looking at the branch: the remote keeps references in a reftable; want the files format, or ssh")
+	}
+	return h, "", fmt.Errorf("looking at the branch: the remote has no %s", name)
+}
+
+// parseRef never repeats what it read: the file may be anything.
+func parseRef(text string) (plumbing.Hash, string, error) {
+	if next, ok := strings.CutPrefix(text, "ref: "); ok {
+		return plumbing.ZeroHash, next, checkRef(next)
+	}
+	h := plumbing.NewHash(text)
+	if h.IsZero() || h.String() != text {
+		return h, "", refuse("E_REF_NAME", "the branch at the remote", "a reference that is no commit id", "40 hex digits")
+	}
+	return h, "", nil
 }
 
 func (r *Repository) closeSource() {

@@ -2,15 +2,22 @@ package gitrepo
 
 import (
 	"context"
+	"encoding/pem"
 	"fmt"
 	"io/fs"
+	"net"
+	"net/http/httptest"
 	"os"
 	"path/filepath"
 	"strings"
+	"sync"
 	"testing"
 	"testing/fstest"
 	"time"
 
+	"github.com/go-git/go-git/v5/plumbing"
+	"github.com/go-git/go-git/v5/plumbing/format/idxfile"
+	"golang.org/x/crypto/ssh/agent"
 	"golang.org/x/crypto/ssh/knownhosts"
 
 	"github.com/google/go-cmp/cmp"
@@ -254,11 +261,18 @@ func TestDamagedCopy(t *testing.T) {
 func TestMerge(t *testing.T) {
 	w := newWorld(t)
 	r := w.open()
-	var last string
+	var stream strings.Builder
 	for i := range mergeAt + 6 {
-		last = w.commit("units/a/unit.yaml", fmt.Sprintf("n: %d\n", i))
-		if got := head(t, r); got != last {
-			t.Fatalf("head is %s, want %s", got, last)
+		fmt.Fprintf(&stream, "commit refs/heads/later\ncommitter A <a@b> %d +0000\ndata 2\nx\nM 100644 inline units/a/unit.yaml\ndata 4\n%04d\n", 1700000000+i, i)
+	}
+	w.pipe(stream.String(), "fast-import", "--quiet")
+	ids := strings.Fields(w.pipe("", "rev-list", "--reverse", "later"))
+	for _, id := range ids {
+		if err := os.WriteFile(filepath.Join(w.bare, "refs/heads/main"), []byte(id+"\n"), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		if got := head(t, r); got != id {
+			t.Fatalf("head is %s, want %s", got, id)
 		}
 	}
 	packs, _ := filepath.Glob(r.Dir + "/objects/pack/*.pack")
@@ -266,7 +280,7 @@ func TestMerge(t *testing.T) {
 		t.Errorf("%d packs, want few", len(packs))
 	}
 	w.run(r.Dir, "git", "fsck", "--strict", "--full")
-	if list, err := r.Between(context.Background(), "", last); err != nil || len(list) != mergeAt+6 {
+	if list, err := r.Between(context.Background(), "", ids[len(ids)-1]); err != nil || len(list) != mergeAt+6 {
 		t.Errorf("%d commits, %v; want %d", len(list), err, mergeAt+6)
 	}
 }
@@ -320,4 +334,176 @@ func TestWatch(t *testing.T) {
 			}
 		}
 	})
+}
+
+// What a carrier may do to history is for trust to refuse; the carrier's part is to say it as it is and to lose nothing.
+func TestRewrittenHistory(t *testing.T) {
+	ctx := context.Background()
+	w := newWorld(t)
+	root := w.commit("a", "1")
+	accepted := w.commit("a", "2")
+	for name, r := range remotes(w) {
+		head(t, r)
+		w.run(w.bare, "git", "update-ref", "refs/heads/main", root)
+		t.Run("T29 U-26 an older commit/"+name, func(t *testing.T) {
+			if got := head(t, r); got != root {
+				t.Errorf("head is %s, want %s", got, root)
+			}
+			if ok, err := r.Ancestor(ctx, accepted, root); ok || err != nil {
+				t.Errorf("Ancestor(accepted, older) is %v, %v; want false", ok, err)
+			}
+		})
+		fork := w.commitOf(w.treeOf("100644", "a", w.object("blob", name)))
+		w.run(w.bare, "git", "update-ref", "refs/heads/main", fork)
+		t.Run("T30 T34 another history/"+name, func(t *testing.T) {
+			if got := head(t, r); got != fork {
+				t.Errorf("head is %s, want %s", got, fork)
+			}
+			if ok, err := r.Ancestor(ctx, accepted, fork); ok || err != nil {
+				t.Errorf("Ancestor(accepted, fork) is %v, %v; want false", ok, err)
+			}
+			c, err := r.At(ctx, accepted)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if text, err := fs.ReadFile(c.Tree, "a"); err != nil || string(text) != "2" {
+				t.Errorf("the accepted commit's file is %q, %v", text, err)
+			}
+		})
+		w.run(w.bare, "git", "update-ref", "refs/heads/main", accepted)
+	}
+}
+
+// A store whose index says that some bytes are another object does not hand them out.
+func TestForeignBytes(t *testing.T) {
+	p, _ := goodPack()
+	dir := t.TempDir()
+	if err := os.MkdirAll(dir+"/pack", 0o700); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(dir+"/pack/pack-1.pack", p.done(), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	want := plumbing.ComputeHash(plumbing.BlobObject, []byte("what was promised"))
+	var w idxfile.Writer
+	w.OnHeader(1)
+	w.Add(want, uint64(p.offsets[2]), 0)
+	w.OnFooter(plumbing.ZeroHash)
+	idx, err := w.Index()
+	if err != nil {
+		t.Fatal(err)
+	}
+	lying, err := newPack(dir+"/pack/pack-1", idx, DefaultLimits())
+	if err != nil {
+		t.Fatal(err)
+	}
+	s := &store{limits: DefaultLimits(), packs: []*pack{lying}}
+	defer s.close()
+	if _, content, err := s.read(want); code(err) != "E_PACK" || content != nil {
+		t.Errorf("T40 %q, %v; want E_PACK", content, err)
+	}
+	above := &store{limits: DefaultLimits(), base: s}
+	if !above.has(want) {
+		t.Error("T40 what is held below is not asked first")
+	}
+}
+
+func TestHTTPSAndAgent(t *testing.T) {
+	w := newWorld(t)
+	want := w.commit("a", "1")
+	plain := w.serveHTTP("host", "token")
+	safe := httptest.NewTLSServer(plain.Config.Handler)
+	defer safe.Close()
+	authority := filepath.Join(w.home, "ca.pem")
+	if err := os.WriteFile(authority, pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: safe.Certificate().Raw}), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	t.Setenv("KMO_TEST_TOKEN", "token")
+	auth := Auth{User: "host", PasswordEnv: "KMO_TEST_TOKEN"}
+	if _, err := w.open(func(r *Repository) { r.Remote, r.Auth = safe.URL+"/site.git", auth }).Head(context.Background()); err == nil {
+		t.Error("a certificate of nobody we know: no error")
+	}
+	auth.CAFile = authority
+	if got := head(t, w.open(func(r *Repository) { r.Remote, r.Auth = safe.URL+"/site.git", auth })); got != want {
+		t.Errorf("by https: head is %s, want %s", got, want)
+	}
+	keys := agent.NewKeyring()
+	if err := keys.Add(agent.AddedKey{PrivateKey: testKey(4)}); err != nil {
+		t.Fatal(err)
+	}
+	socket, err := net.Listen("unix", filepath.Join(t.TempDir(), "agent"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer socket.Close()
+	go func() {
+		for {
+			conn, err := socket.Accept()
+			if err != nil {
+				return
+			}
+			go func() { _ = agent.ServeAgent(keys, conn); conn.Close() }()
+		}
+	}()
+	t.Setenv("SSH_AUTH_SOCK", socket.Addr().String())
+	address, hostKey := w.serveSSH(testSigner(t, 4).PublicKey())
+	known := filepath.Join(w.home, "known")
+	if err := os.WriteFile(known, []byte(knownhosts.Line([]string{address}, hostKey)+"\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	r := w.open(func(r *Repository) { r.Remote, r.Auth = "ssh://git@"+address+w.bare, Auth{KnownHosts: known} })
+	if got := head(t, r); got != want {
+		t.Errorf("by the agent: head is %s, want %s", got, want)
+	}
+	if err := os.WriteFile(known, []byte(knownhosts.Line([]string{address}, testSigner(t, 9).PublicKey())+"\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := r.Head(context.Background()); err == nil || !strings.Contains(err.Error(), "knownhosts") {
+		t.Errorf("a server with another key: %v, want it named", err)
+	}
+}
+
+// Readers go on while the copy fetches and merges.
+func TestReadersAmongFetches(t *testing.T) {
+	w := newWorld(t)
+	first := w.commit("a/b", "0")
+	r := w.open()
+	head(t, r)
+	stop := make(chan struct{})
+	var all sync.WaitGroup
+	for range 3 {
+		all.Go(func() {
+			for {
+				select {
+				case <-stop:
+					return
+				default:
+				}
+				c, err := r.At(context.Background(), first)
+				if err == nil {
+					_, err = fs.ReadFile(c.Tree, "a/b")
+				}
+				if err != nil {
+					t.Error(err)
+					return
+				}
+			}
+		})
+	}
+	for i := range 10 {
+		want := w.commit("a/b", fmt.Sprint(i))
+		if got := head(t, r); got != want {
+			t.Errorf("head is %s, want %s", got, want)
+		}
+	}
+	if err := r.locked(func() error { return r.merge(context.Background()) }); err != nil {
+		t.Error(err)
+	}
+	close(stop)
+	all.Wait()
+	ctx, cancel := context.WithCancel(context.Background())
+	defer cancel()
+	if n := cap(r.Watch(ctx)); n != 1 {
+		t.Errorf("T77 %d notices are kept, want 1", n)
+	}
 }

@@ -15,9 +15,9 @@ import (
 	"github.com/go-git/go-git/v5/plumbing/protocol/packp/capability"
 	"github.com/go-git/go-git/v5/plumbing/protocol/packp/sideband"
 	"github.com/hiddeco/sshsig"
-	"golang.org/x/crypto/ssh"
 
 	"github.com/kindos/kmo/policy/refusal"
+	"github.com/kindos/kmo/policy/trust"
 	"github.com/kindos/kmo/reconciler"
 )
 
@@ -43,7 +43,7 @@ func (r *Repository) Revert(ctx context.Context, v reconciler.Revert) (reconcile
 	}
 	raw, err := r.revertCommit(v, good)
 	if err != nil {
-		return reconciler.Commit{}, fmt.Errorf("signing the revert: %v", err)
+		return reconciler.Commit{}, fmt.Errorf("reverting: %v", err)
 	}
 	id := plumbing.ComputeHash(plumbing.CommitObject, raw)
 	dir, err := os.MkdirTemp(r.Dir, "quarantine-")
@@ -126,18 +126,7 @@ func (r *Repository) revertCommit(v reconciler.Revert, good commitHead) ([]byte,
 	fmt.Fprintf(&b, "The unit did not pass its gate, so this brings back the content of the last\ncommit that did: %s.\n\n", v.Good)
 	fmt.Fprintf(&b, "Kmo-Reverts: %s..%s\nKmo-Unit: %s\nKmo-Gate: %s\nKmo-Evidence: %s\nKmo-Host: %s\n",
 		v.Good, v.Head, line(v.Unit, 200), line(v.Gate, 200), line(v.Evidence, 1000), line(v.Host, 200))
-	return signCommit(b.Bytes(), r.Signer)
-}
-
-// signCommit puts an SSH signature of namespace git between the committer and the message, as git commit -S does.
-func signCommit(unsigned []byte, signer ssh.Signer) ([]byte, error) {
-	signature, err := sshsig.Sign(bytes.NewReader(unsigned), signer, sshsig.HashSHA512, "git")
-	if err != nil {
-		return nil, err
-	}
-	armored := strings.TrimSuffix(string(sshsig.Armor(signature)), "\n")
-	header, message, _ := bytes.Cut(unsigned, []byte("\n\n"))
-	return fmt.Appendf(nil, "%s\ngpgsig %s\n\n%s", header, strings.ReplaceAll(armored, "\n", "\n "), message), nil
+	return trust.SignCommit(b.Bytes(), r.Signer)
 }
 
 // signedByUs says whether a commit carries a good signature of our own key.

@@ -258,12 +258,16 @@ func (t *tree) blob(h plumbing.Hash) ([]byte, error) {
 	return content, t.held(err)
 }
 
-// held marks the copy as damaged when something that must be there is not. That is the disk's fault, not the commit's, and so
-// no refusal.
+// held marks the copy as damaged when something that must be there is not.
 func (t *tree) held(err error) error {
 	if errors.Is(err, errAbsent) {
 		t.store.damaged.Store(true)
 	}
+	return ours(err)
+}
+
+// ours turns the refusal of damaged bytes into an error that is none: our own disk is at fault, not the commit.
+func ours(err error) error {
 	if r := refusal.Of(err); r != nil && r.Code == "E_PACK" {
 		return fmt.Errorf("the copy is damaged and will be fetched again: %v", err)
 	}

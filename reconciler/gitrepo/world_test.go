@@ -20,6 +20,8 @@ import (
 	"time"
 
 	"golang.org/x/crypto/ssh"
+
+	"github.com/kindos/kmo/reconciler"
 )
 
 // world is a bare repository and somebody with a clone of it, both driven by the git command.
@@ -254,3 +256,5 @@ func (g guard) ServeHTTP(w http.ResponseWriter, q *http.Request) {
 	}
 	g.next.ServeHTTP(w, q)
 }
+
+var _ reconciler.Source = (*Repository)(nil)
