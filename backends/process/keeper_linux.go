@@ -1,51 +1,308 @@
-//go:build linux
-
 package process
 
 import (
 	"context"
+	"crypto/sha256"
 	"errors"
+	"fmt"
 	"io"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
+	"time"
 
 	"github.com/kindos/kmo/backends"
+	"github.com/kindos/kmo/backends/process/stage"
+	"golang.org/x/sys/unix"
 )
 
-// Keeper is there on Linux only.
-type Keeper struct{}
+// Keeper keeps the programs of one state folder. All its methods may be called concurrently.
+type Keeper struct {
+	options Options
+	support stage.Support
+	groups  cgroups
+	boot    string
+	step    func(string) // called at each step of a start; a test ends this process there
 
-// Open says that programs are kept on Linux only.
-func Open(o Options) (*Keeper, error) { return nil, errors.New(o.Backend + " is being built") }
+	ctx     context.Context // of watching and restarting; ended by Close
+	cancel  context.CancelFunc
+	working sync.WaitGroup
+	starts  chan struct{} // bounds how many programs are started again at once
 
-var errLinux = errors.New("is being built")
-
-// Close does nothing.
-func (*Keeper) Close() error { return nil }
-
-// Features is empty.
-func (*Keeper) Features() []backends.Feature { return nil }
-
-// Missing names all of it.
-func (*Keeper) Missing() []string { return []string{"everything: is being built"} }
-
-// Mounts is false.
-func (*Keeper) Mounts() bool { return false }
-
-// Kernel is empty.
-func (*Keeper) Kernel() string { return "" }
-
-// Observe returns an error.
-func (*Keeper) Observe(context.Context) ([]backends.Status, error) { return nil, errLinux }
-
-// Apply returns an error.
-func (*Keeper) Apply(context.Context, backends.Workload) error { return errLinux }
-
-// Remove returns an error.
-func (*Keeper) Remove(context.Context, string) error { return errLinux }
-
-// Logs returns an error.
-func (*Keeper) Logs(context.Context, string, backends.LogOptions) (io.ReadCloser, error) {
-	return nil, errLinux
+	mu      sync.Mutex // guards what follows
+	entries map[string]*entry
+	ports   map[int]string // chosen ports, and whose they are
 }
 
-// Exec returns an error.
-func (*Keeper) Exec(context.Context, string, []string) (int, []byte, error) { return 0, nil, errLinux }
+// entry is one workload. Whoever holds its turn may change it; mu is for what others look at meanwhile.
+type entry struct {
+	name, dir string
+	turn      chan struct{} // holds one token
+
+	mu      sync.Mutex // guards what follows
+	record  record
+	state   backends.State
+	detail  string
+	program *program // nil when there is none
+	last    *program // the newest there was; only its watcher starts another; written under the turn
+	cleared bool     // gone from the keeper: who waited for its turn must look again
+	usage   backends.Usage
+	read    time.Time // of usage
+}
+
+// Open finds what an earlier process left in the state folder and goes on with it: programs that run are kept, programs that
+// are gone are started again, half-made ones are undone, removals are finished.
+func Open(o Options) (*Keeper, error) {
+	if o.Logger == nil {
+		o.Logger = slog.New(slog.DiscardHandler)
+	}
+	if o.Backoff == nil {
+		o.Backoff = func(restarts int) time.Duration { return min(time.Second<<min(restarts, 6), time.Minute) }
+	}
+	if o.LogSize == 0 {
+		o.LogSize = 8 << 20
+	}
+	if o.Cgroups == "" {
+		o.Cgroups = "/sys/fs/cgroup"
+	}
+	state, err := filepath.Abs(o.State)
+	if err != nil {
+		return nil, err
+	}
+	o.State = state
+	k := &Keeper{options: o, entries: map[string]*entry{}, ports: map[int]string{}, starts: make(chan struct{}, 4), step: func(string) {}}
+	if k.boot, err = bootID(); err != nil {
+		return nil, fmt.Errorf("boot id: %v", err)
+	}
+	for _, dir := range []string{"", "work", "kept", "probe"} {
+		if err := os.MkdirAll(filepath.Join(state, dir), 0o700); err != nil {
+			return nil, err
+		}
+	}
+	k.support = stage.Measure(filepath.Join(state, "probe"))
+	if err := os.Remove(filepath.Join(state, "probe")); err != nil {
+		return nil, err
+	}
+	if k.support.Mounts {
+		k.groups = findCgroups(o.Cgroups, fmt.Sprintf("kmo/%s-%x", o.Backend, sha256.Sum256([]byte(state)))[:len(o.Backend)+13])
+	}
+	k.ctx, k.cancel = context.WithCancel(context.Background())
+	if err := k.find(); err != nil {
+		return nil, errors.Join(err, k.Close())
+	}
+	k.working.Go(k.trimLogs)
+	return k, nil
+}
+
+// Close ends this process's part. The programs go on, and the next Open finds them.
+func (k *Keeper) Close() error {
+	k.cancel()
+	k.mu.Lock()
+	for _, e := range k.entries {
+		e.mu.Lock()
+		if e.program != nil {
+			e.program.release()
+		}
+		e.mu.Unlock()
+	}
+	k.mu.Unlock()
+	k.working.Wait()
+	return nil
+}
+
+func (k *Keeper) trimLogs() {
+	ticker := time.NewTicker(2 * time.Second)
+	defer ticker.Stop()
+	for {
+		select {
+		case <-k.ctx.Done():
+			return
+		case <-ticker.C:
+		}
+		for _, e := range k.list() {
+			if err := trim(e.dir, k.options.LogSize); err != nil && !errors.Is(err, os.ErrNotExist) {
+				k.options.Logger.Warn("trimming a log", "workload", e.name, "err", err)
+			}
+		}
+	}
+}
+
+// Mounts says whether programs get a root of their own. Without, they see the host's paths, as far as landlock lets them.
+func (k *Keeper) Mounts() bool { return k.support.Mounts }
+
+// Kernel is the release of the kernel, which is the runtime.
+func (k *Keeper) Kernel() string {
+	var name unix.Utsname
+	if unix.Uname(&name) != nil {
+		return ""
+	}
+	return unix.ByteSliceToString(name.Release[:])
+}
+
+// Features lists what workloads may ask for on this host, sorted.
+func (k *Keeper) Features() []backends.Feature {
+	list := []backends.Feature{backends.Exec, backends.Hooking, backends.HostNetwork}
+	if k.support.Mounts {
+		list = append(list, backends.Keep, backends.Mounts)
+	}
+	if k.support.Overlay {
+		list = append(list, backends.Overlays, backends.LimitDisk)
+	}
+	for name, feature := range map[string]backends.Feature{
+		"cpu": backends.LimitCPU, "memory": backends.LimitMemory, "pids": backends.LimitPIDs,
+	} {
+		if k.groups.has(name) {
+			list = append(list, feature)
+		}
+	}
+	list = slices.DeleteFunc(list, func(f backends.Feature) bool { return slices.Contains(k.options.Refuses, f) })
+	slices.Sort(list)
+	return list
+}
+
+// Missing says in words what this host does not let the keeper apply.
+func (k *Keeper) Missing() []string {
+	var list []string
+	for _, one := range []struct {
+		lacks bool
+		words string
+	}{
+		{!k.support.Mounts, "namespaces, a root and a user of its own: needs root with the right to mount; files of the host are kept away by landlock only"},
+		{k.support.Mounts && !k.support.Overlay, "overlay: the kernel has no overlayfs"},
+		{k.support.Landlock == 0, "landlock: the kernel has none"},
+		{k.support.Landlock > 0 && k.support.Landlock < 6, fmt.Sprintf("landlock: version %d does not keep abstract sockets of the host away, 6 does", k.support.Landlock)},
+		{!k.support.Seccomp, "seccomp: the kernel or this architecture has none"},
+		{!k.groups.has("memory"), "memory bound: no memory cgroup may be written"},
+		{!k.groups.has("cpu"), "cpu bound: no cpu cgroup may be written"},
+		{!k.groups.has("pids"), "pids bound: no pids cgroup may be written"},
+	} {
+		if one.lacks {
+			list = append(list, one.words)
+		}
+	}
+	return list
+}
+
+// now is the workload's program, or nil.
+func (e *entry) now() *program {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	return e.program
+}
+
+// change changes the record and saves it, against a program's end at the same time.
+func (e *entry) change(f func(r *record)) error {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	f(&e.record)
+	return e.record.save(e.dir)
+}
+
+func (k *Keeper) list() []*entry {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	list := make([]*entry, 0, len(k.entries))
+	for _, e := range k.entries {
+		list = append(list, e)
+	}
+	return list
+}
+
+func (k *Keeper) entry(name string) *entry {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	return k.entries[name]
+}
+
+// take waits for the turn of a workload, which it makes if wanted. It returns nil for one that is not there.
+func (k *Keeper) take(ctx context.Context, name string, wanted bool) (*entry, func(), error) {
+	for {
+		if err := errors.Join(ctx.Err(), k.ctx.Err()); err != nil {
+			return nil, nil, err
+		}
+		k.mu.Lock()
+		e := k.entries[name]
+		if e == nil && wanted {
+			e = k.fresh(name)
+			k.entries[name] = e
+		}
+		k.mu.Unlock()
+		if e == nil {
+			return nil, func() {}, nil
+		}
+		select {
+		case <-ctx.Done():
+			return nil, nil, ctx.Err()
+		case <-e.turn:
+		}
+		if !e.cleared { // written under the turn
+			return e, func() { e.turn <- struct{}{} }, nil
+		}
+		e.turn <- struct{}{}
+	}
+}
+
+func (k *Keeper) fresh(name string) *entry {
+	e := &entry{name: name, dir: filepath.Join(k.options.State, "work", name), turn: make(chan struct{}, 1), state: backends.Starting}
+	e.turn <- struct{}{}
+	return e
+}
+
+// Observe lists the workloads, sorted by name, from memory; usage is at most a second old.
+func (k *Keeper) Observe(ctx context.Context) ([]backends.Status, error) {
+	entries := k.list()
+	slices.SortFunc(entries, func(a, b *entry) int { return strings.Compare(a.name, b.name) })
+	list := make([]backends.Status, 0, len(entries))
+	now := time.Now()
+	for _, e := range entries {
+		if s, ok := k.status(e, now); ok {
+			list = append(list, s)
+		}
+	}
+	return list, ctx.Err()
+}
+
+func (k *Keeper) status(e *entry, now time.Time) (backends.Status, bool) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	r := &e.record
+	if r.Workload.Name == "" || e.cleared {
+		return backends.Status{}, false // only asked for so far
+	}
+	s := backends.Status{Name: e.name, Spec: r.Workload.Spec, State: e.state, Restarts: r.Restarts, Unapplied: r.Unapplied, Detail: e.detail}
+	for i, p := range r.Workload.Run.Ports {
+		s.Addresses = append(s.Addresses, backends.Address{Port: p.Name, Address: fmt.Sprintf("127.0.0.1:%d", r.Ports[i])})
+	}
+	if r.Ended != nil {
+		s.ExitCode, s.OOM = r.Ended.Code, r.Ended.OOM
+	}
+	if e.program != nil {
+		s.PID, s.Started = e.program.pid, r.Started
+		if now.Sub(e.read) > time.Second {
+			e.usage, e.read = k.groups.usage(e.name), now
+		}
+		s.Usage = e.usage
+	}
+	return s, true
+}
+
+// Logs returns what a workload wrote.
+func (k *Keeper) Logs(ctx context.Context, name string, options backends.LogOptions) (io.ReadCloser, error) {
+	e := k.entry(name)
+	if e == nil {
+		return nil, backends.ErrNotFound
+	}
+	return readLog(ctx, e.dir, options)
+}
+
+// Exec runs a command inside a running workload, confined and bounded as its program is.
+func (k *Keeper) Exec(ctx context.Context, name string, argv []string) (int, []byte, error) {
+	e := k.entry(name)
+	if e == nil || len(argv) == 0 {
+		return 0, nil, backends.ErrNotFound
+	}
+	return k.join(ctx, e, argv, nil)
+}

@@ -136,7 +136,7 @@ func wishes(w backends.Workload) []asked {
 		{backends.Devices, len(w.Resources.Devices) > 0, never("devices")},
 		{backends.Overlays, w.Overlay.Size > 0, ""},
 		{backends.Keep, len(w.Overlay.Keep) > 0, ""},
-		{backends.Mounts, len(w.Mounts)+len(w.Files) > 0, ""},
+		{backends.Mounts, len(w.Mounts) > 0, ""},
 		{backends.Hooking, len(w.Hooks.PreInit)+len(w.Hooks.PostInit)+len(w.Hooks.Exit) > 0, ""},
 	}
 	for _, p := range w.Run.Ports {

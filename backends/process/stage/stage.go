@@ -2,9 +2,15 @@
 // its rights and executes. Everything here runs in the process that will be the workload, never in its keeper.
 //
 // Descriptors: 1 and 2 the log, [OrdersFD] the orders as JSON, [ReportFD] the report, then the cgroup files, one a hierarchy,
-// to which the thread writes "0", and, when joining, the pidfd of the workload. The report is [Ready] before
-// execve and nothing after it, or a [Failure] as JSON.
+// to which the thread writes "0", and, when joining, the pidfd of the workload. The report is, if the orders say Pause, [Built],
+// upon which a byte on the orders' descriptor lets the stage go on; then [Ready] before execve and nothing after it, or, at any
+// time, a [Failure] as JSON. End of file on the orders' descriptor ends a stage that waits.
 package stage
+
+import (
+	"bytes"
+	"encoding/json"
+)
 
 // Arg is the argument that makes a process a stage.
 const Arg = "kmo-stage"
@@ -16,19 +22,22 @@ const (
 	firstFD  = 5
 )
 
-// Ready is the byte a stage reports when only execve is left.
-const Ready = 'R'
+// Built is what a stage reports when its root is there and hooks may run in it; Ready, when only execve is left.
+const (
+	Built = 'B'
+	Ready = 'R'
+)
 
 // Orders are all a stage does.
 type Orders struct {
-	Cgroups int        `json:"cgroups"`        // how many cgroup files there are
-	Join    bool       `json:"join,omitempty"` // enter the namespaces of the pidfd
-	Root    *Root      `json:"root,omitempty"` // nil: no mounts; stay where we are
-	Hooks   [][]string `json:"hooks,omitempty"`
-	Confine Confine    `json:"confine"`
-	Argv    []string   `json:"argv"`
-	Env     []string   `json:"env"`
-	Dir     string     `json:"dir"`
+	Cgroups int      `json:"cgroups"`         // how many cgroup files there are
+	Join    bool     `json:"join,omitempty"`  // enter the namespaces of the pidfd
+	Root    *Root    `json:"root,omitempty"`  // nil: no mounts; stay where we are
+	Pause   bool     `json:"pause,omitempty"` // wait before the program
+	Confine Confine  `json:"confine"`
+	Argv    []string `json:"argv"`
+	Env     []string `json:"env"`
+	Dir     string   `json:"dir"`
 }
 
 // Root is what the program will see as /.
@@ -59,8 +68,8 @@ type Bind struct {
 
 // Confine is what a program may not do.
 type Confine struct {
-	User    int      `json:"user"`    // uid and gid; ignored unless Root or Join
-	Session bool     `json:"session"` // it may not leave its process group
+	User    int      `json:"user"` // uid and gid; with Bare it is who we are already
+	Bare    bool     `json:"bare"` // no root and no namespaces: it may not leave its process group nor signal others
 	Write   []string `json:"write,omitempty"`
 	Read    []string `json:"read,omitempty"`
 	Execute []string `json:"execute,omitempty"`
@@ -68,7 +77,7 @@ type Confine struct {
 
 // Failure is why there is no program.
 type Failure struct {
-	Step   string `json:"step"` // "preInit [/app migrate]", "exec /app", "mounting …"
+	Step   string `json:"step"` // "exec /app", "building the root"
 	Cause  string `json:"cause"`
 	Blames bool   `json:"blames"` // the workload is at fault, not this host
 }
@@ -79,5 +88,16 @@ type Support struct {
 	Overlay  bool // overlayfs
 	Landlock int  // ABI; 0 is none
 	Seccomp  bool
-	UserNS   bool // user namespaces are there for programs
+}
+
+// Report reads what a stage reported. It is ok when the program was about to be executed and nothing contradicts it.
+func Report(said []byte) (f Failure, ok bool) {
+	rest, ready := bytes.CutPrefix(said, []byte{Ready})
+	if ready && len(rest) == 0 {
+		return Failure{}, true
+	}
+	if len(rest) == 0 || json.Unmarshal(rest, &f) != nil {
+		return Failure{Step: "the stage", Cause: "ended without a word"}, false
+	}
+	return f, false
 }

@@ -1,0 +1,189 @@
+package process
+
+import (
+	"context"
+	"crypto/sha256"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"time"
+
+	"github.com/kindos/kmo/backends"
+	"github.com/kindos/kmo/policy/refusal"
+	"golang.org/x/sys/unix"
+)
+
+const (
+	hookTime     = 30 * time.Second // for each postInit and exit hook
+	defaultGrace = 10 * time.Second // where a workload says none
+	quick        = time.Minute      // an end sooner than this after the start makes the next pause longer
+)
+
+// Apply makes a workload run as specified. The same spec with another Content is another base, and starts it again.
+func (k *Keeper) Apply(ctx context.Context, w backends.Workload) error {
+	if err := k.check(w); err != nil {
+		return err
+	}
+	e, release, err := k.take(ctx, w.Name, true)
+	if err != nil {
+		return err
+	}
+	defer release()
+	known := e.record.Workload.Name != ""
+	same := known && !e.record.Removing && e.record.Workload.Spec == w.Spec && e.record.Workload.Image.Content == w.Image.Content
+	if same && e.now() != nil {
+		return k.postInit(ctx, e)
+	}
+	if same { // between two starts: not waited for any longer
+		if err := k.start(ctx, e); err != nil {
+			return err
+		}
+		return k.postInit(ctx, e)
+	}
+	if err := k.stop(ctx, e, !e.record.Removing); err != nil {
+		return err
+	}
+	e.mu.Lock()
+	e.record = record{Workload: w, Pending: len(w.Hooks.PostInit) > 0}
+	e.mu.Unlock()
+	if err = k.choosePorts(e); err == nil {
+		err = k.start(ctx, e)
+	}
+	if err != nil {
+		return errors.Join(err, k.clear(e))
+	}
+	return k.postInit(ctx, e)
+}
+
+// Remove ends a workload: exit hooks, SIGTERM, its grace, SIGKILL. When ctx ends before, the workload is still there, is not
+// started again, and the next Remove goes on.
+func (k *Keeper) Remove(ctx context.Context, name string) error {
+	e, release, err := k.take(ctx, name, false)
+	if err != nil || e == nil {
+		return err
+	}
+	defer release()
+	if err := e.change(func(r *record) { r.Removing, e.detail = true, "being removed" }); err != nil {
+		return err
+	}
+	if err := k.stop(ctx, e, true); err != nil {
+		return err
+	}
+	return k.clear(e)
+}
+
+// stop ends the program of a workload, if there is one, and everything it started.
+func (k *Keeper) stop(ctx context.Context, e *entry, hooks bool) error {
+	p := e.now()
+	if p == nil {
+		return nil
+	}
+	w := e.record.Workload
+	if hooks {
+		for _, argv := range w.Hooks.Exit {
+			if err := k.runHook(ctx, e, "exit", argv); err != nil {
+				k.options.Logger.Warn("running an exit hook", "workload", e.name, "hook", argv, "err", err)
+			}
+			if ctx.Err() != nil {
+				return ctx.Err()
+			}
+		}
+	}
+	grace := w.Run.Grace
+	if grace <= 0 {
+		grace = defaultGrace
+	}
+	// Process 1 of a namespace gets no signal it does not catch: what SIGTERM would have ended is ended at once.
+	if p.catches(unix.SIGTERM) {
+		p.signal(unix.SIGTERM)
+		timer := time.NewTimer(grace)
+		defer timer.Stop()
+		select {
+		case <-p.done:
+		case <-timer.C:
+		case <-ctx.Done():
+			return ctx.Err()
+		}
+	}
+	p.kill()
+	select {
+	case <-p.done:
+		return nil
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+}
+
+// clear removes everything of a workload that has no program but its kept paths. The record goes first: what a crash leaves
+// of the rest has no record and is cleared when the folder is opened again.
+func (k *Keeper) clear(e *entry) error {
+	if err := k.groups.remove(e.name); err != nil {
+		return err
+	}
+	if err := os.Remove(filepath.Join(e.dir, recordFile)); err != nil && !errors.Is(err, os.ErrNotExist) {
+		return err
+	}
+	if err := os.RemoveAll(e.dir); err != nil {
+		return err
+	}
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	delete(k.entries, e.name)
+	for port, whose := range k.ports {
+		if whose == e.name {
+			delete(k.ports, port)
+		}
+	}
+	e.mu.Lock()
+	e.cleared = true
+	e.mu.Unlock()
+	return nil
+}
+
+// postInit runs the hooks that follow a start, if they have not all ended well. A workload in which they did not is damaged, and
+// applying it again runs them again.
+func (k *Keeper) postInit(ctx context.Context, e *entry) error {
+	if !e.record.Pending {
+		return nil
+	}
+	for _, argv := range e.record.Workload.Hooks.PostInit {
+		if err := k.runHook(ctx, e, "postInit", argv); err != nil {
+			e.note(backends.Damaged, err.Error())
+			return err
+		}
+	}
+	e.note(backends.Running, "")
+	return e.change(func(r *record) { r.Pending = false })
+}
+
+// note sets the state of a workload whose program runs.
+func (e *entry) note(state backends.State, detail string) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	if e.program != nil {
+		e.state, e.detail = state, refusal.Clip(detail, 400)
+	}
+}
+
+// runHook runs a command inside a running workload, with its log for output.
+func (k *Keeper) runHook(ctx context.Context, e *entry, moment string, argv []string) error {
+	ctx, cancel := context.WithTimeout(ctx, hookTime)
+	defer cancel()
+	log, err := openLog(e.dir)
+	if err != nil {
+		return err
+	}
+	defer log.Close()
+	return k.hook(e, moment, argv, log, func() (int, error) {
+		status, _, err := k.join(ctx, e, argv, log)
+		return status, err
+	})
+}
+
+// keptPath is where a kept path of a unit lies: readable, and as different as the paths are.
+func (k *Keeper) keptPath(unit, to string) string {
+	name := strings.ReplaceAll(strings.Trim(to, "/"), "/", "-")
+	return filepath.Join(k.options.State, "kept", unit, fmt.Sprintf("%.100s-%x", name, sha256.Sum256([]byte(to)))[:min(len(name), 100)+9])
+}

@@ -1,0 +1,287 @@
+package process
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/kindos/kmo/backends"
+	"golang.org/x/sys/unix"
+)
+
+// cgroups are the folders of one keeper's workloads, in whichever hierarchies this host has its controllers: version 1, 2 or
+// a mixture. It is plain file work, so that a tree on disk tests the version a machine has not.
+type cgroups struct {
+	folder      string // below each hierarchy: kmo/<backend>-<hash of the state folder>
+	controllers []controller
+}
+
+// controller is one kind of bound and where its hierarchy is mounted.
+type controller struct {
+	name string // memory, cpu, pids, cpuacct
+	base string
+	v2   bool
+}
+
+// findCgroups looks below root, usually /sys/fs/cgroup, for controllers that may be written.
+func findCgroups(root, folder string) cgroups {
+	c := cgroups{folder: folder}
+	for _, name := range []string{"memory", "cpu", "cpuacct", "pids"} {
+		for _, at := range []controller{{name, root, true}, {name, filepath.Join(root, "unified"), true}, {name, filepath.Join(root, name), false}} {
+			if at.there() {
+				c.controllers = append(c.controllers, at)
+				break
+			}
+		}
+	}
+	return c
+}
+
+func (c controller) there() bool {
+	if !c.v2 {
+		_, err := os.Stat(filepath.Join(c.base, "tasks"))
+		return err == nil && writable(c.base)
+	}
+	list, err := os.ReadFile(filepath.Join(c.base, "cgroup.controllers"))
+	return err == nil && slices.Contains(strings.Fields(string(list)), c.name) && writable(c.base)
+}
+
+func writable(dir string) bool { return unix.Access(dir, unix.W_OK) == nil }
+
+func (c cgroups) has(name string) bool {
+	return slices.ContainsFunc(c.controllers, func(have controller) bool { return have.name == name })
+}
+
+// bases lists each hierarchy once; the value is whether it is version 2.
+func (c cgroups) bases() (list []controller) {
+	for _, one := range c.controllers {
+		if !slices.ContainsFunc(list, func(have controller) bool { return have.base == one.base }) {
+			list = append(list, one)
+		}
+	}
+	return list
+}
+
+// make makes a workload's cgroups with its bounds, and returns the files through which a thread joins them by writing "0",
+// and in words which bounds could not be set.
+//
+// A thread that moves itself, alone, by the tasks file of version 1 does not take the lock of all forks, which costs
+// milliseconds for each hierarchy; execve leaves no other thread.
+func (c cgroups) make(name string, r backends.Resources) (joins, unapplied []string, err error) {
+	for _, base := range c.bases() {
+		at := filepath.Join(base.base, c.folder, name)
+		if err := makeAll(at); err != nil {
+			return nil, nil, err
+		}
+		if base.v2 {
+			c.delegate(base.base)
+		}
+		joins = append(joins, c.join(base, name))
+	}
+	for _, bound := range []struct {
+		name string
+		want int64
+	}{{"memory", r.Memory}, {"cpu", r.CPU}, {"pids", r.PIDs}} {
+		if bound.want <= 0 {
+			continue
+		}
+		i := slices.IndexFunc(c.controllers, func(have controller) bool { return have.name == bound.name })
+		if i < 0 {
+			unapplied = append(unapplied, bound.name+" bound: no "+bound.name+" cgroup may be written on this host")
+			continue
+		}
+		if err := c.bound(c.controllers[i], name, bound.want, r); err != nil {
+			unapplied = append(unapplied, fmt.Sprintf("%s bound: %v", bound.name, err))
+		}
+	}
+	return joins, unapplied, nil
+}
+
+// makeAll is MkdirAll against another process that removes an empty parent at the same time.
+func makeAll(at string) (err error) {
+	for range 5 {
+		if err = os.MkdirAll(at, 0o755); !errors.Is(err, os.ErrNotExist) { //nolint:gosec // cgroups are read by all
+			return err
+		}
+	}
+	return err
+}
+
+// delegate lets the controllers of version 2 reach our folders. What is refused shows when the bound is set.
+func (c cgroups) delegate(base string) {
+	at := base
+	for _, part := range append([]string{""}, strings.Split(c.folder, "/")...) {
+		at = filepath.Join(at, part)
+		for _, one := range c.controllers {
+			if one.base == base {
+				_ = os.WriteFile(filepath.Join(at, "cgroup.subtree_control"), []byte("+"+one.name), 0o644) //nolint:gosec // exists already
+			}
+		}
+	}
+}
+
+func (c cgroups) bound(at controller, name string, want int64, r backends.Resources) error {
+	dir := filepath.Join(at.base, c.folder, name)
+	put := func(file string, value any) error {
+		return os.WriteFile(filepath.Join(dir, file), fmt.Append(nil, value), 0o644) //nolint:gosec // exists already
+	}
+	switch {
+	case at.name == "memory" && at.v2:
+		return errors.Join(put("memory.max", want), ifThere(put("memory.swap.max", 0)))
+	case at.name == "memory":
+		return errors.Join(put("memory.limit_in_bytes", want), ifThere(put("memory.memsw.limit_in_bytes", want)))
+	case at.name == "pids":
+		return put("pids.max", want)
+	case at.v2:
+		weight := min(max(r.CPUMin/10, 1), 10000)
+		return errors.Join(put("cpu.max", fmt.Sprint(max(want*100, 1000), " 100000")), put("cpu.weight", weight))
+	}
+	return errors.Join(put("cpu.cfs_period_us", 100000), put("cpu.cfs_quota_us", max(want*100, 1000)),
+		put("cpu.shares", max(r.CPUMin*1024/1000, 2)))
+}
+
+// ifThere forgives a file that this kernel has not: no swap accounting.
+func ifThere(err error) error {
+	if errors.Is(err, os.ErrNotExist) || errors.Is(err, os.ErrPermission) {
+		return nil
+	}
+	return err
+}
+
+// usage reads what a workload uses. What cannot be read is 0.
+func (c cgroups) usage(name string) (u backends.Usage) {
+	for _, one := range c.controllers {
+		dir := filepath.Join(one.base, c.folder, name)
+		switch {
+		case one.name == "memory" && one.v2:
+			u.Memory = number(dir, "memory.current", "")
+		case one.name == "memory":
+			u.Memory = number(dir, "memory.usage_in_bytes", "")
+		case one.name == "pids":
+			u.PIDs = number(dir, "pids.current", "")
+		case one.name == "cpu" && one.v2:
+			u.CPU = time.Duration(number(dir, "cpu.stat", "usage_usec")) * time.Microsecond
+		case one.name == "cpuacct":
+			u.CPU = time.Duration(number(dir, "cpuacct.usage", ""))
+		}
+	}
+	return u
+}
+
+// ooms counts the processes of a workload that were killed for want of memory.
+func (c cgroups) ooms(name string) int64 {
+	for _, one := range c.controllers {
+		if one.name != "memory" {
+			continue
+		}
+		file := "memory.oom_control"
+		if one.v2 {
+			file = "memory.events"
+		}
+		return number(filepath.Join(one.base, c.folder, name), file, "oom_kill")
+	}
+	return 0
+}
+
+// number reads the whole file as a number, or the one after key.
+func number(dir, file, key string) int64 {
+	text, err := os.ReadFile(filepath.Join(dir, file))
+	if err != nil {
+		return 0
+	}
+	fields := strings.Fields(string(text))
+	at := 0
+	if key != "" {
+		at = slices.Index(fields, key) + 1
+	}
+	if at >= len(fields) || at == 0 && key != "" {
+		return 0
+	}
+	n, err := strconv.ParseInt(fields[at], 10, 64)
+	if err != nil {
+		return 0
+	}
+	return n
+}
+
+// hold says whether a process, by the text of its /proc/PID/cgroup, is in all cgroups of a workload.
+func (c cgroups) hold(name, text string) bool {
+	for _, base := range c.bases() {
+		in := slices.ContainsFunc(strings.Split(text, "\n"), func(line string) bool {
+			parts := strings.SplitN(line, ":", 3)
+			if len(parts) != 3 || !strings.HasSuffix(parts[2], "/"+c.folder+"/"+name) {
+				return false
+			}
+			return base.v2 && parts[1] == "" || !base.v2 && slices.Contains(strings.Split(parts[1], ","), base.name)
+		})
+		if !in {
+			return false
+		}
+	}
+	return true
+}
+
+// names lists the workloads that have a cgroup.
+func (c cgroups) names() (list []string) {
+	for _, base := range c.bases() {
+		found, err := os.ReadDir(filepath.Join(base.base, c.folder))
+		if err != nil {
+			continue
+		}
+		for _, entry := range found {
+			if entry.IsDir() && !slices.Contains(list, entry.Name()) {
+				list = append(list, entry.Name())
+			}
+		}
+	}
+	return list
+}
+
+// processes lists who is in a workload's cgroups.
+func (c cgroups) processes(name string) (pids []int) {
+	for _, base := range c.bases() {
+		text, err := os.ReadFile(filepath.Join(base.base, c.folder, name, "cgroup.procs"))
+		if err != nil {
+			continue
+		}
+		for _, field := range strings.Fields(string(text)) {
+			if pid, err := strconv.Atoi(field); err == nil && pid > 0 && !slices.Contains(pids, pid) {
+				pids = append(pids, pid)
+			}
+		}
+	}
+	return pids
+}
+
+// remove removes a workload's cgroups, which must be empty or about to be, and those above if they are the last.
+func (c cgroups) remove(name string) error {
+	var all error
+	for _, base := range c.bases() {
+		at := filepath.Join(base.base, c.folder, name)
+		err := os.Remove(at)
+		for pause := time.Millisecond; err != nil && !errors.Is(err, os.ErrNotExist) && pause < time.Second; pause *= 2 {
+			time.Sleep(pause) // an ended process leaves its cgroup a little later
+			err = os.Remove(at)
+		}
+		if err != nil && !errors.Is(err, os.ErrNotExist) {
+			all = errors.Join(all, err)
+		}
+		above := filepath.Dir(at)
+		_ = os.Remove(above) // no error counts: there are others
+		_ = os.Remove(filepath.Dir(above))
+	}
+	return all
+}
+
+// join is the file through which a thread joins a workload's cgroup in one hierarchy.
+func (c cgroups) join(base controller, name string) string {
+	if base.v2 {
+		return filepath.Join(base.base, c.folder, name, "cgroup.procs")
+	}
+	return filepath.Join(base.base, c.folder, name, "tasks")
+}

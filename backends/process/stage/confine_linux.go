@@ -1,0 +1,191 @@
+package stage
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"runtime"
+	"unsafe"
+
+	"golang.org/x/sys/unix"
+)
+
+// Measure finds out what this kernel lets this user do, by doing it; scratch is an empty folder.
+func Measure(scratch string) Support {
+	s := Support{Landlock: abi(), Seccomp: filters()}
+	OnThread(func() {
+		if unix.Unshare(unix.CLONE_FS|unix.CLONE_NEWNS) != nil || unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, "") != nil {
+			return
+		}
+		if unix.Mount("tmpfs", scratch, "tmpfs", safe, "mode=0700") != nil {
+			return
+		}
+		s.Mounts = true
+		r := Root{Scratch: scratch, Size: 1 << 20}
+		layer, merged := filepath.Join(scratch, "layer"), filepath.Join(scratch, "merged")
+		if errors.Join(os.Mkdir(layer, 0o700), os.Mkdir(merged, 0o700)) == nil {
+			s.Overlay = r.merge(layer, merged) == nil
+		}
+	})
+	return s
+}
+
+// OnThread runs f on a thread that nothing else ever uses, and that ends with f: it may change what belongs to threads. It is
+// never the first thread, which would not end, and is what others take for the whole process.
+func OnThread(f func()) {
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		runtime.LockOSThread()
+		if unix.Gettid() == unix.Getpid() {
+			OnThread(f) // elsewhere, while we keep this one busy
+			runtime.UnlockOSThread()
+			return
+		}
+		f()
+	}()
+	<-done
+}
+
+// Landlock's rights, by the ABI that brought them (linux/landlock.h).
+const (
+	llExecute, llWriteFile, llReadFile, llReadDir = 1 << 0, 1 << 1, 1 << 2, 1 << 3
+	llMakeChar, llMakeBlock                       = 1 << 6, 1 << 11
+	llFirst                                       = 1<<13 - 1
+	llRefer, llTruncate, llIoctl                  = 1 << 13, 1 << 14, 1 << 15
+	llOfFiles                                     = llExecute | llWriteFile | llReadFile | llTruncate | llIoctl
+	llScopeAbstract, llScopeSignal                = 1 << 0, 1 << 1
+)
+
+func abi() int {
+	version, _, no := unix.Syscall(unix.SYS_LANDLOCK_CREATE_RULESET, 0, 0, 1)
+	if no != 0 {
+		return 0
+	}
+	return int(version)
+}
+
+func handled(abi int) uint64 {
+	rights := uint64(llFirst)
+	for _, later := range []struct {
+		abi   int
+		right uint64
+	}{{2, llRefer}, {3, llTruncate}, {5, llIoctl}} {
+		if abi >= later.abi {
+			rights |= later.right
+		}
+	}
+	return rights
+}
+
+// fence makes the landlock rules while we may still open every path. It returns -1 where the kernel has no landlock.
+func (c *Confine) fence() (int, error) {
+	version := abi()
+	if version == 0 {
+		return -1, nil
+	}
+	all := handled(version)
+	attr := unix.LandlockRulesetAttr{Handled_access_fs: all}
+	size := uintptr(8)
+	if version >= 6 {
+		size, attr.Scoped = 24, llScopeAbstract
+		if c.Bare { // elsewhere the pid namespace keeps signals in, and hooks may signal the program
+			attr.Scoped |= llScopeSignal
+		}
+	}
+	fd, _, no := unix.Syscall(unix.SYS_LANDLOCK_CREATE_RULESET, uintptr(unsafe.Pointer(&attr)), size, 0)
+	if no != 0 {
+		return -1, no
+	}
+	read := uint64(llReadFile | llReadDir)
+	for _, rule := range []struct {
+		paths  []string
+		rights uint64
+	}{{c.Read, read}, {c.Execute, read | llExecute}, {c.Write, all &^ (llExecute | llMakeChar | llMakeBlock)}} {
+		for _, path := range rule.paths {
+			if err := allow(int(fd), path, rule.rights&all); err != nil {
+				return -1, fmt.Errorf("%s: %v", path, err)
+			}
+		}
+	}
+	return int(fd), nil
+}
+
+func allow(ruleset int, path string, rights uint64) error {
+	fd, err := unix.Open(path, unix.O_PATH|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return err
+	}
+	defer unix.Close(fd)
+	var found unix.Stat_t
+	if err := unix.Fstat(fd, &found); err != nil {
+		return err
+	}
+	if found.Mode&unix.S_IFMT != unix.S_IFDIR {
+		rights &= llOfFiles
+	}
+	attr := unix.LandlockPathBeneathAttr{Allowed_access: rights, Parent_fd: int32(fd)}
+	_, _, no := unix.Syscall6(unix.SYS_LANDLOCK_ADD_RULE, uintptr(ruleset), unix.LANDLOCK_RULE_PATH_BENEATH,
+		uintptr(unsafe.Pointer(&attr)), 0, 0, 0)
+	if no != 0 {
+		return no
+	}
+	return nil
+}
+
+// drop gives up every capability, for good, and becomes the user.
+func (c *Confine) drop() error {
+	if c.Bare {
+		return nil
+	}
+	for capability := uintptr(0); ; capability++ {
+		if err := unix.Prctl(unix.PR_CAPBSET_DROP, capability, 0, 0, 0); errors.Is(err, unix.EINVAL) {
+			break // past the last one the kernel knows
+		} else if err != nil {
+			return fmt.Errorf("dropping capability %d: %v", capability, err)
+		}
+	}
+	id := uintptr(c.User)
+	for _, call := range []struct {
+		name   string
+		number uintptr
+		args   [3]uintptr
+	}{
+		{"setgroups", unix.SYS_SETGROUPS, [3]uintptr{}},
+		{"setresgid", unix.SYS_SETRESGID, [3]uintptr{id, id, id}},
+		{"setresuid", unix.SYS_SETRESUID, [3]uintptr{id, id, id}},
+	} {
+		// The raw calls: this thread alone is to change, and this thread alone lives on.
+		if _, _, no := unix.RawSyscall(call.number, call.args[0], call.args[1], call.args[2]); no != 0 {
+			return fmt.Errorf("%s %d: %v", call.name, c.User, no)
+		}
+	}
+	header := unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}
+	var none [2]unix.CapUserData
+	if err := unix.Capset(&header, &none[0]); err != nil {
+		return fmt.Errorf("capset: %v", err)
+	}
+	return nil
+}
+
+// close makes all of it irrevocable, for us and for everything we start.
+func (c *Confine) close(ruleset int) error {
+	if err := unix.Prctl(unix.PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0); err != nil {
+		return fmt.Errorf("no_new_privs: %v", err)
+	}
+	if ruleset >= 0 {
+		if _, _, no := unix.Syscall(unix.SYS_LANDLOCK_RESTRICT_SELF, uintptr(ruleset), 0, 0); no != 0 {
+			return fmt.Errorf("landlock: %v", no)
+		}
+	}
+	if !filters() {
+		return nil
+	}
+	code := filter(c.Bare)
+	program := unix.SockFprog{Len: uint16(len(code)), Filter: &code[0]}
+	if _, _, no := unix.Syscall(unix.SYS_SECCOMP, unix.SECCOMP_SET_MODE_FILTER, 0, uintptr(unsafe.Pointer(&program))); no != 0 {
+		return fmt.Errorf("seccomp: %v", no)
+	}
+	return nil
+}

@@ -1,0 +1,92 @@
+package stage
+
+import (
+	"runtime"
+	"unsafe"
+
+	"golang.org/x/sys/unix"
+)
+
+// denied answers EPERM: what changes the host's shape, looks into others, or loads code into the kernel. The rest of the
+// calls that need a capability fail without one by themselves.
+var denied = []uint32{ // never changed
+	unix.SYS_MOUNT, unix.SYS_UMOUNT2, unix.SYS_PIVOT_ROOT, unix.SYS_CHROOT, unix.SYS_MOVE_MOUNT, unix.SYS_OPEN_TREE,
+	unix.SYS_FSOPEN, unix.SYS_FSCONFIG, unix.SYS_FSMOUNT, unix.SYS_FSPICK, unix.SYS_MOUNT_SETATTR,
+	unix.SYS_UNSHARE, unix.SYS_SETNS, unix.SYS_SETHOSTNAME, unix.SYS_SETDOMAINNAME,
+	unix.SYS_PTRACE, unix.SYS_PROCESS_VM_READV, unix.SYS_PROCESS_VM_WRITEV, unix.SYS_KCMP, unix.SYS_PIDFD_GETFD,
+	unix.SYS_INIT_MODULE, unix.SYS_FINIT_MODULE, unix.SYS_DELETE_MODULE, unix.SYS_KEXEC_LOAD, unix.SYS_REBOOT,
+	unix.SYS_BPF, unix.SYS_PERF_EVENT_OPEN, unix.SYS_USERFAULTFD,
+	unix.SYS_IO_URING_SETUP, unix.SYS_IO_URING_ENTER, unix.SYS_IO_URING_REGISTER, // they pass filters by
+	unix.SYS_KEYCTL, unix.SYS_ADD_KEY, unix.SYS_REQUEST_KEY, // keys are not namespaced
+	unix.SYS_OPEN_BY_HANDLE_AT, unix.SYS_NAME_TO_HANDLE_AT, // inodes outside the root
+	unix.SYS_SWAPON, unix.SYS_SWAPOFF, unix.SYS_ACCT, unix.SYS_QUOTACTL, unix.SYS_SYSLOG, unix.SYS_VHANGUP,
+	unix.SYS_SETTIMEOFDAY, unix.SYS_CLOCK_SETTIME, unix.SYS_ADJTIMEX, unix.SYS_CLOCK_ADJTIME, unix.SYS_LOOKUP_DCOOKIE,
+}
+
+const (
+	newNamespaces = unix.CLONE_NEWNS | unix.CLONE_NEWCGROUP | unix.CLONE_NEWUTS | unix.CLONE_NEWIPC | unix.CLONE_NEWUSER |
+		unix.CLONE_NEWPID | unix.CLONE_NEWNET
+	atNumber, atArch, atFirst, atSecond = 0, 4, 16, 24 // in struct seccomp_data, low words
+	x32                                 = 0x40000000
+)
+
+// filter is the seccomp program. Every way into the kernel that is not this architecture's own answers ENOSYS: under a list
+// of denials, another table of numbers would be a way round it.
+func filter(bare bool) []unix.SockFilter {
+	var f []unix.SockFilter
+	add := func(code uint16, jt, jf uint8, k uint32) {
+		f = append(f, unix.SockFilter{Code: code, Jt: jt, Jf: jf, K: k})
+	}
+	load := func(at uint32) { add(unix.BPF_LD|unix.BPF_W|unix.BPF_ABS, 0, 0, at) }
+	answer := func(no unix.Errno) { add(unix.BPF_RET|unix.BPF_K, 0, 0, unix.SECCOMP_RET_ERRNO|uint32(no)) }
+	// The comparison's true branch is the next instruction, its false branch the one after.
+	is := func(comparison uint16, k uint32) { add(unix.BPF_JMP|comparison|unix.BPF_K, 0, 1, k) }
+
+	load(atArch)
+	add(unix.BPF_JMP|unix.BPF_JEQ|unix.BPF_K, 1, 0, auditArch())
+	answer(unix.ENOSYS)
+	load(atNumber)
+	if runtime.GOARCH == "amd64" {
+		is(unix.BPF_JGE, x32)
+		answer(unix.ENOSYS)
+	}
+	numbers := denied
+	if bare {
+		numbers = append([]uint32{unix.SYS_SETSID, unix.SYS_SETPGID}, denied...)
+	}
+	for _, number := range numbers {
+		is(unix.BPF_JEQ, number)
+		answer(unix.EPERM)
+	}
+	is(unix.BPF_JEQ, unix.SYS_CLONE3) // its flags lie in memory, where no filter sees them; clone's do not
+	answer(unix.ENOSYS)
+	argument := func(number, at uint32, comparison uint16, values []uint32, no unix.Errno) {
+		// skipped as a whole for any other call
+		add(unix.BPF_JMP|unix.BPF_JEQ|unix.BPF_K, 0, uint8(2*len(values)+2), number)
+		load(at)
+		for _, value := range values {
+			is(comparison, value)
+			answer(no)
+		}
+		load(atNumber)
+	}
+	argument(unix.SYS_CLONE, atFirst, unix.BPF_JSET, []uint32{newNamespaces}, unix.EPERM)
+	argument(unix.SYS_SOCKET, atFirst, unix.BPF_JEQ, []uint32{unix.AF_VSOCK, unix.AF_ALG, unix.AF_PACKET}, unix.EAFNOSUPPORT)
+	argument(unix.SYS_IOCTL, atSecond, unix.BPF_JEQ, []uint32{unix.TIOCSTI, 0x541c}, unix.EPERM) // typing into a terminal
+	add(unix.BPF_RET|unix.BPF_K, 0, 0, unix.SECCOMP_RET_ALLOW)
+	return f
+}
+
+func auditArch() uint32 {
+	if runtime.GOARCH == "arm64" {
+		return unix.AUDIT_ARCH_AARCH64
+	}
+	return unix.AUDIT_ARCH_X86_64
+}
+
+// filters says whether the kernel takes seccomp filters that answer an errno.
+func filters() bool {
+	action := uint32(unix.SECCOMP_RET_ERRNO)
+	_, _, no := unix.Syscall(unix.SYS_SECCOMP, unix.SECCOMP_GET_ACTION_AVAIL, 0, uintptr(unsafe.Pointer(&action)))
+	return no == 0 && (runtime.GOARCH == "amd64" || runtime.GOARCH == "arm64")
+}

@@ -1,0 +1,292 @@
+package stage
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"path"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"syscall"
+
+	securejoin "github.com/cyphar/filepath-securejoin"
+	"golang.org/x/sys/unix"
+)
+
+// blame marks what the workload itself got wrong.
+type blame struct{ error }
+
+const safe = unix.MS_NOSUID | unix.MS_NODEV
+
+// build mounts the root and makes it ours. All of it lies in our own mount namespace and goes with it.
+//
+// Mount points and files are made in a layer above the content, never in the content: the layer's folders are real ones, so
+// no link of the content is ever followed by a mount.
+func (r *Root) build() error {
+	if err := unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, ""); err != nil {
+		return fmt.Errorf("making mounts private: %v", err)
+	}
+	if err := unix.Mount("tmpfs", r.Scratch, "tmpfs", safe, "mode=0755"); err != nil {
+		return fmt.Errorf("mounting a tmpfs: %v", err)
+	}
+	layer, merged := filepath.Join(r.Scratch, "layer"), filepath.Join(r.Scratch, "merged")
+	if err := errors.Join(os.Mkdir(layer, 0o755), os.Mkdir(merged, 0o755)); err != nil { //nolint:gosec // it is the program's /
+		return err
+	}
+	if r.Content != "" {
+		if err := mirror(r.Content, layer); err != nil {
+			return err
+		}
+	}
+	sources, err := r.points(layer)
+	if err != nil {
+		return err
+	}
+	if err := r.merge(layer, merged); err != nil {
+		return err
+	}
+	if err := r.populate(layer, merged, sources); err != nil {
+		return err
+	}
+	if err := unix.Sethostname([]byte(r.Hostname)); err != nil {
+		return fmt.Errorf("naming the host: %v", err)
+	}
+	return pivot(merged)
+}
+
+var (
+	devices = []string{"null", "zero", "full", "random", "urandom"} // never changed
+	links   = [][2]string{{"fd", "/proc/self/fd"}, {"stdin", "fd/0"}, {"stdout", "fd/1"}, {"stderr", "fd/2"}}
+)
+
+// source is a bind whose From has been opened: what is mounted is what was looked at.
+type source struct {
+	fd   int
+	to   string
+	bind Bind
+}
+
+// points makes every mount point and file in the layer.
+func (r *Root) points(layer string) ([]source, error) {
+	for _, device := range devices {
+		if _, err := r.point(layer, "/dev/"+device, false); err != nil {
+			return nil, err
+		}
+	}
+	for _, link := range links {
+		if err := os.Symlink(link[1], filepath.Join(layer, "dev", link[0])); err != nil {
+			return nil, err
+		}
+	}
+	if _, err := r.point(layer, "/proc", true); err != nil {
+		return nil, err
+	}
+	if r.Size > 0 {
+		if err := r.writable(layer); err != nil {
+			return nil, err
+		}
+	}
+	for i := range r.Files {
+		if err := r.file(layer, &r.Files[i]); err != nil {
+			return nil, err
+		}
+	}
+	var sources []source
+	for _, bind := range r.Binds {
+		s, err := open(bind)
+		if err != nil {
+			return nil, err
+		}
+		var found unix.Stat_t
+		if err := unix.Fstat(s.fd, &found); err != nil {
+			return nil, err
+		}
+		if s.to, err = r.point(layer, bind.To, found.Mode&unix.S_IFMT == unix.S_IFDIR); err != nil {
+			return nil, err
+		}
+		sources = append(sources, s)
+	}
+	return sources, nil
+}
+
+// writable gives the program the root folder itself, and the two folders that any may write.
+func (r *Root) writable(layer string) error {
+	for _, dir := range []string{"/tmp", "/dev/shm"} {
+		to, err := r.point(layer, dir, true)
+		if err == nil {
+			err = os.Chmod(filepath.Join(layer, to), 0o777|os.ModeSticky) //nolint:gosec // as everywhere
+		}
+		if err != nil {
+			return err
+		}
+	}
+	return os.Chown(layer, r.Owner, r.Owner)
+}
+
+func (r *Root) file(layer string, f *File) error {
+	to, err := r.point(layer, f.To, false)
+	if err != nil {
+		return err
+	}
+	f.To = to
+	at := filepath.Join(layer, to)
+	if err := os.WriteFile(at, f.Content, 0o600); err != nil {
+		return err
+	}
+	return errors.Join(os.Chown(at, r.Owner, r.Owner), os.Chmod(at, os.FileMode(f.Mode).Perm()))
+}
+
+// point makes a folder or an empty file in the layer for what the content calls to, with the content's links resolved and
+// its folders' modes, and returns the resolved path.
+func (r *Root) point(layer, to string, folder bool) (string, error) {
+	if r.Content != "" {
+		at, err := securejoin.SecureJoin(r.Content, to)
+		if err != nil {
+			return "", blame{err}
+		}
+		to = path.Join("/", strings.TrimPrefix(at, filepath.Clean(r.Content)))
+	}
+	dir := "/"
+	parts := strings.Split(strings.Trim(to, "/"), "/")
+	for i, part := range parts {
+		dir = path.Join(dir, part)
+		at := filepath.Join(layer, dir)
+		if i == len(parts)-1 && !folder {
+			f, err := os.OpenFile(at, os.O_CREATE|os.O_WRONLY, 0o644) //nolint:gosec // a mount point
+			if err != nil {
+				return "", blame{err}
+			}
+			return to, f.Close()
+		}
+		if err := os.Mkdir(at, 0o755); errors.Is(err, os.ErrExist) { //nolint:gosec // a mount point
+			continue
+		} else if err != nil {
+			return "", blame{err}
+		}
+		if r.Content == "" {
+			continue
+		}
+		if err := mirror(filepath.Join(r.Content, dir), at); err != nil && !errors.Is(err, os.ErrNotExist) {
+			return "", err
+		}
+	}
+	return to, nil
+}
+
+// mirror gives a folder the owner and mode of another, because the uppermost layer's count.
+func mirror(from, to string) error {
+	found, err := os.Lstat(from)
+	if err != nil {
+		return err
+	}
+	if stat, ok := found.Sys().(*syscall.Stat_t); ok {
+		err = os.Chown(to, int(stat.Uid), int(stat.Gid))
+	}
+	return errors.Join(err, os.Chmod(to, found.Mode()&(os.ModePerm|os.ModeSticky)))
+}
+
+func open(b Bind) (source, error) {
+	how := unix.OpenHow{Flags: unix.O_PATH | unix.O_CLOEXEC}
+	if b.Strict {
+		how.Resolve = unix.RESOLVE_NO_SYMLINKS
+	}
+	fd, err := unix.Openat2(unix.AT_FDCWD, b.From, &how)
+	if errors.Is(err, unix.ELOOP) && b.Strict {
+		return source{}, blame{fmt.Errorf("%s has a link in it; want a path without", b.From)}
+	}
+	if err != nil {
+		return source{}, fmt.Errorf("opening %s: %v", b.From, err)
+	}
+	return source{fd: fd, bind: b}, nil
+}
+
+// merge puts the layer over the content, and a bounded tmpfs over both where writing is wanted.
+func (r *Root) merge(layer, merged string) error {
+	lower := escape(layer)
+	if r.Content != "" {
+		lower += ":" + escape(r.Content)
+	}
+	if r.Size > 0 {
+		top := filepath.Join(r.Scratch, "top")
+		if err := os.Mkdir(top, 0o700); err != nil {
+			return err
+		}
+		if err := unix.Mount("tmpfs", top, "tmpfs", safe, "mode=0700,size="+strconv.FormatInt(r.Size, 10)); err != nil {
+			return fmt.Errorf("mounting a tmpfs of %d bytes: %v", r.Size, err)
+		}
+		upper, work := filepath.Join(top, "upper"), filepath.Join(top, "work")
+		if err := errors.Join(os.Mkdir(upper, 0o700), os.Mkdir(work, 0o700), mirror(layer, upper)); err != nil {
+			return err
+		}
+		return overlay(merged, safe, "lowerdir="+lower+",upperdir="+escape(upper)+",workdir="+escape(work))
+	}
+	if r.Content != "" {
+		return overlay(merged, safe|unix.MS_RDONLY, "lowerdir="+lower)
+	}
+	return bind(layer, merged, safe|unix.MS_RDONLY)
+}
+
+func overlay(at string, flags uintptr, options string) error {
+	if err := unix.Mount("overlay", at, "overlay", flags, options); err != nil {
+		return fmt.Errorf("mounting an overlay (%s): %v", options, err)
+	}
+	return nil
+}
+
+// escape keeps a path whole in overlayfs' options.
+func escape(p string) string {
+	return strings.NewReplacer(`\`, `\\`, ":", `\:`, ",", `\,`).Replace(p)
+}
+
+// populate mounts what comes from outside the content.
+func (r *Root) populate(layer, merged string, sources []source) error {
+	if err := unix.Mount("proc", filepath.Join(merged, "proc"), "proc", safe|unix.MS_NOEXEC|unix.MS_RDONLY, ""); err != nil {
+		return fmt.Errorf("mounting proc: %v", err)
+	}
+	for _, device := range devices {
+		if err := unix.Mount("/dev/"+device, filepath.Join(merged, "dev", device), "", unix.MS_BIND, ""); err != nil {
+			return fmt.Errorf("binding /dev/%s: %v", device, err)
+		}
+	}
+	if r.Size > 0 { // without, the whole layer is read-only already
+		for _, f := range r.Files {
+			if err := bind(filepath.Join(layer, f.To), filepath.Join(merged, f.To), safe|unix.MS_RDONLY); err != nil {
+				return err
+			}
+		}
+	}
+	for _, s := range sources {
+		flags := uintptr(safe)
+		if !s.bind.Writable {
+			flags |= unix.MS_RDONLY
+		}
+		if err := bind("/proc/self/fd/"+strconv.Itoa(s.fd), filepath.Join(merged, s.to), flags); err != nil {
+			return fmt.Errorf("%s: %v", s.bind.From, err)
+		}
+	}
+	return nil
+}
+
+func bind(from, to string, flags uintptr) error {
+	if err := unix.Mount(from, to, "", unix.MS_BIND, ""); err != nil {
+		return fmt.Errorf("binding %s: %v", to, err)
+	}
+	if err := unix.Mount("", to, "", unix.MS_BIND|unix.MS_REMOUNT|flags, ""); err != nil {
+		return fmt.Errorf("binding %s again: %v", to, err)
+	}
+	return nil
+}
+
+func pivot(root string) error {
+	if err := os.Chdir(root); err != nil {
+		return err
+	}
+	if err := unix.PivotRoot(".", "."); err != nil {
+		return fmt.Errorf("changing the root: %v", err)
+	}
+	if err := unix.Unmount(".", unix.MNT_DETACH); err != nil {
+		return fmt.Errorf("letting the host's root go: %v", err)
+	}
+	return os.Chdir("/")
+}

@@ -1,0 +1,443 @@
+package process
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"maps"
+	"os"
+	"path/filepath"
+	"slices"
+	"syscall"
+	"time"
+
+	"github.com/kindos/kmo/backends"
+	"github.com/kindos/kmo/backends/process/stage"
+	"github.com/kindos/kmo/policy/refusal"
+	"golang.org/x/sys/unix"
+)
+
+const namespaces = unix.CLONE_NEWNS | unix.CLONE_NEWPID | unix.CLONE_NEWIPC | unix.CLONE_NEWUTS
+
+// start makes the program of a workload that has none. Whatever it returns, there is a recorded program or nothing. The turn is held.
+func (k *Keeper) start(ctx context.Context, e *entry) (err error) {
+	defer func() {
+		if err != nil {
+			e.mu.Lock()
+			e.state, e.detail = backends.Backoff, refusal.Clip(err.Error(), 400)
+			e.mu.Unlock()
+		}
+	}()
+	r := &e.record
+	orders, hooks, err := k.orders(r.resolved(), e.dir)
+	if err != nil {
+		return err
+	}
+	if err := os.MkdirAll(filepath.Join(e.dir, "root"), 0o700); err != nil {
+		return err
+	}
+	log, err := openLog(e.dir)
+	if err != nil {
+		return err
+	}
+	defer log.Close()
+	before, err := log.Stat()
+	if err != nil {
+		return err
+	}
+	if err := k.groups.remove(e.name); err != nil { // a fresh one counts from 0
+		return fmt.Errorf("%s: removing its old cgroup: %v", e.name, err)
+	}
+	joins, unapplied, err := k.groups.make(e.name, r.Workload.Resources)
+	if err != nil {
+		return fmt.Errorf("%s: making its cgroup: %v", e.name, err)
+	}
+	k.step("clone")
+	c, err := spawn(orders, joins, log, -1, k.support.Mounts)
+	if err != nil {
+		return errors.Join(fmt.Errorf("%s: starting a stage: %v", e.name, err), k.groups.remove(e.name))
+	}
+	k.step("cloned")
+	if err := k.recordStart(e, c, append(unapplied, k.unapplied(r.Workload)...)); err != nil {
+		c.abandon()
+		return err
+	}
+	k.step("recorded")
+	fault, err := c.instruct(ctx, func() { k.step("ordered") }, k.preInit(ctx, e, c.pidfd, hooks, log))
+	if err != nil || fault != nil {
+		c.abandon()
+		if fault != nil && fault.Blames {
+			err = &backends.StartError{Workload: e.name, Stage: fault.Step, Cause: fault.Cause, Output: since(e.dir, before.Size())}
+		} else if fault != nil {
+			err = fmt.Errorf("%s: %s: %s", e.name, fault.Step, fault.Cause)
+		}
+		return errors.Join(err, k.groups.remove(e.name))
+	}
+	k.step("started")
+	k.adopt(e, c.program())
+	return nil
+}
+
+// preInit is what runs the hooks before a program, inside what its stage has built, or nil if there are none.
+func (k *Keeper) preInit(ctx context.Context, e *entry, stage int, hooks [][]string, log *os.File) func() error {
+	if len(hooks) == 0 {
+		return nil
+	}
+	return func() error {
+		for _, argv := range hooks {
+			if err := k.hook(e, "preInit", argv, log, func() (int, error) {
+				status, _, err := k.inside(ctx, e, e.record.resolved(), stage, argv, log)
+				return status, err
+			}); err != nil {
+				return err
+			}
+		}
+		return nil
+	}
+}
+
+// hook runs a hook and turns how it ended into an error with what it wrote.
+func (k *Keeper) hook(e *entry, moment string, argv []string, log *os.File, run func() (int, error)) error {
+	before, err := log.Stat()
+	if err != nil {
+		return err
+	}
+	status, err := run()
+	fault := &backends.StartError{Workload: e.name, Stage: fmt.Sprintf("%s %v", moment, argv)}
+	var cause *backends.StartError
+	switch {
+	case errors.As(err, &cause):
+		fault.Cause = cause.Stage + ": " + cause.Cause
+	case err != nil:
+		return err
+	case status != 0:
+		fault.Cause = fmt.Sprintf("exit status %d", status)
+	default:
+		return nil
+	}
+	fault.Output = since(e.dir, before.Size())
+	return fault
+}
+
+func (k *Keeper) recordStart(e *entry, c *child, unapplied []string) error {
+	started, err := startTime(c.pid)
+	if err != nil {
+		return err
+	}
+	return e.change(func(r *record) {
+		r.Process = identity{Boot: k.boot, PID: c.pid, Start: started}
+		r.Started, r.Unapplied = time.Now(), unapplied
+		e.state, e.detail = backends.Starting, ""
+		e.usage, e.read = backends.Usage{}, time.Time{}
+	})
+}
+
+// unapplied says what this host and this keeper leave out of a workload's bounds and confinement.
+func (k *Keeper) unapplied(w backends.Workload) (list []string) {
+	if !k.support.Mounts {
+		list = append(list, "namespaces, a root and a user of its own: this keeper is not root")
+	}
+	if k.support.Landlock == 0 {
+		list = append(list, "landlock: the kernel has none")
+	}
+	if !k.support.Seccomp {
+		list = append(list, "seccomp: the kernel or this architecture has none")
+	}
+	if w.Resources.Disk > 0 && len(w.Overlay.Keep) > 0 {
+		list = append(list, "disk bound of kept paths: they share the file system of the state folder")
+	}
+	return list
+}
+
+// orders is what the stage is told. The kept folders are made here.
+func (k *Keeper) orders(w backends.Workload, dir string) (o stage.Orders, preInit [][]string, err error) {
+	p, err := k.options.Plan(w)
+	if err != nil {
+		return o, nil, err
+	}
+	o = stage.Orders{Argv: slices.Clone(p.Argv), Dir: p.Dir, Confine: stage.Confine{User: w.Run.User}}
+	if o.Dir == "" {
+		o.Dir = "/"
+	}
+	for _, name := range slices.Sorted(maps.Keys(p.Env)) {
+		o.Env = append(o.Env, name+"="+p.Env[name])
+	}
+	for _, device := range []string{"null", "zero", "full", "random", "urandom"} {
+		o.Confine.Write = append(o.Confine.Write, "/dev/"+device)
+	}
+	if !k.support.Mounts {
+		bare(&o, p)
+		for _, argv := range w.Hooks.PreInit {
+			preInit = append(preInit, append([]string{outside(p, argv[0])}, argv[1:]...))
+		}
+		return o, preInit, nil
+	}
+	root := &stage.Root{Scratch: filepath.Join(dir, "root"), Hostname: w.Name[:min(len(w.Name), 63)], Content: p.Root, Owner: w.Run.User}
+	if root.Size = w.Overlay.Size; w.Resources.Disk > 0 {
+		root.Size = min(root.Size, w.Resources.Disk)
+	}
+	for _, b := range p.Binds {
+		root.Binds = append(root.Binds, stage.Bind{From: b.From, To: b.To, Writable: b.Writable})
+	}
+	for _, keep := range w.Overlay.Keep {
+		at := k.keptPath(w.Unit, keep)
+		if err := errors.Join(os.MkdirAll(at, 0o750), os.Chown(at, w.Run.User, w.Run.User)); err != nil {
+			return o, nil, err
+		}
+		root.Binds = append(root.Binds, stage.Bind{From: at, To: keep, Writable: true})
+	}
+	for _, m := range w.Mounts {
+		root.Binds = append(root.Binds, stage.Bind{From: m.From, To: m.To, Writable: !m.ReadOnly, Strict: true})
+	}
+	for _, f := range append(slices.Clone(p.Files), w.Files...) {
+		root.Files = append(root.Files, stage.File(f))
+	}
+	o.Root = root
+	o.Confine.Execute = []string{"/"}
+	for _, b := range root.Binds {
+		if b.Writable {
+			o.Confine.Write = append(o.Confine.Write, b.To)
+		}
+	}
+	if root.Size > 0 {
+		o.Confine.Write = append(o.Confine.Write, "/")
+	}
+	return o, w.Hooks.PreInit, nil
+}
+
+// bare adapts the orders to a keeper that cannot mount: the program runs where it lies, and landlock hides the rest.
+func bare(o *stage.Orders, p Program) {
+	o.Confine.Bare = true
+	o.Argv[0] = outside(p, o.Argv[0])
+	for _, b := range p.Binds {
+		o.Confine.Execute = append(o.Confine.Execute, b.From)
+		if b.Writable {
+			o.Confine.Write = append(o.Confine.Write, b.From)
+		}
+	}
+}
+
+// outside is where a path of the program lies on this host.
+func outside(p Program, path string) string {
+	for _, b := range p.Binds {
+		if b.To == path {
+			return b.From
+		}
+	}
+	return path
+}
+
+// child is a stage that waits for its orders.
+type child struct {
+	pid, pidfd int
+	orders     stage.Orders
+	to, from   *os.File // orders and report
+}
+
+// spawn clones a stage. It joins the namespaces of the process that pidfd in holds, or, if own, gets new ones.
+func spawn(orders stage.Orders, joins []string, out *os.File, in int, own bool) (*child, error) {
+	orders.Cgroups = len(joins)
+	null, err := os.Open(os.DevNull)
+	if err != nil {
+		return nil, err
+	}
+	closing := []*os.File{null}
+	defer func() { _ = closeAll(closing) }()
+	ordersRead, ordersWrite, err := os.Pipe()
+	if err != nil {
+		return nil, err
+	}
+	closing = append(closing, ordersRead)
+	reportRead, reportWrite, err := os.Pipe()
+	if err != nil {
+		return nil, errors.Join(err, ordersWrite.Close())
+	}
+	closing = append(closing, reportWrite)
+	files := []uintptr{null.Fd(), out.Fd(), out.Fd(), ordersRead.Fd(), reportWrite.Fd()}
+	for _, path := range joins {
+		f, err := os.OpenFile(path, os.O_WRONLY, 0)
+		if err != nil {
+			return nil, errors.Join(err, ordersWrite.Close(), reportRead.Close())
+		}
+		closing = append(closing, f)
+		files = append(files, f.Fd())
+	}
+	pidfd := -1
+	sys := &syscall.SysProcAttr{Setsid: true, PidFD: &pidfd}
+	if own {
+		sys.Cloneflags = namespaces
+	}
+	if in >= 0 {
+		orders.Join = true
+		files = append(files, uintptr(in))
+	}
+	pid, err := syscall.ForkExec("/proc/self/exe", []string{"kmo", stage.Arg}, &syscall.ProcAttr{Dir: "/", Env: []string{}, Files: files, Sys: sys})
+	if err != nil {
+		return nil, errors.Join(err, ordersWrite.Close(), reportRead.Close())
+	}
+	return &child{pid: pid, pidfd: pidfd, orders: orders, to: ordersWrite, from: reportRead}, nil
+}
+
+// instruct sends the orders, runs hooks when the stage has built what they need, if there are any, and waits until the program is
+// executed, or is not.
+func (c *child) instruct(ctx context.Context, sent func(), hooks func() error) (*stage.Failure, error) {
+	defer context.AfterFunc(ctx, func() { _ = unix.PidfdSendSignal(c.pidfd, unix.SIGKILL, nil, 0) })()
+	c.orders.Pause = hooks != nil
+	text, err := json.Marshal(c.orders)
+	if err == nil {
+		_, err = io.Copy(c.to, bytes.NewReader(text))
+	}
+	if err != nil {
+		return nil, errors.Join(ctx.Err(), err)
+	}
+	sent()
+	var first [1]byte
+	if n, err := c.from.Read(first[:]); c.orders.Pause && err == nil && n == 1 && first[0] == stage.Built {
+		if err := hooks(); err != nil {
+			return nil, err
+		}
+		if _, err := c.to.Write([]byte{'.'}); err != nil {
+			return nil, errors.Join(ctx.Err(), err)
+		}
+		first = [1]byte{}
+	}
+	said, err := io.ReadAll(io.LimitReader(c.from, 1<<16))
+	if first[0] != 0 {
+		said = append(first[:], said...)
+	}
+	if err = errors.Join(err, c.to.Close(), c.from.Close(), ctx.Err()); err != nil {
+		return nil, err
+	}
+	if f, ok := stage.Report(said); !ok {
+		return &f, nil
+	}
+	return nil, nil
+}
+
+// abandon kills what has not become a program.
+func (c *child) abandon() {
+	_, _ = c.to.Close(), c.from.Close()
+	_ = unix.PidfdSendSignal(c.pidfd, unix.SIGKILL, nil, 0)
+	c.reap()
+}
+
+func (c *child) reap() unix.WaitStatus {
+	var status unix.WaitStatus
+	for {
+		if _, err := unix.Wait4(c.pid, &status, 0, nil); !errors.Is(err, unix.EINTR) {
+			break
+		}
+	}
+	_ = unix.Close(c.pidfd)
+	return status
+}
+
+// join runs a command in the namespaces of a running workload. Its output goes to log, or is returned if there is none.
+func (k *Keeper) join(ctx context.Context, e *entry, argv []string, log *os.File) (int, []byte, error) {
+	e.mu.Lock()
+	p, w := e.program, e.record.Workload
+	if p != nil {
+		w = e.record.resolved()
+	}
+	e.mu.Unlock()
+	if p == nil {
+		return 0, nil, backends.ErrNotFound
+	}
+	in, err := p.duplicate()
+	if err != nil {
+		return 0, nil, err
+	}
+	defer unix.Close(in)
+	return k.inside(ctx, e, w, in, argv, log)
+}
+
+// inside runs a command in the namespaces of the process that pidfd in holds.
+func (k *Keeper) inside(ctx context.Context, e *entry, w backends.Workload, in int, argv []string, log *os.File) (int, []byte, error) {
+	w.Hooks.PreInit = [][]string{argv}
+	orders, hooks, err := k.orders(w, e.dir)
+	if err != nil {
+		return 0, nil, err
+	}
+	orders.Root, orders.Argv = nil, hooks[0]
+	var output *os.File
+	if log == nil {
+		if output, log, err = os.Pipe(); err != nil {
+			return 0, nil, err
+		}
+		defer output.Close()
+	}
+	var joins []string
+	for _, base := range k.groups.bases() {
+		joins = append(joins, k.groups.join(base, e.name))
+	}
+	c, err := spawnInside(in, orders, joins, log)
+	if output != nil {
+		err = errors.Join(err, log.Close())
+	}
+	if err != nil {
+		return 0, nil, fmt.Errorf("%s: %v: %v", e.name, argv, err)
+	}
+	return c.finish(ctx, e.name, output)
+}
+
+// spawnInside clones a stage into the pid namespace of a program, by a thread that enters it.
+func spawnInside(in int, orders stage.Orders, joins []string, out *os.File) (c *child, err error) {
+	if orders.Confine.Bare {
+		return spawn(orders, nil, out, -1, false)
+	}
+	stage.OnThread(func() {
+		if err = unix.Setns(in, unix.CLONE_NEWPID); err == nil {
+			c, err = spawn(orders, joins, out, in, false)
+		}
+	})
+	return c, err
+}
+
+// finish waits for a command and reads its output, of which the first 64 KiB count.
+func (c *child) finish(ctx context.Context, name string, output *os.File) (int, []byte, error) {
+	defer context.AfterFunc(ctx, func() { _ = unix.PidfdSendSignal(c.pidfd, unix.SIGKILL, nil, 0) })()
+	text := make(chan []byte, 1)
+	if output != nil {
+		go func() {
+			first, err := io.ReadAll(io.LimitReader(output, 64<<10))
+			if err == nil {
+				_, _ = io.Copy(io.Discard, output) // so that the command is not held up
+			}
+			text <- first
+		}()
+	} else {
+		text <- nil
+	}
+	fault, err := c.instruct(ctx, func() {}, nil)
+	if err == nil {
+		err = untilEnd(ctx, c.pidfd)
+	}
+	_ = unix.PidfdSendSignal(c.pidfd, unix.SIGKILL, nil, 0)
+	_ = unix.Kill(-c.pid, unix.SIGKILL) // its session; the number is ours until it is reaped
+	status := c.reap()
+	if output != nil { // something it left behind may hold the other end for ever
+		err = errors.Join(err, output.SetReadDeadline(time.Now().Add(100*time.Millisecond)))
+	}
+	said := <-text
+	switch {
+	case ctx.Err() != nil:
+		return 0, said, ctx.Err()
+	case err != nil:
+		return 0, said, err
+	case fault != nil && fault.Blames:
+		return 0, said, &backends.StartError{Workload: name, Stage: fault.Step, Cause: fault.Cause}
+	case fault != nil:
+		return 0, said, fmt.Errorf("%s: %s: %s", name, fault.Step, fault.Cause)
+	}
+	return code(status), said, nil
+}
+
+func code(status unix.WaitStatus) int {
+	if status.Signaled() {
+		return 128 + int(status.Signal())
+	}
+	return status.ExitStatus()
+}

@@ -1,0 +1,375 @@
+package process
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"syscall"
+	"time"
+	"unsafe"
+
+	"github.com/kindos/kmo/backends"
+	"github.com/kindos/kmo/backends/process/stage"
+	"golang.org/x/sys/unix"
+)
+
+// program is a process that was executed, held by a pidfd: a signal reaches it or nobody.
+type program struct {
+	pid  int
+	fd   *os.File      // the pidfd, in the runtime's poller: waiting costs no thread
+	bare bool          // its group is all that holds together what it started
+	done chan struct{} // closed when it has ended and that is recorded
+}
+
+func (c *child) program() *program {
+	_ = unix.SetNonblock(c.pidfd, true)
+	return &program{pid: c.pid, fd: os.NewFile(uintptr(c.pidfd), "pidfd"), bare: c.orders.Confine.Bare, done: make(chan struct{})}
+}
+
+// control calls f with the pidfd, and does not if it was released.
+func (p *program) control(f func(fd int) error) error {
+	raw, err := p.fd.SyscallConn()
+	if err != nil {
+		return err
+	}
+	var inner error
+	err = raw.Control(func(fd uintptr) { inner = f(int(fd)) })
+	return errors.Join(err, inner)
+}
+
+// signal is without effect on a program that has ended.
+func (p *program) signal(s unix.Signal) {
+	_ = p.control(func(fd int) error { return unix.PidfdSendSignal(fd, s, nil, 0) })
+}
+
+// kill ends the program, and with it, as process 1 of its namespace, all it started.
+func (p *program) kill() {
+	if p.bare {
+		_ = p.control(func(fd int) error {
+			return unix.PidfdSendSignal(fd, unix.SIGKILL, nil, unix.PIDFD_SIGNAL_PROCESS_GROUP)
+		})
+	}
+	p.signal(unix.SIGKILL)
+}
+
+func (p *program) release() { _ = p.fd.Close() }
+
+func (p *program) duplicate() (fd int, err error) {
+	err = p.control(func(own int) error {
+		fd, err = unix.FcntlInt(uintptr(own), unix.F_DUPFD_CLOEXEC, 0)
+		return err
+	})
+	return fd, err
+}
+
+// catches says whether the program has a handler for a signal, or ignores it: a signal it has neither for never reaches a process 1.
+func (p *program) catches(s unix.Signal) bool {
+	text, err := os.ReadFile("/proc/" + strconv.Itoa(p.pid) + "/status")
+	if err != nil || p.bare {
+		return true
+	}
+	for line := range strings.SplitSeq(string(text), "\n") {
+		mask, ok := strings.CutPrefix(line, "SigCgt:")
+		if !ok {
+			continue
+		}
+		bits, err := strconv.ParseUint(strings.TrimSpace(mask), 16, 64)
+		return err != nil || bits&(1<<(uint(s)-1)) != 0
+	}
+	return true
+}
+
+// wait returns nil when the program has ended, and an error when it was released before.
+func (p *program) wait() error {
+	raw, err := p.fd.SyscallConn()
+	if err != nil {
+		return err
+	}
+	return raw.Read(func(fd uintptr) bool { return over(int(fd)) })
+}
+
+func over(pidfd int) bool {
+	fds := []unix.PollFd{{Fd: int32(pidfd), Events: unix.POLLIN}}
+	n, err := unix.Poll(fds, 0)
+	return n > 0 && err == nil
+}
+
+// untilEnd waits for a child that no poller holds.
+func untilEnd(ctx context.Context, pidfd int) error {
+	fds := []unix.PollFd{{Fd: int32(pidfd), Events: unix.POLLIN}}
+	for ctx.Err() == nil { // its end kills the child, and that ends the poll
+		if n, err := unix.Poll(fds, -1); n > 0 || err != nil && !errors.Is(err, unix.EINTR) {
+			return err
+		}
+	}
+	return ctx.Err()
+}
+
+// adopt makes a program the workload's and watches it.
+func (k *Keeper) adopt(e *entry, p *program) {
+	e.mu.Lock()
+	e.program, e.last, e.state, e.detail = p, p, backends.Running, ""
+	if e.record.Removing {
+		e.detail = "being removed"
+	}
+	e.mu.Unlock()
+	if k.ctx.Err() != nil {
+		p.release() // Close may have been here already
+		return
+	}
+	k.working.Go(func() { k.watch(e, p) })
+}
+
+// watch waits for the end of a program, records it, and after a pause starts the workload again.
+func (k *Keeper) watch(e *entry, p *program) {
+	if p.wait() != nil || k.ctx.Err() != nil {
+		return // closing: whoever comes next sees to it
+	}
+	pause := k.ended(e, p)
+	close(p.done)
+	for {
+		timer := time.NewTimer(pause)
+		select {
+		case <-k.ctx.Done():
+			timer.Stop()
+			return
+		case <-timer.C:
+		}
+		if pause = k.restart(e, p); pause == 0 {
+			return
+		}
+	}
+}
+
+// ended records how a program ended and returns the pause before the next start.
+func (k *Keeper) ended(e *entry, p *program) time.Duration {
+	how := end{}
+	if p.bare {
+		_ = p.control(func(fd int) error {
+			return unix.PidfdSendSignal(fd, unix.SIGKILL, nil, unix.PIDFD_SIGNAL_PROCESS_GROUP)
+		})
+	}
+	_ = p.control(func(fd int) error {
+		how.Known, how.Code = collect(fd, p.pid)
+		return nil
+	})
+	how.OOM = k.groups.ooms(e.name) > 0
+	p.release()
+
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	e.program = nil
+	e.record.Ended = &how
+	e.state = backends.Backoff
+	if e.record.Quick++; time.Since(e.record.Started) > quick {
+		e.record.Quick = 0
+	}
+	words := fmt.Sprintf("ended with status %d", how.Code)
+	if !how.Known {
+		words = "ended; its status went to the process that had started it"
+	}
+	if how.OOM {
+		words += ", for want of memory"
+	}
+	pause := k.options.Backoff(max(e.record.Quick-1, 0))
+	e.detail = fmt.Sprintf("%s; next start in %v", words, pause.Round(time.Millisecond))
+	if e.record.Removing {
+		e.state, e.detail = backends.Exited, "being removed"
+	}
+	if err := e.record.save(e.dir); err != nil {
+		k.options.Logger.Warn("recording an end", "workload", e.name, "err", err)
+	}
+	return max(pause, time.Nanosecond)
+}
+
+// collect reaps an ended process if it is our child, and says its status if that is to be had.
+func collect(pidfd, pid int) (known bool, exit int) {
+	if unix.Waitid(unix.P_PIDFD, pidfd, nil, unix.WEXITED|unix.WNOHANG|unix.WNOWAIT, nil) != nil {
+		return exitOf(pidfd) // the child of an earlier process
+	}
+	var status unix.WaitStatus
+	if _, err := unix.Wait4(pid, &status, unix.WNOHANG, nil); err != nil {
+		return false, 0
+	}
+	return true, code(status)
+}
+
+// exitOf asks the kernel for the status of a process that was not our child. Kernels since 6.15 know it, once it is reaped.
+func exitOf(pidfd int) (known bool, exit int) {
+	for range 20 {
+		info := struct {
+			mask, cgroup uint64
+			_            [12]uint32
+			exit         int32
+			_            [4]uint32
+		}{mask: unix.PIDFD_INFO_EXIT}
+		// PIDFD_GET_INFO with the size of the first version, which ends with the exit code.
+		const getInfo = 3<<30 | unix.PIDFD_INFO_SIZE_VER0<<16 | 0xff<<8 | 11
+		_, _, no := unix.Syscall(unix.SYS_IOCTL, uintptr(pidfd), getInfo, uintptr(unsafe.Pointer(&info)))
+		if no == 0 && info.mask&unix.PIDFD_INFO_EXIT != 0 {
+			return true, code(unix.WaitStatus(info.exit))
+		}
+		if no != 0 && no != unix.ESRCH {
+			return false, 0
+		}
+		time.Sleep(time.Millisecond) // whoever inherited it reaps it any moment
+	}
+	return false, 0
+}
+
+// restart starts a workload again whose program p has ended, unless somebody else has seen to it. It returns the pause before it is
+// to be tried again, or 0.
+func (k *Keeper) restart(e *entry, p *program) time.Duration {
+	select {
+	case k.starts <- struct{}{}:
+		defer func() { <-k.starts }()
+	case <-k.ctx.Done():
+		return 0
+	}
+	taken, release, err := k.take(k.ctx, e.name, false)
+	if err != nil || taken == nil {
+		return 0
+	}
+	defer release()
+	if taken != e || e.last != p || e.now() != nil || e.record.Removing {
+		return 0
+	}
+	e.mu.Lock()
+	e.record.Restarts++
+	e.record.Pending = len(e.record.Workload.Hooks.PostInit) > 0
+	e.mu.Unlock()
+	if err = k.start(k.ctx, e); err == nil {
+		if err := k.postInit(k.ctx, e); err != nil {
+			k.options.Logger.Warn("running a postInit hook", "workload", e.name, "err", err)
+		}
+		return 0
+	}
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	e.record.Quick++
+	return max(k.options.Backoff(e.record.Quick-1), time.Nanosecond)
+}
+
+// find takes up what is in the state folder.
+func (k *Keeper) find() error {
+	found, err := os.ReadDir(filepath.Join(k.options.State, "work"))
+	if err != nil {
+		return err
+	}
+	for _, dir := range found {
+		e := k.fresh(dir.Name())
+		e.record, err = loadRecord(e.dir)
+		if err != nil {
+			k.options.Logger.Warn("clearing a workload without a readable record", "workload", dir.Name(), "err", err)
+			if err := os.RemoveAll(e.dir); err != nil {
+				return err
+			}
+			continue
+		}
+		k.entries[e.name] = e
+		for i, p := range e.record.Workload.Run.Ports {
+			if p.Port == 0 && p.Host == 0 && i < len(e.record.Ports) {
+				k.ports[e.record.Ports[i]] = e.name
+			}
+		}
+	}
+	for _, name := range k.groups.names() {
+		if k.entries[name] != nil {
+			continue
+		}
+		for _, pid := range k.groups.processes(name) { // of an unrecorded start: the cgroup is ours alone
+			_ = syscall.Kill(pid, syscall.SIGKILL)
+		}
+		if err := k.groups.remove(name); err != nil {
+			return err
+		}
+	}
+	for _, e := range k.entries {
+		k.resume(e)
+	}
+	return nil
+}
+
+// resume goes on with one workload of an earlier process.
+func (k *Keeper) resume(e *entry) {
+	p, half := k.reattach(e)
+	if half { // a stage: undone, and then as if it had ended
+		p.kill()
+		p.release()
+		p = nil
+	}
+	if p != nil {
+		k.adopt(e, p)
+		if e.record.Pending && !e.record.Removing {
+			k.working.Go(func() { _ = k.finishHooks(e) })
+		}
+	} else {
+		e.state = backends.Backoff
+		if e.detail = "gone while nobody watched; starting it again"; e.record.Removing {
+			e.state, e.detail = backends.Exited, "being removed"
+		}
+	}
+	if e.record.Removing {
+		k.working.Go(func() {
+			if err := k.Remove(k.ctx, e.name); err != nil && k.ctx.Err() == nil {
+				k.options.Logger.Warn("finishing a removal", "workload", e.name, "err", err)
+			}
+		})
+		return
+	}
+	if p == nil {
+		k.working.Go(func() {
+			for pause := time.Nanosecond; pause > 0; {
+				select {
+				case <-k.ctx.Done():
+					return
+				case <-time.After(pause):
+				}
+				pause = k.restart(e, nil)
+			}
+		})
+	}
+}
+
+func (k *Keeper) finishHooks(e *entry) error {
+	taken, release, err := k.take(k.ctx, e.name, false)
+	if err != nil || taken != e {
+		return err
+	}
+	defer release()
+	return k.postInit(k.ctx, e)
+}
+
+// reattach finds the process of a record, if it is beyond doubt the same; half says that it had not become the program yet.
+func (k *Keeper) reattach(e *entry) (p *program, half bool) {
+	id := e.record.Process
+	if id.Boot != k.boot || id.PID <= 0 {
+		return nil, false
+	}
+	fd, err := unix.PidfdOpen(id.PID, unix.PIDFD_NONBLOCK)
+	if err != nil {
+		return nil, false
+	}
+	p = &program{pid: id.PID, fd: os.NewFile(uintptr(fd), "pidfd"), bare: !k.support.Mounts, done: make(chan struct{})}
+	// Asked after the pidfd was taken: if the number still means the same process now, the pidfd does.
+	started, err := startTime(id.PID)
+	if err != nil || started != id.Start {
+		p.release()
+		return nil, false
+	}
+	if line, err := os.ReadFile("/proc/" + strconv.Itoa(id.PID) + "/cmdline"); err == nil {
+		if words := strings.Split(string(line), "\x00"); len(words) > 1 && words[1] == stage.Arg {
+			return p, true
+		}
+	}
+	groups, err := os.ReadFile("/proc/" + strconv.Itoa(id.PID) + "/cgroup")
+	if err != nil || !k.groups.hold(e.name, string(groups)) {
+		p.release()
+		return nil, false
+	}
+	return p, false
+}
