@@ -59,6 +59,17 @@ func newDecoder() *decoder {
 	return d
 }
 
+// Decode reads one YAML file of kMO's own, the agent's for one, as strictly as a site's: data into into, a pointer to a struct whose
+// tags are those of this package's types. Keys that are not there leave what into has. Every fault of the file is a refusal, joined.
+func Decode(file string, data []byte, into any) error {
+	d, p := newDecoder(), &problems{}
+	d.learn(reflect.TypeOf(into).Elem())
+	if n := parse(file, data, p); n != nil {
+		d.decode(n, into, p)
+	}
+	return p.err()
+}
+
 // learn reads the tags of a type and of all types below it.
 func (d *decoder) learn(t reflect.Type) {
 	if _, ok := d.texts[t]; ok || d.structs[t] != nil {
@@ -134,6 +145,8 @@ func (d *decoder) value(n *node, v reflect.Value, rules field, path string, p *p
 		v.SetBool(n.text == "true")
 	case reflect.Int, reflect.Int64:
 		number(n, v, rules, path, p)
+	default:
+		p.add(n, path, n.what(), "no such key: nothing reads a value of its type, "+v.Type().String())
 	}
 }
 

@@ -33,6 +33,10 @@ func TestSmallUnit(t *testing.T) {
 	if string(got) != want {
 		t.Errorf("got  %s\nwant %s", got, want)
 	}
+	dos, err := loadUnit(strings.ReplaceAll(smallUnit(""), "\n", "\r\n"))
+	if err != nil || !reflect.DeepEqual(dos.Unit("u"), site.Unit("u")) {
+		t.Errorf("with the line ends of another system: %v", err)
+	}
 	if site.Unit("v") != nil {
 		t.Error("got a unit that is not there")
 	}
@@ -94,6 +98,7 @@ func TestRefusedYAML(t *testing.T) {
 		{"bad escape", `run: {dir: "\q"}` + "\n", []string{":4:13", "escape"}},
 		{"direction of reading turned", "run: {args: [\"\u202e\"]}\n", []string{":4:15", "U+202E"}},
 		{"line end of YAML's own", "# harmless \u2028security: {privileged: true}\n", []string{"U+2028"}},
+		{"carriage return alone", "# harmless \rsecurity: {privileged: true}\n", []string{":4:12", "a carriage return alone"}},
 		{"escape of a terminal", "# \x1b[2J\n", []string{":4:3", "U+001B"}},
 		{"zero byte by escape", `run: {args: ["\0"]}` + "\n", []string{"run.args[0]", "zero byte"}},
 		{"same need twice", "needs: [v, v]\n", []string{"needs[1]", "again"}},
@@ -317,6 +322,32 @@ func TestValuesHaveOneSpelling(t *testing.T) {
 			t.Errorf("%s is printed %s, want %s", text, got, want)
 		}
 	}
+}
+
+func TestDecodeAFileOfOurOwn(t *testing.T) {
+	type limits struct {
+		Every Duration `json:"every,omitzero"`
+	}
+	type file struct {
+		Host   Name     `json:"host" need:"yes" doc:"its name"`
+		Zone   string   `json:"zone"`
+		Limits *limits  `json:"limits"`
+		Ratio  float64  `json:"ratio"`
+		Ports  []int    `json:"ports" items:"0-3"`
+		Roots  []string `json:"roots" items:"0-3"`
+	}
+	got := file{Zone: "as it was"}
+	if err := Decode("agent.yaml", []byte("host: edge-1\nlimits: {every: 5s}\nroots: [/a]\n"), &got); err != nil {
+		t.Fatal(err)
+	}
+	if want := (file{Host: "edge-1", Zone: "as it was", Limits: &limits{Duration(5e9)}, Roots: []string{"/a"}}); !reflect.DeepEqual(got, want) {
+		t.Errorf("got %+v, want %+v", got, want)
+	}
+	err := Decode("agent.yaml", []byte("hots: edge-1\nlimits: {evry: 5s}\nratio: 0.5\n"), &got)
+	wantRefusal(t, err, "E_DECODE", "agent.yaml:1:1 hots", "did you mean host?")
+	wantRefusal(t, err, "E_DECODE", "agent.yaml:1:1 host: no such key")
+	wantRefusal(t, err, "E_DECODE", "agent.yaml:2:10 limits.evry")
+	wantRefusal(t, err, "E_DECODE", "agent.yaml:3:8 ratio", "nothing reads a value of its type, float64")
 }
 
 // FuzzDecode: no input makes the decoder panic or run away, every refusal has a code and a place, and what is accepted can be printed as

@@ -209,6 +209,8 @@ func screen(top *node, data []byte, p *problems) bool {
 		at := bytes.IndexFunc(data, hidden)
 		r, _ := utf8.DecodeRune(data[at:])
 		p.add(place(top, data, at), "", fmt.Sprintf("the character %U, which people do not see", r), "text")
+	case loneReturn(data) >= 0:
+		p.add(place(top, data, loneReturn(data)), "", "a carriage return alone, which ends a line that people see go on", "line feeds")
 	case marks(data) > maxMarks:
 		p.add(top, "", fmt.Sprintf("%d lines, commas, colons and brackets", marks(data)), fmt.Sprintf("at most %d", maxMarks))
 	case bytes.HasPrefix(data, []byte("%")) || bytes.Contains(data, []byte("\n%")):
@@ -233,6 +235,16 @@ func hidden(r rune) bool {
 		return true
 	}
 	return false
+}
+
+// loneReturn is where a carriage return stands without a line feed after it, -1 if none does.
+func loneReturn(data []byte) int {
+	for at, b := range data {
+		if b == '\r' && (at+1 == len(data) || data[at+1] != '\n') {
+			return at
+		}
+	}
+	return -1
 }
 
 // marks counts the bytes that can begin or end a value: a bound on the number of values that costs one pass and no memory.

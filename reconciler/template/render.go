@@ -49,7 +49,7 @@ type Plan struct {
 type Check struct {
 	Unit     string
 	Workload string
-	Needs    []string // units that must be healthy first
+	Needs    []string // units that must be healthy first, those included that are not placed on this host
 	Health   Health
 	Gate     Gate
 	Variant  int      // which of the unit's variants it is, from 0
