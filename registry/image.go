@@ -181,7 +181,7 @@ func (d *document) parseManifest(subject string) error {
 		return refuse(err.code, subject, "config: "+err.got, err.want)
 	}
 	for i, layer := range d.manifest.Layers {
-		if err := checkDescriptor(layer, 1<<40); err != nil {
+		if err := checkDescriptor(layer, maxUnpacked); err != nil {
 			return refuse(err.code, subject, fmt.Sprintf("layer %d: %s", i, err.got), err.want)
 		}
 	}

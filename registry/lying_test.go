@@ -10,6 +10,7 @@ import (
 	"net/http/httptest"
 	"net/netip"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -49,16 +50,16 @@ func TestLyingRegistry(t *testing.T) {
 			})
 		}
 		t.Run("U-10 endless "+what, func(t *testing.T) {
-			sent := 0
+			var sent atomic.Int64
 			w.lies(func(rw http.ResponseWriter, r *http.Request, honest http.Handler) {
 				if !strings.HasSuffix(r.URL.Path, suffix) {
 					honest.ServeHTTP(rw, r)
 					return
 				}
 				block := bytes.Repeat([]byte(" "), 1<<20)
-				for r.Context().Err() == nil && sent < 1<<30 {
+				for r.Context().Err() == nil && sent.Load() < 1<<30 {
 					n, err := rw.Write(block)
-					if sent += n; err != nil {
+					if sent.Add(int64(n)); err != nil {
 						return
 					}
 				}
@@ -70,8 +71,8 @@ func TestLyingRegistry(t *testing.T) {
 				t.Errorf("got %v, want a refusal", err)
 			}
 			wantClean(t, s, true)
-			if sent > 64<<20 {
-				t.Errorf("%d bytes were taken before it was refused", sent)
+			if n := sent.Load(); n > 64<<20 {
+				t.Errorf("%d bytes were taken before it was refused", n)
 			}
 		})
 		for _, status := range []int{401, 403, 404, 429, 500, 503} {

@@ -7,11 +7,13 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
+	"log/slog"
 	"net"
 	"net/http"
 	"net/netip"
 	"net/url"
 	"os"
+	"slices"
 	"strings"
 	"sync/atomic"
 	"syscall"
@@ -19,6 +21,7 @@ import (
 
 	"github.com/google/go-containerregistry/pkg/authn"
 	"github.com/google/go-containerregistry/pkg/name"
+	inmemory "github.com/google/go-containerregistry/pkg/registry"
 	v1 "github.com/google/go-containerregistry/pkg/v1"
 	"github.com/google/go-containerregistry/pkg/v1/remote/transport"
 	"github.com/google/go-containerregistry/pkg/v1/types"
@@ -165,7 +168,8 @@ func (r *remoteSource) get(ctx context.Context, path string) (io.ReadCloser, int
 	if err != nil {
 		return nil, 0, outside("registry "+r.repository.RegistryStr(), err)
 	}
-	if response.StatusCode == http.StatusNotFound {
+	unknown := []int{http.StatusBadRequest, http.StatusMethodNotAllowed, http.StatusNotAcceptable, http.StatusNotImplemented} // for a path that a registry does not know
+	if response.StatusCode == http.StatusNotFound || strings.HasPrefix(path, "referrers/") && slices.Contains(unknown, response.StatusCode) {
 		response.Body.Close()
 		return nil, 0, fmt.Errorf("%s: %s: %w", r.repository, path, errAbsent)
 	}
@@ -318,4 +322,12 @@ func (b *border) judge(address, resolved string) error {
 		return refuse("E_REDIRECT", "registry "+b.host, fmt.Sprintf("it leads to %s, address %s", quote(address), resolved), "an address no further inside than the registry's own, and never a link-local one")
 	}
 	return nil
+}
+
+// UserKeychain is the credentials of whoever runs this process: docker's configuration and its helpers.
+func UserKeychain() authn.Keychain { return authn.DefaultKeychain }
+
+// Memory is a registry in memory, with referrers, for demos and tests. It asks nobody who they are: serve it on the loopback.
+func Memory() http.Handler {
+	return inmemory.New(inmemory.WithReferrersSupport(true), inmemory.Logger(slog.NewLogLogger(slog.DiscardHandler, slog.LevelInfo)))
 }

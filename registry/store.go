@@ -368,13 +368,13 @@ func (s *Store) fetch(ctx context.Context, ref Reference, root merkle.Digest, fo
 // prove compares the pinned root with what the bytes give. Roots of members for other platforms come from a statement, or from their bytes.
 func (s *Store) prove(ctx context.Context, img *image, root merkle.Digest) (*Statement, error) {
 	statement, signer, proved, err := s.proveByStatement(ctx, img, root)
-	if err != nil || proved {
+	if refusal.Of(err) != nil || proved {
 		if signer == "" {
 			statement = nil // a stranger's may prove, but not lower limits
 		}
 		return statement, err
 	}
-	if err := s.loadAll(ctx, img, img.top, 1); err != nil {
+	if err := s.loadAll(ctx, img, img.top, 1); err != nil { // no statement, or none to be had now: the bytes say it as well
 		if errors.Is(err, errAbsent) {
 			return nil, refuse("E_MERKLE_MISSING", img.subject, refusal.Clip(err.Error(), 300), "a statement with the roots of all its platforms, or all their blobs")
 		}

@@ -247,6 +247,28 @@ func TestIndex(t *testing.T) {
 		_, err := s.Fetch(ctx, ref, root, OCI)
 		wantRefusal(t, s, err, "E_MERKLE_MISSING", armLayer)
 	})
+	t.Run("T52 statements cannot be asked for", func(t *testing.T) {
+		for _, status := range []int{400, 404, 405, 500, 503} {
+			w := newWorld(t)
+			ref := w.push("two", index)
+			root := rootOf(t, ref)
+			w.lies(func(rw http.ResponseWriter, r *http.Request, honest http.Handler) {
+				if strings.Contains(r.URL.Path, "/referrers/") {
+					rw.WriteHeader(status)
+					return
+				}
+				honest.ServeHTTP(rw, r)
+			})
+			s := newStore(t)
+			if _, err := s.Fetch(ctx, ref, root, OCI); err != nil {
+				t.Errorf("status %d: Fetch: %v", status, err)
+			}
+			d, err := newStore(t).Describe(ctx, ref, root, OCI)
+			if (err == nil) != (status < 500) || refusal.Of(err) != nil || d.Proved {
+				t.Errorf("status %d: Describe: got %+v, %v", status, d, err)
+			}
+		}
+	})
 	t.Run("T52 a stranger's lie is ignored, and all is computed", func(t *testing.T) {
 		w := newWorld(t)
 		ref := w.push("two", index)

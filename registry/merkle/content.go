@@ -49,6 +49,7 @@ type PathError struct {
 	Reason string
 }
 
+// Error names the path and what is wrong with it.
 func (e *PathError) Error() string { return fmt.Sprintf("path %q: %s", clip(e.Path), e.Reason) }
 
 // CheckPath returns a *PathError unless path is UTF-8, relative, clean, at most MaxPath bytes, and free of backslashes and control characters.

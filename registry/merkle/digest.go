@@ -70,6 +70,7 @@ type MismatchError struct {
 	Got, Want Digest
 }
 
+// Error says what was hashed, what came out, and what should have.
 func (e *MismatchError) Error() string {
 	return fmt.Sprintf("%s: root is %v, want %v", e.Name, e.Got, e.Want)
 }
