@@ -333,7 +333,6 @@ func TestDecodeAFileOfOurOwn(t *testing.T) {
 		Zone   string   `json:"zone"`
 		Limits *limits  `json:"limits"`
 		Ratio  float64  `json:"ratio"`
-		Ports  []int    `json:"ports" items:"0-3"`
 		Roots  []string `json:"roots" items:"0-3"`
 	}
 	got := file{Zone: "as it was"}
