@@ -27,18 +27,13 @@ import (
 	"crypto/ed25519"
 	"encoding/base64"
 	"encoding/json"
-	"errors"
 	"fmt"
 	"io"
-	"io/fs"
 	"os"
 	"path/filepath"
-	"strconv"
-	"strings"
 	"sync"
 	"time"
 
-	"github.com/google/renameio/v2"
 	"golang.org/x/mod/sumdb/note"
 	"golang.org/x/mod/sumdb/tlog"
 
@@ -177,100 +172,6 @@ func (l *Log) Tree() (tlog.Tree, error) {
 	return l.tree(int64(len(l.ends)))
 }
 
-// Verify reads everything again from the disk and compares it with the checkpoint.
-func (l *Log) Verify() error {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	fresh := &Log{options: l.options, signer: l.signer, verifier: l.verifier, file: l.file}
-	tree, err := fresh.readCheckpoint()
-	if err != nil {
-		return err
-	}
-	if _, err := fresh.scan(); err != nil {
-		return err
-	}
-	if n := int64(len(fresh.ends)); n != tree.N || n != int64(len(l.ends)) {
-		return fresh.inconsistent(fmt.Sprintf("%d records", n), fmt.Sprintf("%d, as the checkpoint says", tree.N))
-	}
-	return fresh.compare(tree, "the checkpoint")
-}
-
-// recover reads the log, checks it, and finishes an append that a crash has cut short.
-func (l *Log) recover() error {
-	tree, err := l.readCheckpoint()
-	if errors.Is(err, fs.ErrNotExist) && l.fileSize() == 0 {
-		err = l.checkpoint()
-	}
-	if errors.Is(err, fs.ErrNotExist) {
-		return l.inconsistent("records without a checkpoint", "both")
-	}
-	if err != nil {
-		return err
-	}
-	torn, err := l.scan()
-	if err != nil {
-		return err
-	}
-	n := int64(len(l.ends))
-	if n < tree.N || n > tree.N+1 || n == tree.N+1 && torn {
-		return l.inconsistent(fmt.Sprintf("%d records", n), fmt.Sprintf("%d, as the checkpoint says", tree.N))
-	}
-	if err := l.compare(tree, "the checkpoint"); err != nil {
-		return err
-	}
-	if err := l.compare(l.options.Seen, "what was seen of it"); err != nil {
-		return err
-	}
-	if torn {
-		if err := errors.Join(l.file.Truncate(l.size()), l.file.Sync()); err != nil {
-			return fmt.Errorf("audit log: dropping a torn line: %w", err)
-		}
-	}
-	if n > tree.N {
-		return l.checkpoint()
-	}
-	return nil
-}
-
-// scan reads every whole line into ends and hashes, and says whether bytes without a newline follow.
-func (l *Log) scan() (torn bool, err error) {
-	reader := bufio.NewReaderSize(io.NewSectionReader(l.file, 0, 1<<62), 1<<16)
-	for {
-		line, err := readLine(reader)
-		if err == io.EOF {
-			return len(line) > 0, nil
-		}
-		if err != nil {
-			return false, fmt.Errorf("audit log %s: %w", l.options.Dir, err)
-		}
-		var r struct {
-			Index int64 `json:"index"`
-		}
-		if err := json.Unmarshal(line, &r); err != nil || r.Index != int64(len(l.ends)) {
-			return false, l.inconsistent(fmt.Sprintf("line %d is no record of that index", len(l.ends)), "records in order")
-		}
-		if err := l.include(line); err != nil {
-			return false, err
-		}
-	}
-}
-
-// readLine returns a line without its newline, io.EOF with what is left at the end.
-func readLine(reader *bufio.Reader) (line []byte, err error) {
-	for {
-		part, err := reader.ReadSlice('\n')
-		line = append(line, part...)
-		switch {
-		case err == nil:
-			return line[:len(line)-1], nil
-		case err != bufio.ErrBufferFull:
-			return line, err
-		case len(line) > maxRecord:
-			return nil, fmt.Errorf("a line of more than %d bytes", maxRecord)
-		}
-	}
-}
-
 // include adds one line, on the disk already, to the tree.
 func (l *Log) include(line []byte) error {
 	more, err := tlog.StoredHashes(int64(len(l.ends)), line, tlog.HashReaderFunc(l.read))
@@ -296,66 +197,6 @@ func (l *Log) read(indexes []int64) ([]tlog.Hash, error) {
 func (l *Log) tree(n int64) (tlog.Tree, error) {
 	root, err := tlog.TreeHash(n, tlog.HashReaderFunc(l.read))
 	return tlog.Tree{N: n, Hash: root}, err
-}
-
-// compare checks that a tree seen earlier is a beginning of this log.
-func (l *Log) compare(seen tlog.Tree, by string) error {
-	if seen.N > int64(len(l.ends)) {
-		return l.inconsistent(fmt.Sprintf("%d records", len(l.ends)), fmt.Sprintf("at least %d, as %s says", seen.N, by))
-	}
-	if seen == (tlog.Tree{}) {
-		return nil
-	}
-	got, err := l.tree(seen.N)
-	if err != nil {
-		return err
-	}
-	if got != seen {
-		return l.inconsistent(fmt.Sprintf("root %v over %d records", got.Hash, seen.N), fmt.Sprintf("%v, as %s says", seen.Hash, by))
-	}
-	return nil
-}
-
-// checkpoint signs the present tree and makes it durable.
-func (l *Log) checkpoint() error {
-	tree, err := l.tree(int64(len(l.ends)))
-	if err != nil {
-		return err
-	}
-	text := fmt.Sprintf("%s\n%d\n%v\n", l.options.Name, tree.N, tree.Hash)
-	signed, err := note.Sign(&note.Note{Text: text}, l.signer)
-	if err != nil {
-		return err
-	}
-	if err := renameio.WriteFile(l.path("checkpoint"), signed, 0o600, renameio.WithTempDir(l.options.Dir)); err != nil {
-		return err
-	}
-	dir, err := os.Open(l.options.Dir)
-	if err != nil {
-		return err
-	}
-	defer dir.Close()
-	return dir.Sync()
-}
-
-func (l *Log) readCheckpoint() (tlog.Tree, error) {
-	file, err := os.ReadFile(l.path("checkpoint"))
-	if err != nil {
-		return tlog.Tree{}, fmt.Errorf("audit log: %w", err)
-	}
-	opened, err := note.Open(file, note.VerifierList(l.verifier))
-	if err != nil {
-		return tlog.Tree{}, l.inconsistent("a checkpoint that does not verify: "+refusal.Clip(err.Error(), 100), "one signed by this host's key as "+l.options.Name)
-	}
-	lines := strings.Split(opened.Text, "\n")
-	if len(lines) == 4 && lines[0] == l.options.Name {
-		n, err1 := strconv.ParseInt(lines[1], 10, 64)
-		hash, err2 := tlog.ParseHash(lines[2])
-		if err1 == nil && err2 == nil && n >= 0 {
-			return tlog.Tree{N: n, Hash: hash}, nil
-		}
-	}
-	return tlog.Tree{}, l.inconsistent("a checkpoint that is not one", "name, size and root of "+l.options.Name)
 }
 
 // keys makes note's signer and verifier from the host's key.

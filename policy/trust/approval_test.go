@@ -180,6 +180,11 @@ func TestT17Consumed(t *testing.T) {
 		if diff := cmp.Diff([]string{"E_APPROVAL_CONSUMED", "E_APPROVAL_CONSUMED"}, codes(got)); diff != "" || got.Missing() != 2 {
 			t.Error(diff, got)
 		}
+		w.approve(a, head, "bus", func(p *Predicate) { p.Base = b.ID }, "bob", "dave") // a base from which the coming cannot be seen, only the going
+		offered := w.commit("alice", "", "offered with a later base")
+		if got := w.verify(back, offered, "bus"); got.Missing() != 2 || !slices.Contains(codes(got), "E_APPROVAL_CONSUMED") || slices.Contains(codes(got), "E_APPROVAL_CONTEXT") {
+			t.Errorf("a later base: %+v", got)
+		}
 		w.approve(back, again, "bus", nil, "bob", "dave")
 		if got := w.verify(back, w.commit("alice", "", "approved again"), "bus"); got.Missing() != 0 {
 			t.Errorf("new approvals after a revert do not count: %+v", got)
@@ -433,6 +438,20 @@ func TestCompareSeesTiers(t *testing.T) {
 	w.files["units/relay/unit.yaml"] = "tier: 3\nintent: rollback\n"
 	if got := w.verify(profile, w.commit("alice", "", "rollback"), "relay"); got.Action != "downgrade" {
 		t.Errorf("intent rollback: %+v", got)
+	}
+}
+
+// TestBaseDecidesTier lowers a tier that the last accepted commit had raised, while older content still runs.
+func TestBaseDecidesTier(t *testing.T) {
+	w := newWorld(t, nil)
+	a := w.commit("alice", "", "begin")
+	w.accept(Commit{}, a)
+	w.files["units/relay/unit.yaml"] = "tier: 1\n"
+	raised := w.commit("alice", "", "raised")
+	w.accept(a, raised)
+	w.files["units/relay/unit.yaml"] = "tier: 3\nv: 2\n"
+	if got := w.verify(a, w.commit("alice", "", "lowered"), "relay"); got.Tier != 1 || got.TierBefore != 1 || got.Need != 2 {
+		t.Errorf("%+v", got)
 	}
 }
 

@@ -197,6 +197,7 @@ func (w *world) shapes() []shape {
 	grown := append(bytes.Clone(block.Bytes), 0)
 	add("bytes after the blob", "E_SIG_BAD", false, signAs(u, armour(grown)))
 	add("U-23 a reserved field", "E_SIG_BAD", true, signAs(u, armour(w.reserved(u, signer))))
+	add("U-23 bytes after the signature", "E_SIG_BAD", false, signAs(u, armour(w.trailing(u, signer))))
 	add("U-23 hash md5", "E_ALG_FORBIDDEN", false, signAs(u, armour(bytes.Replace(block.Bytes, []byte("\x00\x00\x00\x06sha512"), []byte("\x00\x00\x00\x03md5"), 1))))
 	add("U-23 rsa with SHA-1", "E_ALG_FORBIDDEN", false, signAs(u, armour(w.sha1(u))))
 	add("U-23 a certificate", "E_ALG_FORBIDDEN", true, signAs(u, w.certificate(u, signer)))
@@ -221,6 +222,15 @@ func (w *world) reserved(payload []byte, signer ssh.Signer) []byte {
 		w.t.Fatal(err)
 	}
 	return ssh.Marshal(wireBlob{[6]byte([]byte("SSHSIG")), 1, string(s.PublicKey.Marshal()), "git", "x", "sha512", string(ssh.Marshal(s.Signature))})
+}
+
+func (w *world) trailing(payload []byte, signer ssh.Signer) []byte {
+	s, err := sshsig.Sign(bytes.NewReader(payload), signer, sshsig.HashSHA512, "git")
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	s.Signature.Rest = []byte("x")
+	return s.Marshal()
 }
 
 func (w *world) sha1(payload []byte) []byte {
@@ -365,6 +375,19 @@ func TestLoadKey(t *testing.T) {
 	}
 	if _, err := LoadKey(filepath.Join(t.TempDir(), "none"), nil); !os.IsNotExist(err) && err == nil {
 		t.Error("a key file that is not there:", err)
+	}
+}
+
+func TestU39OutsideText(t *testing.T) {
+	for _, raw := range []string{
+		"tree \x1b[2J\n",
+		"tree " + strings.Repeat("a", 40) + "\nauthor \x1b]0;title\a <x@y> 1 +0000" + strings.Repeat("x", 5000) + "\n",
+		"\u009b31m" + strings.Repeat("x", 5000),
+	} {
+		_, err := ParseCommit([]byte(raw))
+		if err == nil || len(err.Error()) > 500 || strings.ContainsAny(err.Error(), "\x1b\a\u009b\n") {
+			t.Errorf("%q", err)
+		}
 	}
 }
 

@@ -353,7 +353,7 @@ func (c comparison) site(f *Facts) error {
 	f.Other = true
 	u := UnitFacts{Unit: unitSite, Action: "upgrade", TierBefore: -1, Tier: c.root.tier("site.yaml")}
 	if u.Tier < 0 {
-		u.Tier = 3
+		u.Tier = defaultTier
 	}
 	if c.from.object("site.yaml") != "" {
 		u.TierBefore = u.Tier

@@ -372,6 +372,14 @@ func (r *Root) principalOf(email string) string {
 	return ""
 }
 
+// Owner names the principal that a key belongs to, "" if it is nobody's.
+func (r *Root) Owner(key ssh.PublicKey) string {
+	if p, _ := r.keyOf(key); p != nil {
+		return p.Name
+	}
+	return ""
+}
+
 // keyOf finds a key by what it is, never by a name that somebody wrote beside it.
 func (r *Root) keyOf(public ssh.PublicKey) (*Principal, *Key) {
 	for i := range r.Principals {

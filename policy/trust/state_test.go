@@ -122,6 +122,22 @@ func TestRevert(t *testing.T) {
 	})
 }
 
+// TestRevertOfPassed undoes a commit that had passed: a host's key cannot bring it back, nor go further.
+func TestRevertOfPassed(t *testing.T) {
+	w := newWorld(t, nil)
+	a := w.version("alice", "1")
+	w.accept(Commit{}, a)
+	b := w.version("alice", "2")
+	w.accept(a, b)
+	c := w.version("alice", "3")
+	w.accept(b, c)
+	back := w.takeBack("host", b, c, reverts(b, c))
+	w.accept(c, back)
+	for _, good := range []Commit{a, c} {
+		w.refused(back, w.takeBack("host", good, back, reverts(good, back)), "E_REVERT")
+	}
+}
+
 func TestRevertBounds(t *testing.T) {
 	w := newWorld(t, nil)
 	w.v.RevertsPerDay = 1
