@@ -10,6 +10,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"time"
 
 	"github.com/hashicorp/go-hclog"
@@ -101,6 +102,7 @@ func Open(ctx context.Context, options Options) (*Client, error) {
 	if err := privateDir(options.Dir); err != nil {
 		return nil, err
 	}
+	clearOld(options.Dir)
 	c := &Client{options: options, now: time.Now, busy: make(chan struct{}, 1)}
 	if _, err := c.session(ctx); err != nil {
 		return nil, err
@@ -208,10 +210,9 @@ func (c *Client) judge(ctx context.Context, s *session, err error) error {
 	case err == nil:
 		return nil
 	case errors.As(err, &broken):
-		s.proc.kill(line(err.Error()))
-		select {
-		case <-s.proc.done:
-		case <-time.After(stopTime):
+		if !broken.gone || !s.ended(pingTime/4) {
+			s.proc.kill("it does not keep to the protocol")
+			s.ended(stopTime)
 		}
 		return fmt.Errorf("plugin %s: %w; it has ended: %s", c.options.Name, broken.err, s.epitaph())
 	case errors.Is(ctx.Err(), context.DeadlineExceeded):
@@ -229,6 +230,17 @@ func (s *session) ping() {
 	}
 }
 
+// ended waits for the process to end.
+func (s *session) ended(within time.Duration) bool {
+	select {
+	case <-s.proc.done:
+		return true
+	case <-time.After(within):
+		return false
+	}
+}
+
+// epitaph is how the process ended.
 func (s *session) epitaph() string {
 	s.proc.mu.Lock()
 	ended := s.proc.ended
@@ -423,6 +435,29 @@ func (d *dispenser) GRPCServer(_ *goplugin.GRPCBroker, server *grpc.Server) erro
 // GRPCClient returns the connection.
 func (d *dispenser) GRPCClient(_ context.Context, _ *goplugin.GRPCBroker, conn *grpc.ClientConn) (any, error) {
 	return conn, nil
+}
+
+// clearOld removes what an agent that was killed has left: folders of an earlier hour whose socket nobody listens on.
+func clearOld(dir string) {
+	old, _ := filepath.Glob(filepath.Join(dir, "plugin-dir*")) //nolint:errcheck // the pattern is good
+	for _, one := range old {
+		found, err := os.Lstat(one)
+		if err != nil || !found.IsDir() || time.Since(found.ModTime()) < time.Minute {
+			continue
+		}
+		sockets, _ := filepath.Glob(filepath.Join(one, "plugin*")) //nolint:errcheck // the pattern is good
+		if !slices.ContainsFunc(sockets, answers) {
+			os.RemoveAll(one) //nolint:errcheck // it is only in the way
+		}
+	}
+}
+
+func answers(socket string) bool {
+	conn, err := net.DialTimeout("unix", socket, time.Second)
+	if err == nil {
+		conn.Close() //nolint:errcheck // nothing was said
+	}
+	return err == nil
 }
 
 // privateDir makes a folder that is nobody else's, or makes sure that it is.

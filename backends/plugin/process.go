@@ -293,6 +293,7 @@ type lineLog struct {
 	mu      sync.Mutex
 	partial []byte // at most maxLine
 	last    []string
+	fatal   string // the first line of a Go program's last words
 	second  time.Time
 	lines   int // in this second
 	dropped int
@@ -322,7 +323,10 @@ func (l *lineLog) flush() {
 	if line == "" {
 		return
 	}
-	l.last = append(l.last[max(0, len(l.last)-4):], line)
+	if l.fatal == "" && isFatal(line) {
+		l.fatal = line
+	}
+	l.last = append(l.last[max(0, len(l.last)-2):], refusal.Clip(line, 300))
 	if now := time.Now(); now.Sub(l.second) > time.Second {
 		if l.dropped > 0 {
 			l.say(slog.LevelWarn, fmt.Sprintf("%d lines dropped", l.dropped))
@@ -344,15 +348,22 @@ func levelOf(line string) slog.Level {
 			return level
 		}
 	}
-	if strings.HasPrefix(line, "panic: ") || strings.HasPrefix(line, "fatal error: ") {
+	if isFatal(line) {
 		return slog.LevelError
 	}
 	return slog.LevelDebug
 }
 
-// tail is the last lines, for an error.
+func isFatal(line string) bool {
+	return strings.HasPrefix(line, "panic: ") || strings.HasPrefix(line, "fatal error: ")
+}
+
+// tail is the last lines, or what a Go program died of, for an error.
 func (l *lineLog) tail() string {
 	l.mu.Lock()
 	defer l.mu.Unlock()
+	if l.fatal != "" {
+		return l.fatal
+	}
 	return strings.Join(l.last, " | ")
 }

@@ -29,7 +29,10 @@ type remote struct {
 }
 
 // brokenError says that this end of the wire is not to be talked to any more: it is gone, or does not keep to the protocol.
-type brokenError struct{ err error }
+type brokenError struct {
+	err  error
+	gone bool // the connection was lost, so the process may be ending by itself
+}
 
 func (e *brokenError) Error() string { return e.err.Error() }
 func (e *brokenError) Unwrap() error { return e.err }
@@ -116,7 +119,7 @@ func (r *remote) Exec(ctx context.Context, name string, argv []string) (int, []b
 
 // foreign is the refusal of an answer to something that was not asked.
 func (r *remote) foreign(call, got, want string) error {
-	return &brokenError{&refusal.Error{Code: codeForeign, Subject: strings.TrimSpace("plugin "+r.name) + ", answer to " + call, Got: got, Want: want}}
+	return &brokenError{err: &refusal.Error{Code: codeForeign, Subject: strings.TrimSpace("plugin "+r.name) + ", answer to " + call, Got: got, Want: want}}
 }
 
 // judge says what came of a call: the error in the form in which the backend returned it, or what is wrong with the wire.
@@ -147,7 +150,7 @@ func (r *remote) judge(ctx context.Context, call string, asked, answered uint64,
 	case codes.DeadlineExceeded:
 		return &saidError{text: text, kind: context.DeadlineExceeded}
 	default:
-		return &brokenError{fmt.Errorf("%s: %s: %s", call, st.Code(), text)}
+		return &brokenError{err: fmt.Errorf("%s: %s: %s", call, st.Code(), text), gone: st.Code() == codes.Unavailable}
 	}
 }
 
