@@ -15,6 +15,7 @@ import (
 	"time"
 
 	"github.com/kindos/kmo/backends"
+	"github.com/kindos/kmo/backends/process/cgroup"
 	"github.com/kindos/kmo/backends/process/stage"
 	"golang.org/x/sys/unix"
 )
@@ -23,7 +24,7 @@ import (
 type Keeper struct {
 	options Options
 	support stage.Support
-	groups  cgroups
+	groups  cgroup.Groups
 	boot    string
 	step    func(string) // called at each step of a start; a test ends this process there
 
@@ -87,7 +88,7 @@ func Open(o Options) (*Keeper, error) {
 		return nil, err
 	}
 	if k.support.Mounts {
-		k.groups = findCgroups(o.Cgroups, fmt.Sprintf("kmo/%s-%x", o.Backend, sha256.Sum256([]byte(state)))[:len(o.Backend)+13])
+		k.groups = cgroup.Find(o.Cgroups, fmt.Sprintf("kmo/%s-%x", o.Backend, sha256.Sum256([]byte(state)))[:len(o.Backend)+13])
 	}
 	k.ctx, k.cancel = context.WithCancel(context.Background())
 	if err := k.find(); err != nil {
@@ -154,7 +155,7 @@ func (k *Keeper) Features() []backends.Feature {
 	for name, feature := range map[string]backends.Feature{
 		"cpu": backends.LimitCPU, "memory": backends.LimitMemory, "pids": backends.LimitPIDs,
 	} {
-		if k.groups.has(name) {
+		if k.groups.Has(name) {
 			list = append(list, feature)
 		}
 	}
@@ -175,9 +176,9 @@ func (k *Keeper) Missing() []string {
 		{k.support.Landlock == 0, "landlock: the kernel has none"},
 		{k.support.Landlock > 0 && k.support.Landlock < 6, fmt.Sprintf("landlock: version %d does not keep abstract sockets of the host away, 6 does", k.support.Landlock)},
 		{!k.support.Seccomp, "seccomp: the kernel or this architecture has none"},
-		{!k.groups.has("memory"), "memory bound: no memory cgroup may be written"},
-		{!k.groups.has("cpu"), "cpu bound: no cpu cgroup may be written"},
-		{!k.groups.has("pids"), "pids bound: no pids cgroup may be written"},
+		{!k.groups.Has("memory"), "memory bound: no memory cgroup may be written"},
+		{!k.groups.Has("cpu"), "cpu bound: no cpu cgroup may be written"},
+		{!k.groups.Has("pids"), "pids bound: no pids cgroup may be written"},
 	} {
 		if one.lacks {
 			list = append(list, one.words)
@@ -282,7 +283,7 @@ func (k *Keeper) status(e *entry, now time.Time) (backends.Status, bool) {
 	if e.program != nil {
 		s.PID, s.Started = e.program.pid, r.Started
 		if now.Sub(e.read) > time.Second {
-			e.usage, e.read = k.groups.usage(e.name), now
+			e.usage, e.read = k.groups.Usage(e.name), now
 		}
 		s.Usage = e.usage
 	}

@@ -48,22 +48,22 @@ func (k *Keeper) start(ctx context.Context, e *entry) (err error) {
 	if err != nil {
 		return err
 	}
-	if err := k.groups.remove(e.name); err != nil { // a fresh one counts from 0
+	if err := k.groups.Remove(e.name); err != nil { // a fresh one counts from 0
 		return fmt.Errorf("%s: removing its old cgroup: %v", e.name, err)
 	}
-	joins, unapplied, err := k.groups.make(e.name, r.Workload.Resources)
+	unapplied, err := k.groups.Make(e.name, r.Workload.Resources)
 	if err != nil {
 		return fmt.Errorf("%s: making its cgroup: %v", e.name, err)
 	}
 	k.step("clone")
-	c, err := spawn(orders, joins, log, -1, k.support.Mounts)
+	c, err := spawn(orders, k.groups.Joins(e.name), log, -1, k.support.Mounts)
 	if err != nil {
-		return errors.Join(fmt.Errorf("%s: starting a stage: %v", e.name, err), k.groups.remove(e.name))
+		return errors.Join(fmt.Errorf("%s: starting a stage: %v", e.name, err), k.groups.Remove(e.name))
 	}
 	k.step("cloned")
 	if err := k.recordStart(e, c, append(unapplied, k.unapplied(r.Workload)...)); err != nil {
 		c.abandon()
-		return err
+		return errors.Join(err, k.groups.Remove(e.name))
 	}
 	k.step("recorded")
 	fault, err := c.instruct(ctx, func() { k.step("ordered") }, k.preInit(ctx, e, c.pidfd, hooks, log))
@@ -74,7 +74,7 @@ func (k *Keeper) start(ctx context.Context, e *entry) (err error) {
 		} else if fault != nil {
 			err = fmt.Errorf("%s: %s: %s", e.name, fault.Step, fault.Cause)
 		}
-		return errors.Join(err, k.groups.remove(e.name))
+		return errors.Join(err, k.groups.Remove(e.name))
 	}
 	k.step("started")
 	k.adopt(e, c.program())
@@ -165,7 +165,7 @@ func (k *Keeper) orders(w backends.Workload, dir string) (o stage.Orders, preIni
 	for _, name := range slices.Sorted(maps.Keys(p.Env)) {
 		o.Env = append(o.Env, name+"="+p.Env[name])
 	}
-	for _, device := range []string{"null", "zero", "full", "random", "urandom"} {
+	for _, device := range stage.Devices() {
 		o.Confine.Write = append(o.Confine.Write, "/dev/"+device)
 	}
 	if !k.support.Mounts {
@@ -369,11 +369,7 @@ func (k *Keeper) inside(ctx context.Context, e *entry, w backends.Workload, in i
 		}
 		defer output.Close()
 	}
-	var joins []string
-	for _, base := range k.groups.bases() {
-		joins = append(joins, k.groups.join(base, e.name))
-	}
-	c, err := spawnInside(in, orders, joins, log)
+	c, err := spawnInside(in, orders, k.groups.Joins(e.name), log)
 	if output != nil {
 		err = errors.Join(err, log.Close())
 	}

@@ -157,7 +157,7 @@ func (k *Keeper) ended(e *entry, p *program) time.Duration {
 		how.Known, how.Code = collect(fd, p.pid)
 		return nil
 	})
-	how.OOM = k.groups.ooms(e.name) > 0
+	how.OOM = k.groups.OOMs(e.name) > 0
 	p.release()
 
 	e.mu.Lock()
@@ -277,14 +277,14 @@ func (k *Keeper) find() error {
 			}
 		}
 	}
-	for _, name := range k.groups.names() {
+	for _, name := range k.groups.Names() {
 		if k.entries[name] != nil {
 			continue
 		}
-		for _, pid := range k.groups.processes(name) { // of an unrecorded start: the cgroup is ours alone
+		for _, pid := range k.groups.Processes(name) { // of an unrecorded start: the cgroup is ours alone
 			_ = syscall.Kill(pid, syscall.SIGKILL)
 		}
-		if err := k.groups.remove(name); err != nil {
+		if err := k.groups.Remove(name); err != nil {
 			return err
 		}
 	}
@@ -367,7 +367,7 @@ func (k *Keeper) reattach(e *entry) (p *program, half bool) {
 		}
 	}
 	groups, err := os.ReadFile("/proc/" + strconv.Itoa(id.PID) + "/cgroup")
-	if err != nil || !k.groups.hold(e.name, string(groups)) {
+	if err != nil || !k.groups.Hold(e.name, string(groups)) {
 		p.release()
 		return nil, false
 	}

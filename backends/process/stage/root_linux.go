@@ -55,10 +55,8 @@ func (r *Root) build() error {
 	return pivot(merged)
 }
 
-var (
-	devices = []string{"null", "zero", "full", "random", "urandom"} // never changed
-	links   = [][2]string{{"fd", "/proc/self/fd"}, {"stdin", "fd/0"}, {"stdout", "fd/1"}, {"stderr", "fd/2"}}
-)
+// Devices are the files of /dev that every program has.
+func Devices() []string { return []string{"null", "zero", "full", "random", "urandom"} }
 
 // source is a bind whose From has been opened: what is mounted is what was looked at.
 type source struct {
@@ -69,12 +67,12 @@ type source struct {
 
 // points makes every mount point and file in the layer.
 func (r *Root) points(layer string) ([]source, error) {
-	for _, device := range devices {
+	for _, device := range Devices() {
 		if _, err := r.point(layer, "/dev/"+device, false); err != nil {
 			return nil, err
 		}
 	}
-	for _, link := range links {
+	for _, link := range [][2]string{{"fd", "/proc/self/fd"}, {"stdin", "fd/0"}, {"stdout", "fd/1"}, {"stderr", "fd/2"}} {
 		if err := os.Symlink(link[1], filepath.Join(layer, "dev", link[0])); err != nil {
 			return nil, err
 		}
@@ -244,7 +242,7 @@ func (r *Root) populate(layer, merged string, sources []source) error {
 	if err := unix.Mount("proc", filepath.Join(merged, "proc"), "proc", safe|unix.MS_NOEXEC|unix.MS_RDONLY, ""); err != nil {
 		return fmt.Errorf("mounting proc: %v", err)
 	}
-	for _, device := range devices {
+	for _, device := range Devices() {
 		if err := unix.Mount("/dev/"+device, filepath.Join(merged, "dev", device), "", unix.MS_BIND, ""); err != nil {
 			return fmt.Errorf("binding /dev/%s: %v", device, err)
 		}

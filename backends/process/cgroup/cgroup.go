@@ -1,4 +1,8 @@
-package process
+// Package cgroup bounds and counts workloads in cgroups of version 1, 2 or a mixture, whichever hierarchy has the controller.
+//
+// It is plain file work, so that a tree on disk tests the version a machine has not. Only folders below its own are ever made,
+// written, counted or removed.
+package cgroup
 
 import (
 	"errors"
@@ -14,9 +18,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// cgroups are the folders of one keeper's workloads, in whichever hierarchies this host has its controllers: version 1, 2 or
-// a mixture. It is plain file work, so that a tree on disk tests the version a machine has not.
-type cgroups struct {
+// Groups are the cgroups of one keeper's workloads. The zero value has no controller, and bounds nothing.
+type Groups struct {
 	folder      string // below each hierarchy: kmo/<backend>-<hash of the state folder>
 	controllers []controller
 }
@@ -28,9 +31,9 @@ type controller struct {
 	v2   bool
 }
 
-// findCgroups looks below root, usually /sys/fs/cgroup, for controllers that may be written.
-func findCgroups(root, folder string) cgroups {
-	c := cgroups{folder: folder}
+// Find looks below root, usually /sys/fs/cgroup, for controllers that may be written.
+func Find(root, folder string) Groups {
+	c := Groups{folder: folder}
 	for _, name := range []string{"memory", "cpu", "cpuacct", "pids"} {
 		for _, at := range []controller{{name, root, true}, {name, filepath.Join(root, "unified"), true}, {name, filepath.Join(root, name), false}} {
 			if at.there() {
@@ -53,12 +56,13 @@ func (c controller) there() bool {
 
 func writable(dir string) bool { return unix.Access(dir, unix.W_OK) == nil }
 
-func (c cgroups) has(name string) bool {
+// Has says whether a controller may be used.
+func (c Groups) Has(name string) bool {
 	return slices.ContainsFunc(c.controllers, func(have controller) bool { return have.name == name })
 }
 
 // bases lists each hierarchy once; the value is whether it is version 2.
-func (c cgroups) bases() (list []controller) {
+func (c Groups) bases() (list []controller) {
 	for _, one := range c.controllers {
 		if !slices.ContainsFunc(list, func(have controller) bool { return have.base == one.base }) {
 			list = append(list, one)
@@ -67,21 +71,15 @@ func (c cgroups) bases() (list []controller) {
 	return list
 }
 
-// make makes a workload's cgroups with its bounds, and returns the files through which a thread joins them by writing "0",
-// and in words which bounds could not be set.
-//
-// A thread that moves itself, alone, by the tasks file of version 1 does not take the lock of all forks, which costs
-// milliseconds for each hierarchy; execve leaves no other thread.
-func (c cgroups) make(name string, r backends.Resources) (joins, unapplied []string, err error) {
+// Make makes a workload's cgroups with its bounds, and says in words which bounds could not be set.
+func (c Groups) Make(name string, r backends.Resources) (unapplied []string, err error) {
 	for _, base := range c.bases() {
-		at := filepath.Join(base.base, c.folder, name)
-		if err := makeAll(at); err != nil {
-			return nil, nil, err
+		if err := makeAll(filepath.Join(base.base, c.folder, name)); err != nil {
+			return nil, err
 		}
 		if base.v2 {
 			c.delegate(base.base)
 		}
-		joins = append(joins, c.join(base, name))
 	}
 	for _, bound := range []struct {
 		name string
@@ -99,7 +97,7 @@ func (c cgroups) make(name string, r backends.Resources) (joins, unapplied []str
 			unapplied = append(unapplied, fmt.Sprintf("%s bound: %v", bound.name, err))
 		}
 	}
-	return joins, unapplied, nil
+	return unapplied, nil
 }
 
 // makeAll is MkdirAll against another process that removes an empty parent at the same time.
@@ -113,7 +111,7 @@ func makeAll(at string) (err error) {
 }
 
 // delegate lets the controllers of version 2 reach our folders. What is refused shows when the bound is set.
-func (c cgroups) delegate(base string) {
+func (c Groups) delegate(base string) {
 	at := base
 	for _, part := range append([]string{""}, strings.Split(c.folder, "/")...) {
 		at = filepath.Join(at, part)
@@ -125,7 +123,7 @@ func (c cgroups) delegate(base string) {
 	}
 }
 
-func (c cgroups) bound(at controller, name string, want int64, r backends.Resources) error {
+func (c Groups) bound(at controller, name string, want int64, r backends.Resources) error {
 	dir := filepath.Join(at.base, c.folder, name)
 	put := func(file string, value any) error {
 		return os.WriteFile(filepath.Join(dir, file), fmt.Append(nil, value), 0o644) //nolint:gosec // exists already
@@ -153,8 +151,8 @@ func ifThere(err error) error {
 	return err
 }
 
-// usage reads what a workload uses. What cannot be read is 0.
-func (c cgroups) usage(name string) (u backends.Usage) {
+// Usage reads what a workload uses. What cannot be read is 0.
+func (c Groups) Usage(name string) (u backends.Usage) {
 	for _, one := range c.controllers {
 		dir := filepath.Join(one.base, c.folder, name)
 		switch {
@@ -173,8 +171,8 @@ func (c cgroups) usage(name string) (u backends.Usage) {
 	return u
 }
 
-// ooms counts the processes of a workload that were killed for want of memory.
-func (c cgroups) ooms(name string) int64 {
+// OOMs counts the processes of a workload that were killed for want of memory.
+func (c Groups) OOMs(name string) int64 {
 	for _, one := range c.controllers {
 		if one.name != "memory" {
 			continue
@@ -209,8 +207,8 @@ func number(dir, file, key string) int64 {
 	return n
 }
 
-// hold says whether a process, by the text of its /proc/PID/cgroup, is in all cgroups of a workload.
-func (c cgroups) hold(name, text string) bool {
+// Hold says whether a process, by the text of its /proc/PID/cgroup, is in all cgroups of a workload.
+func (c Groups) Hold(name, text string) bool {
 	for _, base := range c.bases() {
 		in := slices.ContainsFunc(strings.Split(text, "\n"), func(line string) bool {
 			parts := strings.SplitN(line, ":", 3)
@@ -226,8 +224,8 @@ func (c cgroups) hold(name, text string) bool {
 	return true
 }
 
-// names lists the workloads that have a cgroup.
-func (c cgroups) names() (list []string) {
+// Names lists the workloads that have a cgroup.
+func (c Groups) Names() (list []string) {
 	for _, base := range c.bases() {
 		found, err := os.ReadDir(filepath.Join(base.base, c.folder))
 		if err != nil {
@@ -242,8 +240,8 @@ func (c cgroups) names() (list []string) {
 	return list
 }
 
-// processes lists who is in a workload's cgroups.
-func (c cgroups) processes(name string) (pids []int) {
+// Processes lists who is in a workload's cgroups.
+func (c Groups) Processes(name string) (pids []int) {
 	for _, base := range c.bases() {
 		text, err := os.ReadFile(filepath.Join(base.base, c.folder, name, "cgroup.procs"))
 		if err != nil {
@@ -258,8 +256,8 @@ func (c cgroups) processes(name string) (pids []int) {
 	return pids
 }
 
-// remove removes a workload's cgroups, which must be empty or about to be, and those above if they are the last.
-func (c cgroups) remove(name string) error {
+// Remove removes a workload's cgroups, which must be empty or about to be, and those above if they are the last.
+func (c Groups) Remove(name string) error {
 	var all error
 	for _, base := range c.bases() {
 		at := filepath.Join(base.base, c.folder, name)
@@ -278,10 +276,17 @@ func (c cgroups) remove(name string) error {
 	return all
 }
 
-// join is the file through which a thread joins a workload's cgroup in one hierarchy.
-func (c cgroups) join(base controller, name string) string {
-	if base.v2 {
-		return filepath.Join(base.base, c.folder, name, "cgroup.procs")
+// Joins are the files through which a thread joins a workload's cgroups by writing "0", one a hierarchy.
+//
+// A thread that moves itself, alone, by the tasks file of version 1 does not take the lock of all forks, which costs
+// milliseconds for each hierarchy; execve leaves no other thread.
+func (c Groups) Joins(name string) (files []string) {
+	for _, base := range c.bases() {
+		file := "tasks"
+		if base.v2 {
+			file = "cgroup.procs"
+		}
+		files = append(files, filepath.Join(base.base, c.folder, name, file))
 	}
-	return filepath.Join(base.base, c.folder, name, "tasks")
+	return files
 }

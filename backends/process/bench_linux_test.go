@@ -1,0 +1,93 @@
+package process
+
+import (
+	"context"
+	"fmt"
+	"os"
+	"path/filepath"
+	"runtime"
+	"slices"
+	"strconv"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/kindos/kmo/backends"
+)
+
+// BenchmarkApply is from the call of Apply to the first instruction of the program's main, as the program tells.
+func BenchmarkApply(b *testing.B) {
+	for _, form := range []backends.Format{backends.Native, backends.OCI} {
+		b.Run(string(form), func(b *testing.B) {
+			k := fresh(b)
+			w := workload("timed", "stamp", "wait")
+			w.Overlay.Size = 1 << 20
+			if w.Format = form; form == backends.OCI {
+				w.Image.Content = oci(b)
+			}
+			var first, applied, removed []time.Duration
+			for b.Loop() {
+				began := time.Now()
+				apply(b, k, w)
+				applied = append(applied, time.Since(began))
+				nanos, err := strconv.ParseInt(said(b, k, w.Name, "stamp"), 10, 64)
+				if err != nil {
+					b.Fatal(err)
+				}
+				first = append(first, time.Unix(0, nanos).Sub(began))
+				began = time.Now()
+				if err := k.Remove(context.Background(), w.Name); err != nil {
+					b.Fatal(err)
+				}
+				removed = append(removed, time.Since(began))
+			}
+			for name, list := range map[string][]time.Duration{"first": first, "apply": applied, "remove": removed} {
+				slices.Sort(list)
+				b.ReportMetric(float64(list[len(list)/2].Microseconds())/1000, "ms-"+name+"-p50")
+			}
+		})
+	}
+}
+
+// BenchmarkObserve is one look at many running programs: the first after a second reads their cgroups.
+func BenchmarkObserve(b *testing.B) {
+	for _, count := range []int{100} {
+		b.Run(fmt.Sprint(count), func(b *testing.B) {
+			k := fresh(b)
+			for i := range count {
+				w := workload("many", "wait")
+				w.Name = fmt.Sprintf("many-%08d", i)
+				apply(b, k, w)
+			}
+			keeper, goroutines := resident(os.Getpid()), runtime.NumGoroutine()
+			for _, e := range k.list() {
+				e.read = time.Time{}
+			}
+			began := time.Now()
+			if _, err := k.Observe(context.Background()); err != nil {
+				b.Fatal(err)
+			}
+			reading := time.Since(began)
+			for b.Loop() {
+				if list, err := k.Observe(context.Background()); err != nil || len(list) != count {
+					b.Fatal(len(list), err)
+				}
+			}
+			b.ReportMetric(float64(keeper>>10), "KiB-keeper")
+			b.ReportMetric(float64(goroutines), "goroutines")
+			b.ReportMetric(float64(reading.Microseconds())/1000, "ms-with-usage")
+		})
+	}
+}
+
+func resident(pid int) int64 {
+	text, err := os.ReadFile(filepath.Join("/proc", strconv.Itoa(pid), "statm"))
+	if err != nil {
+		return 0
+	}
+	pages, err := strconv.ParseInt(strings.Fields(string(text))[1], 10, 64)
+	if err != nil {
+		return 0
+	}
+	return pages * int64(os.Getpagesize())
+}

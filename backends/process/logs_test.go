@@ -1,0 +1,87 @@
+package process
+
+import (
+	"errors"
+	"io"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/kindos/kmo/backends"
+)
+
+func TestTail(t *testing.T) {
+	long := strings.Repeat("y", 50<<10)
+	for _, test := range []struct {
+		name, older, now string
+		tail             int
+		want             string
+	}{
+		{"all", "a\nb\n", "c\nd\n", 0, "a\nb\nc\nd\n"},
+		{"last of one", "a\nb\n", "c\nd\n", 1, "d\n"},
+		{"all of one", "a\nb\n", "c\nd\n", 2, "c\nd\n"},
+		{"into the older", "a\nb\n", "c\nd\n", 3, "b\nc\nd\n"},
+		{"more than there are", "a\nb\n", "c\nd\n", 9, "a\nb\nc\nd\n"},
+		{"half a line at the end", "", "c\nd", 1, "d"},
+		{"half a line alone", "", "d", 1, "d"},
+		{"empty", "", "", 3, ""},
+		{"empty lines", "", "a\n\n\n", 2, "\n\n"},
+		{"over a chunk", "", "a\n" + long + "\n" + long + "\nb\n", 2, long + "\nb\n"},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			dir := t.TempDir()
+			for name, text := range map[string]string{olderFile: test.older, logFile: test.now} {
+				if text == "" && name == olderFile {
+					continue
+				}
+				if err := os.WriteFile(filepath.Join(dir, name), []byte(text), 0o600); err != nil {
+					t.Fatal(err)
+				}
+			}
+			r, err := readLog(t.Context(), dir, backends.LogOptions{Tail: test.tail})
+			if err != nil {
+				t.Fatal(err)
+			}
+			got, err := io.ReadAll(r)
+			if err := errors.Join(err, r.Close()); err != nil || string(got) != test.want {
+				t.Errorf("got %.200q, %v; want %.200q", got, err, test.want)
+			}
+		})
+	}
+	if _, err := readLog(t.Context(), t.TempDir(), backends.LogOptions{}); !errors.Is(err, backends.ErrNotFound) {
+		t.Errorf("no log: %v, want ErrNotFound", err)
+	}
+}
+
+func TestTrim(t *testing.T) {
+	dir := t.TempDir()
+	f, err := openLog(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	write := func(text string) {
+		t.Helper()
+		if _, err := f.WriteString(text); err != nil {
+			t.Fatal(err)
+		}
+	}
+	check := func(now, older string) {
+		t.Helper()
+		if err := trim(dir, 4); err != nil {
+			t.Fatal(err)
+		}
+		for name, want := range map[string]string{logFile: now, olderFile: older} {
+			if got, err := os.ReadFile(filepath.Join(dir, name)); string(got) != want || err != nil && want != "" {
+				t.Errorf("%s is %q, %v; want %q", name, got, err, want)
+			}
+		}
+	}
+	write("abcd")
+	check("abcd", "")
+	write("efgh")
+	check("", "efgh")
+	write("ij") // the writer goes on where the file now ends
+	check("ij", "efgh")
+}
