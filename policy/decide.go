@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"slices"
 	"strings"
@@ -14,8 +15,65 @@ import (
 	"github.com/open-policy-agent/opa/v1/topdown"
 
 	"github.com/kindos/kmo/policy/refusal"
+	"github.com/kindos/kmo/registry/merkle"
 	shipped "github.com/kindos/kmo/rego"
 )
+
+// Decision is what the rules said about one change, with everything needed to say it again: the audit log keeps it.
+type Decision struct {
+	Denied    []Denial        `json:"denied,omitempty"` // sorted by id, unit and path; none and Evaluated complete: the change may run
+	Warned    []Denial        `json:"warned,omitempty"`
+	Evaluated []string        `json:"evaluated"` // ids of the shipped rules that looked, sorted
+	Policy    merkle.Digest   `json:"policy"`    // the set that judged
+	Input     json.RawMessage `json:"input"`     // the very bytes that were judged
+	Took      time.Duration   `json:"took"`      // ns
+}
+
+// Denial is one finding of one rule.
+type Denial struct {
+	ID   string `json:"id"`             // KT…, a site's own, or E_… where no judgement came about
+	Unit string `json:"unit,omitempty"` // "" for the change as a whole
+	Msg  string `json:"msg"`            // "what was found; want what would pass"
+	Path string `json:"path"`           // the field in unit.yaml, or the file
+}
+
+// Refusal is nil if the change may run. Otherwise it joins one *refusal.Error a denial, with the rule's id as its code. The zero Decision
+// is a refusal, and so is one in which a required rule did not look.
+func (d Decision) Refusal() error {
+	if len(d.Denied) == 0 {
+		if missing := unlooked(d.Evaluated, nil); len(missing) > 0 {
+			return &refusal.Error{Code: codeMissing, Subject: "policy", Got: refusal.Clip(strings.Join(missing, ", "), 200) + " did not look at the change", Want: "every required rule evaluated"}
+		}
+		return nil
+	}
+	faults := make([]error, len(d.Denied))
+	for i, denial := range d.Denied {
+		faults[i] = denial.refusal()
+	}
+	return errors.Join(faults...)
+}
+
+func (d Denial) refusal() error {
+	subject := d.Unit
+	if subject == "" {
+		subject = "the change"
+	}
+	if d.Path != "" {
+		subject += ", " + d.Path
+	}
+	got, want, _ := strings.Cut(d.Msg, "; want ")
+	return &refusal.Error{Code: refusal.Code(d.ID), Subject: subject, Got: got, Want: want}
+}
+
+// denialOf shows a judgement that did not come about as the denial it amounts to.
+func denialOf(err error) Denial {
+	e := refusal.Of(err)
+	msg := e.Got
+	if e.Want != "" {
+		msg += "; want " + e.Want
+	}
+	return Denial{ID: string(e.Code), Path: e.Subject, Msg: msg}
+}
 
 // Decide judges one change. With a nil error the decision is complete, and its Refusal says whether the change may run. A
 // *refusal.Error says that no judgement came about, and counts as a denial that the decision shows too; any other error is
@@ -59,7 +117,19 @@ func (s *Set) Replay(ctx context.Context, input []byte) (decision Decision, err 
 	if err != nil {
 		return decision, err
 	}
-	return decision, found.into(&decision)
+	return decision, found.into(&decision, requiredBy(value.(ast.Object)))
+}
+
+// requiredBy lists the ids that the trust root requires beside the shipped ones.
+func requiredBy(input ast.Object) []string {
+	var ids []string
+	change := input.Get(ast.StringTerm("change")).Value.(ast.Object)
+	if list := change.Get(ast.StringTerm("tripwires")); list != nil {
+		if list, ok := list.Value.(*ast.Array); ok {
+			list.Foreach(func(id *ast.Term) { ids = append(ids, string(id.Value.(ast.String))) })
+		}
+	}
+	return ids
 }
 
 // findings are what the query answers, of all packages together. Only the shipped ones can say that a shipped rule looked.
@@ -100,7 +170,7 @@ func (s *Set) evaluate(ctx context.Context, input ast.Value) (findings, error) {
 }
 
 // into fills in the decision, and refuses findings that say nothing and required rules that did not look.
-func (f findings) into(d *Decision) error {
+func (f findings) into(d *Decision, required []string) error {
 	var err error
 	if d.Denied, err = denials(f.denied, f.siteDenied); err != nil {
 		return err
@@ -111,16 +181,19 @@ func (f findings) into(d *Decision) error {
 	for _, id := range f.evaluated {
 		d.Evaluated = append(d.Evaluated, fmt.Sprint(id))
 	}
+	d.Evaluated = append(d.Evaluated, string(codeMissing)) // that is what happens here
 	slices.Sort(d.Evaluated)
-	if missing := unlooked(d.Evaluated); len(missing) > 0 {
-		return &refusal.Error{Code: codeMissing, Subject: "policy", Got: strings.Join(missing, ", ") + " did not look at the change", Want: "every required rule evaluated"}
+	if missing := unlooked(d.Evaluated, required); len(missing) > 0 {
+		return &refusal.Error{Code: codeMissing, Subject: "policy", Got: refusal.Clip(strings.Join(missing, ", "), 200) + " did not look at the change", Want: "every required rule evaluated"}
 	}
 	return nil
 }
 
-// unlooked lists the required ids that are not among the evaluated.
-func unlooked(evaluated []string) []string {
-	return slices.DeleteFunc(shipped.IDs(), func(id string) bool { return slices.Contains(evaluated, id) })
+// unlooked lists the shipped and the required ids that are not among the evaluated, sorted.
+func unlooked(evaluated, required []string) []string {
+	missing := slices.DeleteFunc(slices.Concat(shipped.IDs(), required), func(id string) bool { return slices.Contains(evaluated, id) })
+	slices.Sort(missing)
+	return slices.Compact(missing)
 }
 
 // denials reads findings. One that is not of the agreed form is an error: a denial must not get lost for its form.

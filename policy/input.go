@@ -40,7 +40,10 @@ type Host struct {
 	State  string            `json:"state"` // kMO's state folder, which nothing may mount
 }
 
-// Unit is one changed unit. Before and After are the unit's template after its profile (DESIGN §2's keys), null if the unit is new or gone.
+// Unit is one changed unit. Before and After are the unit's template after its profile (the keys of unit.yaml), null if the unit is new or gone.
+// Before is the template at Change.Base, whether or not it ran on this host: a unit whose Before and After differ must be among
+// Change.Units, or nobody is known to have approved it. Null and a missing member are the same to every rule; Security may hold no
+// member that no rule knows.
 type Unit struct {
 	Name      string `json:"name"`
 	Before    any    `json:"before"`

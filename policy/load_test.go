@@ -83,8 +83,8 @@ func TestLoadRefusesShippedLayer(t *testing.T) {
 		edit       func(string) string
 		code, text string
 	}{
-		{"T65 package renamed", "hooks.rego", replace("package kmo.hooks", "package kmo.hooks2"), "KT021", "package kmo.hooks: missing or renamed"},
-		{"T65 file emptied", "hooks.rego", gone, "KT021", "rego/hooks.rego"},
+		{"T65 T63 KT021 trips on package renamed", "hooks.rego", replace("package kmo.hooks", "package kmo.hooks2"), "KT021", "package kmo.hooks: missing or renamed"},
+		{"T65 T63 KT021 trips on file emptied", "hooks.rego", gone, "KT021", "rego/hooks.rego"},
 		{"T65 rules gone", "hooks.rego", func(string) string { return "package kmo.hooks\n" }, "KT021", "without rules"},
 		{"T65 syntax error", "hooks.rego", add("deny contains {"), "E_POLICY_COMPILE", "rego/hooks.rego:"},
 		{"T65 builtin error", "hooks.rego", add(`deny contains x if x := to_number(input.commit)`), "E_POLICY_ERROR", "to_number"},
@@ -179,9 +179,9 @@ func TestLoadRefusesSiteLayer(t *testing.T) {
 
 func TestLoadTakes(t *testing.T) {
 	for name, layers := range map[string][]fs.FS{
-		"a site without a policy folder": {shipped.Rules(), os.DirFS(filepath.Join(t.TempDir(), "policy"))},
-		"an empty policy folder":         {shipped.Rules(), fstest.MapFS{"README.md": {Data: []byte("none yet")}}},
-		"two layers of a site":           {shipped.Rules(), site("package site\n\nwarn contains 1 if false\n"), site("package site.more\n\ndeny contains 1 if false\n")},
+		"a site without a policy folder":          {shipped.Rules(), os.DirFS(filepath.Join(t.TempDir(), "policy"))},
+		"T63 KT021 passes an empty policy folder": {shipped.Rules(), fstest.MapFS{"README.md": {Data: []byte("none yet")}}},
+		"T63 KT021 passes two layers of a site":   {shipped.Rules(), site("package site\n\nwarn contains 1 if false\n"), site("package site.more\n\ndeny contains 1 if false\n")},
 	} {
 		t.Run(name, func(t *testing.T) {
 			if _, err := Load(layers...); err != nil {

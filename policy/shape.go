@@ -42,7 +42,7 @@ func inputShape() *shape {
 			"state": needed(text), "cpu": needed(integer), "memory": needed(integer), "pids": needed(integer), "disk": needed(integer)}},
 		"change": {kind: object, must: true, fields: map[string]*shape{
 			"commit": needed(text), "base": needed(text), "signer": needed(text), "revert": needed(truth),
-			"trust": needed(truth), "policy": needed(truth), "other": needed(truth), "units": listOf(facts)}},
+			"trust": needed(truth), "policy": needed(truth), "other": needed(truth), "units": listOf(facts), "tripwires": listOf(needed(text))}},
 		"units": listOf(unit),
 		"totals": {kind: object, must: true, fields: map[string]*shape{
 			"before": needed(integer), "after": needed(integer), "removed": needed(integer),
