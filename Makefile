@@ -9,10 +9,13 @@ TOOLS   := .cache/tools
 
 .PHONY: build demo test test-fast check bench fuzz generate cross clean need
 
-build: ## the one binary
-	$(GO) build -trimpath -ldflags '$(LDFLAGS)' -o bin/kmo ./cmd/kmo
+build: ## the one binary, and the programs of the demo
+	CGO_ENABLED=0 $(GO) build -trimpath -ldflags '$(LDFLAGS)' -o bin/kmo ./cmd/kmo
+	CGO_ENABLED=0 $(GO) build -trimpath -ldflags '-s -w' -o bin/programs/relay-1 ./fixtures/programs/relay
+	CGO_ENABLED=0 $(GO) build -trimpath -ldflags '-s -w -X main.version=2 -X main.health=500' -o bin/programs/relay-2 ./fixtures/programs/relay
+	GOOS=wasip1 GOARCH=wasm $(GO) build -trimpath -ldflags '-s -w' -o bin/programs/bus.wasm ./fixtures/programs/bus
 
-demo: build ## the whole story on this machine, in a temporary folder
+demo: need build ## the whole story on this machine, in a temporary folder
 	bin/kmo demo
 
 test: need check cross ## everything, with the race detector

@@ -16,15 +16,15 @@ import (
 
 // Preview is what a commit would do to this host.
 type Preview struct {
-	Commit   string             `json:"commit"`
-	Good     string             `json:"good,omitempty"`  // what it is compared with
-	Stage    string             `json:"stage,omitempty"` // where it would be refused; empty if it would run
-	Refusals []*refusal.Error   `json:"refusals,omitempty"`
-	Facts    trust.Facts        `json:"facts"`
-	Warned   []policy.Denial    `json:"warned,omitempty"`
-	Steps    []Step             `json:"steps"`
-	Skipped  []template.Skip `json:"skipped,omitempty"` // units not placed on this host, and why
-	Changes  []Change           `json:"changes"`
+	Commit   string           `json:"commit"`
+	Good     string           `json:"good,omitempty"`  // what it is compared with
+	Stage    string           `json:"stage,omitempty"` // where it would be refused; empty if it would run
+	Refusals []*refusal.Error `json:"refusals,omitempty"`
+	Facts    trust.Facts      `json:"facts"`
+	Warned   []policy.Denial  `json:"warned,omitempty"`
+	Steps    []Step           `json:"steps"`
+	Skipped  []template.Skip  `json:"skipped,omitempty"` // units not placed on this host, and why
+	Changes  []Change         `json:"changes"`
 }
 
 // Change is one field of a unit that differs. A missing side is null.

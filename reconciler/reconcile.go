@@ -173,7 +173,11 @@ func (r *Reconciler) try(ctx context.Context, rec Record, next *desired) (Record
 	if err := r.Trust.Accept(ctx, next.commit, next.facts); err != nil {
 		return r.hold(ctx, rec, next.commit.ID, "accept", err)
 	}
-	rec.Trying, rec.Head = next.commit.ID, next.commit.ID
+	seen, err := r.Trust.Seq()
+	if err != nil {
+		return rec, fmt.Errorf("trust state: %w", err)
+	}
+	rec.Trust, rec.Trying, rec.Head = seen, next.commit.ID, next.commit.ID
 	if err := r.save(&rec); err != nil { // commit point: from here the host may change
 		return rec, err
 	}

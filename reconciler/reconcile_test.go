@@ -67,6 +67,7 @@ func newWorld(t *testing.T) *world {
 			{Name: "alice", Class: "human", Emails: []string{"alice@example.org"}, Keys: []trust.Key{{Public: public(w.alice), Uses: []string{trust.RoleRoot, trust.RoleCommit, trust.RoleApprove}}}},
 			{Name: "edge-1", Class: "robot", Keys: []trust.Key{{Public: public(host), Uses: []string{trust.RoleRevert}}}},
 		},
+		Units: []trust.Pattern{{Path: "site.yaml", Tier: 3}},
 		Roles: []trust.Role{
 			{Name: trust.RoleRoot, Threshold: 1, Members: []string{"alice"}},
 			{Name: trust.RoleCommit, Threshold: 1, Members: []string{"alice"}},
@@ -83,7 +84,7 @@ func newWorld(t *testing.T) *world {
 		"trust/1.root.json": string(root),
 	}
 	w.memSource = &memSource{t: t, faults: w.faults, host: host, commits: map[string]Commit{}, clock: time.Now()}
-	w.images = &memImages{faults: w.faults, broken: map[string]error{}, drift: map[string]bool{}}
+	w.images = &memImages{dir: t.TempDir(), faults: w.faults, broken: map[string]error{}, drift: map[string]bool{}}
 	w.journal = &memJournal{faults: w.faults}
 	w.start()
 	return w

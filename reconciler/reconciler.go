@@ -57,6 +57,7 @@ const (
 type Record struct {
 	Seq     uint64    `json:"seq"` // grows by one with each save
 	Host    string    `json:"host"`
+	Trust   uint64    `json:"trust,omitempty"`  // number of the trust state that was there; an older one is an alarm
 	Good    string    `json:"good,omitempty"`   // the last commit that passed its gate
 	Trying  string    `json:"trying,omitempty"` // set at the commit point, cleared by a verdict
 	Bad     []Bad     `json:"bad,omitempty"`    // commits that failed here, newest first; never tried again by themselves

@@ -203,6 +203,7 @@ func (s *memSource) Revert(_ context.Context, r Revert) (commit Commit, err erro
 
 // memImages has every image, but those whose reference is in broken.
 type memImages struct {
+	dir    string // stands for every image's content
 	faults *faults
 	broken map[string]error
 	drift  map[string]bool
@@ -214,7 +215,7 @@ func (m *memImages) Describe(_ context.Context, image backends.Image, _ backends
 }
 
 func (m *memImages) Fetch(_ context.Context, image backends.Image, _ backends.Format) (backends.Image, error) {
-	image.Content, image.ContentRoot = "/content/"+image.Root.Hex(), merkle.BlobRoot([]byte(image.Ref))
+	image.Content, image.ContentRoot = m.dir, merkle.BlobRoot([]byte(image.Ref))
 	return image, m.faults.around("images.Fetch", func() error { return m.broken[image.Ref] })
 }
 

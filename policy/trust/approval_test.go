@@ -391,7 +391,7 @@ func TestCompareSeesTiers(t *testing.T) {
 		}
 		return got
 	}
-	want := map[string]int{"@site": 3, "kernel-net": 0, "silent": 1, "app": 0, "plain": 2, "relay": 3}
+	want := map[string]int{"@site": 1, "kernel-net": 0, "silent": 1, "app": 0, "plain": 2, "relay": 3}
 	if diff := cmp.Diff(want, tiers(Commit{}, first)); diff != "" {
 		t.Error("T68 tier-3 unit with a tier-0 profile, path patterns, defaults:", diff)
 	}

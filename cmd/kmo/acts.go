@@ -1,0 +1,91 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"path/filepath"
+	"strings"
+
+	"github.com/kindos/kmo/reconciler"
+)
+
+// unit is the text of a demo unit; rest follows the lines that all of them have.
+func (d *demo) unit(name, program string, tier int, rest string) (path, text string) {
+	return filepath.Join("units", name, "unit.yaml"), fmt.Sprintf(`unit: %s
+tier: %d
+intent: {kind: feature, summary: "the demo"}
+variants:
+%sresources: {cpu: {max: 200m}, memory: {max: 128Mi}, pids: {max: 64}, disk: {max: 16Mi}}
+%s`, name, tier, d.pins[program], rest)
+}
+
+const (
+	serving = `run: {ports: [{name: http}], user: 65532}
+health: {http: {port: http, path: /healthz}, every: 200ms, start: 1s, failures: 2}
+gate: {bake: 300ms}
+`
+	ticking = `run: {user: 65532}
+health: {process: {}, every: 200ms, start: 1s, failures: 2}
+`
+)
+
+// files makes a commit's files of path and text pairs.
+func files(pairs ...string) map[string]string {
+	all := make(map[string]string)
+	for i := 0; i < len(pairs); i += 2 {
+		all[pairs[i]] = pairs[i+1]
+	}
+	return all
+}
+
+// acts is the story.
+func (d *demo) acts() []act {
+	bus, busText := d.unit("bus", "bus.wasm", 3, ticking)
+	relay, relayText := d.unit("relay", "relay-1", 3, "needs: [bus]\n"+serving)
+	_, privileged := d.unit("relay", "relay-1", 3, "needs: [bus]\nsecurity: {privileged: true}\n"+serving)
+	_, broken := d.unit("relay", "relay-2", 3, "needs: [bus]\n"+serving)
+	ledger, ledgerText := d.unit("ledger", "relay-1", 1, serving)
+	changed := strings.Replace(relayText, d.pins["relay-1"], d.swapped(), 1)
+	return []act{
+		{"v1: a native program that needs a WASM module", func(ctx context.Context) error {
+			if err := d.commit(ctx, "bus and relay", true, files(bus, busText, relay, relayText)); err != nil {
+				return err
+			}
+			return d.approve(ctx, "none", "approve the site", "bob", "carol")
+		}, reconciler.Converged, ""},
+		{"a commit that nobody signed", func(ctx context.Context) error {
+			return d.commit(ctx, "hello", false, files("README.md", "a site\n"))
+		}, reconciler.Refused, "E_SIG_MISSING"},
+		{"a unit that asks for all of the host", func(ctx context.Context) error {
+			return d.commit(ctx, "privileged", true, files(relay, privileged))
+		}, reconciler.Refused, "KT001"},
+		{"an image whose bytes were changed in the registry", func(ctx context.Context) error {
+			return d.commit(ctx, "another image under the same root", true, files(relay, changed))
+		}, reconciler.Refused, "E_MERKLE_ROOT"},
+		{"a tier-1 unit without its quorum", func(ctx context.Context) error {
+			return d.commit(ctx, "ledger", true, files(relay, relayText, ledger, ledgerText))
+		}, reconciler.Refused, "KT018"},
+		{"the same, approved by two people", func(ctx context.Context) error {
+			return d.approve(ctx, d.good(), "approve ledger", "bob", "carol")
+		}, reconciler.Converged, ""},
+		{"v2: answers 500 when asked for its health", func(ctx context.Context) error {
+			return d.commit(ctx, "relay v2", true, files(relay, broken))
+		}, reconciler.Reverted, "500"},
+	}
+}
+
+// swapped pins the sha256 of relay-2 with the kmo1 root of relay-1: what somebody gets who can push to the registry and change the
+// digest, but not find other bytes with the root that was reviewed.
+func (d *demo) swapped() string {
+	ours, theirs := strings.SplitAfter(d.pins["relay-1"], "\n"), strings.SplitAfter(d.pins["relay-2"], "\n")
+	return theirs[0] + ours[1]
+}
+
+// good is the commit that the host runs.
+func (d *demo) good() string {
+	rec, err := reconciler.FileJournal{Path: filepath.Join(d.state(), "journal.json")}.Load()
+	if err != nil {
+		return ""
+	}
+	return rec.Good
+}

@@ -1,0 +1,208 @@
+package main
+
+import (
+	"bufio"
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/spf13/cobra"
+	"golang.org/x/crypto/ssh"
+
+	"github.com/kindos/kmo/policy/trust"
+	"github.com/kindos/kmo/reconciler"
+	"github.com/kindos/kmo/reconciler/gitrepo"
+	"github.com/kindos/kmo/reconciler/template"
+)
+
+// approving is what `kmo approve` is told.
+type approving struct {
+	repo, base, key string
+	units           []string
+	valid           time.Duration
+	intent          trust.Intent
+	yes             bool
+}
+
+func approveCommand() *cobra.Command {
+	a := &approving{}
+	cmd := &cobra.Command{
+		Use:   "approve",
+		Short: "Approve what the checked-out branch changes, as a signed file to commit",
+		Long: `Approve what the checked-out branch changes against --base, unit by unit: it shows what is signed, asks, and writes one file for each unit
+under approvals/. Commit and push those files; hosts count them. An approval names contents, so it survives a rebase and
+dies with the slightest change.
+
+The key is a private SSH key file, a public one whose private half the ssh-agent holds, or, without --key, the agent's only key.
+
+Exit statuses: 0 approved, 1 error or not approved, 2 usage, 3 refused.`,
+		Example: `  git commit -S -am "relay: lower latency"
+  kmo approve --base origin/main --key ~/.ssh/id_ed25519
+  git add approvals && git commit -S -m "approve relay" && git push`,
+		Args: cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error { return a.run(cmd) },
+	}
+	cmd.Flags().StringVarP(&a.repo, "repo", "C", ".", "the site's checked-out repository")
+	cmd.Flags().StringVar(&a.base, "base", "", "the commit whose content the hosts run; the branch's upstream if not given, none for the first deployment")
+	cmd.Flags().StringVar(&a.key, "key", "", "the key that signs")
+	cmd.Flags().StringArrayVar(&a.units, "unit", nil, "only this unit; repeat. Without it, every changed unit whose tier needs approvals")
+	cmd.Flags().DurationVar(&a.valid, "valid", 7*24*time.Hour, "how long the approval counts")
+	cmd.Flags().StringVar(&a.intent.Summary, "summary", "", "why, in one line")
+	cmd.Flags().StringVar(&a.intent.Ticket, "ticket", "", "where it was asked for")
+	cmd.Flags().BoolVarP(&a.yes, "yes", "y", false, "do not ask")
+	return cmd
+}
+
+func (a *approving) run(cmd *cobra.Command) (err error) {
+	source, done, err := a.open(cmd.Context())
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, done()) }()
+	before, after, err := a.commits(cmd.Context(), source)
+	if err != nil {
+		return err
+	}
+	site, err := template.Load(after.Tree)
+	if err != nil {
+		return err
+	}
+	file, err := fs.ReadFile(after.Tree, trust.RootPath(1))
+	if err != nil {
+		return err
+	}
+	root, err := trust.ParseRoot(file)
+	if err != nil {
+		return err
+	}
+	verifier := &trust.Verifier{Site: string(site.Config.Site), Branch: string(site.Config.Branch), Pin: trust.PinOf(file), Describe: reconciler.Declare()}
+	changed, err := verifier.Compare(before, after)
+	if err != nil {
+		return err
+	}
+	changed = slices.DeleteFunc(changed, func(u trust.UnitFacts) bool {
+		return len(a.units) == 0 && u.Need == 0 || len(a.units) > 0 && !slices.Contains(a.units, u.Unit)
+	})
+	if len(changed) == 0 {
+		return errors.New("nothing to approve: no changed unit needs it")
+	}
+	key, hangUp, err := signer(a.key)
+	if err != nil {
+		return err
+	}
+	defer func() { _ = hangUp() }()
+	if err := a.show(cmd, root, key, after, changed); err != nil {
+		return err
+	}
+	base := before.ID
+	if base == "" {
+		base = after.ID
+	}
+	for _, unit := range changed {
+		name, data, err := trust.SignApproval(trust.NewApproval(verifier.Site, verifier.Branch, base, unit, time.Now().Add(a.valid), a.intent), key)
+		if err != nil {
+			return err
+		}
+		path := filepath.Join(a.repo, filepath.FromSlash(name))
+		if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
+			return err
+		}
+		if err := os.WriteFile(path, data, 0o644); err != nil {
+			return err
+		}
+		_, _ = fmt.Fprintln(cmd.OutOrStdout(), name)
+	}
+	return nil
+}
+
+// show prints exactly what will be signed, and by whom, and asks.
+func (a *approving) show(cmd *cobra.Command, root *trust.Root, key ssh.Signer, after reconciler.Commit, changed []trust.UnitFacts) error {
+	out := cmd.ErrOrStderr()
+	id := trust.KeyID(key.PublicKey())
+	who := root.Owner(key.PublicKey())
+	if who == "" {
+		return fmt.Errorf("key %s is nobody's in the trust root: its approval would not count", id)
+	}
+	_, _ = fmt.Fprintf(out, "commit %s\n", after.ID)
+	for _, unit := range changed {
+		_, _ = fmt.Fprintf(out, "%s: %s, tier %d, needs %d approvals\n  from %s\n  to   %s\n", unit.Unit, unit.Action, unit.Tier, unit.Need, orNothing(unit.From.String()), orNothing(unit.To.String()))
+		for _, profile := range unit.ProfileChanges {
+			_, _ = fmt.Fprintf(out, "  with profile %s from %s to %s\n", profile.Name, orNothing(profile.From.String()), orNothing(profile.To.String()))
+		}
+	}
+	if a.yes {
+		return nil
+	}
+	_, _ = fmt.Fprintf(out, "Approve as %s (%s)? [y/N] ", who, id)
+	answer, _ := bufio.NewReader(cmd.InOrStdin()).ReadString('\n') // no answer is no
+	if !slices.Contains([]string{"y", "yes"}, strings.ToLower(strings.TrimSpace(answer))) {
+		return errors.New("not approved")
+	}
+	return nil
+}
+
+func orNothing(text string) string {
+	if text == "" {
+		return "nothing"
+	}
+	return text
+}
+
+// open copies the checked-out branch to where it can be read as a host reads it; done clears the copy.
+func (a *approving) open(ctx context.Context) (source *gitrepo.Repository, done func() error, err error) {
+	branch, err := a.git(ctx, "symbolic-ref", "--short", "HEAD")
+	if err != nil {
+		return nil, nil, err
+	}
+	folder, err := filepath.Abs(a.repo)
+	if err != nil {
+		return nil, nil, err
+	}
+	copied, err := os.MkdirTemp("", "kmo-approve-")
+	if err != nil {
+		return nil, nil, err
+	}
+	source = &gitrepo.Repository{Dir: filepath.Join(copied, "site"), Remote: folder, Branch: branch}
+	if err := source.Open(); err != nil {
+		return nil, nil, errors.Join(err, os.RemoveAll(copied))
+	}
+	return source, func() error { return errors.Join(source.Close(), os.RemoveAll(copied)) }, nil
+}
+
+// commits reads the two sides of the change.
+func (a *approving) commits(ctx context.Context, source *gitrepo.Repository) (before, after reconciler.Commit, err error) {
+	if after, err = source.Head(ctx); err != nil {
+		return before, after, err
+	}
+	base := a.base
+	if base == "none" {
+		return before, after, nil
+	}
+	if base == "" {
+		base = "@{upstream}"
+	}
+	id, err := a.git(ctx, "rev-parse", "--verify", "--end-of-options", base+"^{commit}")
+	if err != nil {
+		return before, after, fmt.Errorf("--base %s: %w; --base none approves a first deployment", base, err)
+	}
+	before, err = source.At(ctx, id)
+	return before, after, err
+}
+
+// git asks git about the checked-out repository.
+func (a *approving) git(ctx context.Context, args ...string) (string, error) {
+	cmd := exec.CommandContext(ctx, "git", append([]string{"-C", a.repo}, args...)...)
+	out, err := cmd.Output()
+	var exit *exec.ExitError
+	if errors.As(err, &exit) {
+		return "", fmt.Errorf("git %s: %s", args[0], strings.TrimSpace(string(exit.Stderr)))
+	}
+	return strings.TrimSpace(string(out)), err
+}

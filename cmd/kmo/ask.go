@@ -1,0 +1,244 @@
+package main
+
+import (
+	"cmp"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net/http"
+	"slices"
+	"strings"
+	"sync"
+
+	"github.com/kindos/kmo/backends"
+	"github.com/kindos/kmo/policy"
+	"github.com/kindos/kmo/policy/audit"
+	"github.com/kindos/kmo/policy/refusal"
+	"github.com/kindos/kmo/reconciler"
+)
+
+// status says what this host runs. It never waits for a reconcile.
+func (h *host) status(ctx context.Context) (Status, error) {
+	s := Status{Site: string(h.config.Site), Branch: string(h.config.Branch), Zone: string(h.config.Zone), Version: version, Agent: h.agent, Workloads: []reconciler.Have{}}
+	var err error
+	if s.Record, err = h.journal.Load(); err != nil {
+		return s, err
+	}
+	if s.Workloads, err = h.observe(ctx); err != nil {
+		s.Trouble = err.Error()
+	}
+	return s, nil
+}
+
+// observe lists the workloads of every backend that answers, sorted by name.
+func (h *host) observe(ctx context.Context) ([]reconciler.Have, error) {
+	all := []reconciler.Have{}
+	var errs []error
+	for name, backend := range h.backends {
+		list, err := backend.Observe(ctx)
+		if err != nil {
+			errs = append(errs, fmt.Errorf("%s: %w", name, err))
+		}
+		for _, status := range list {
+			all = append(all, reconciler.Have{Backend: name, Status: status})
+		}
+	}
+	slices.SortFunc(all, func(a, b reconciler.Have) int { return cmp.Compare(a.Name, b.Name) })
+	return all, errors.Join(errs...)
+}
+
+// openLogs opens the logs of a workload, or of a unit's newest one.
+func (h *host) openLogs(ctx context.Context, name string, options backends.LogOptions) (io.ReadCloser, error) {
+	all, err := h.observe(ctx)
+	var found *reconciler.Have
+	for i, have := range all {
+		if have.Name == name || have.Unit() == name && (found == nil || have.Started.After(found.Started)) {
+			found = &all[i]
+		}
+	}
+	if found == nil {
+		var names []string
+		for _, have := range all {
+			names = append(names, have.Unit())
+		}
+		return nil, errors.Join(fmt.Errorf("%q: %w; there are %s", refusal.Clip(name, 100), backends.ErrNotFound, strings.Join(slices.Compact(names), ", ")), err)
+	}
+	return h.backends[found.Backend].Logs(ctx, found.Name, options)
+}
+
+func (h *host) reconcile(ctx context.Context) (reconciler.Record, error) { return h.reconcileNow(ctx) }
+
+// plan says what a revision would do: the head if none is named, else a commit of the branch by the beginning of its id.
+func (h *host) plan(ctx context.Context, revision string) (reconciler.Preview, error) {
+	h.planning.Lock()
+	defer h.planning.Unlock()
+	id, err := h.commit(ctx, revision)
+	if err != nil {
+		return reconciler.Preview{}, err
+	}
+	return h.preview.Preview(ctx, id)
+}
+
+// commit is the id of a revision.
+func (h *host) commit(ctx context.Context, revision string) (string, error) {
+	head, err := h.source.Head(ctx)
+	if revision == "" || err != nil && len(revision) != 40 {
+		return head.ID, err
+	}
+	if len(revision) == 40 {
+		return revision, nil
+	}
+	if len(revision) < 4 || strings.Trim(revision, "0123456789abcdef") != "" {
+		return "", fmt.Errorf("revision %q: want at least four hex digits of a commit's id; a branch or a tag can move, so none is taken", refusal.Clip(revision, 60))
+	}
+	all, err := h.source.Between(ctx, "", head.ID)
+	if err != nil {
+		return "", err
+	}
+	var found []string
+	for _, commit := range all {
+		if strings.HasPrefix(commit.ID, revision) {
+			found = append(found, commit.ID)
+		}
+	}
+	if len(found) != 1 {
+		return "", fmt.Errorf("revision %s: %d commits of the branch begin so; want one", revision, len(found))
+	}
+	return found[0], nil
+}
+
+// Explanation is what the audit log says of a commit.
+type Explanation struct {
+	Commit  string         `json:"commit"`
+	Records []audit.Record `json:"records"`
+}
+
+// explain collects the audit log's records of a commit.
+func (h *host) explain(ctx context.Context, revision string) (Explanation, error) {
+	id, err := h.commit(ctx, revision)
+	if err != nil {
+		return Explanation{}, err
+	}
+	records, err := h.audit.ByCommit(id)
+	return Explanation{Commit: id, Records: records}, err
+}
+
+// printExplanation tells it in plain words.
+func printExplanation(w io.Writer, e Explanation) {
+	_, _ = fmt.Fprintf(w, "commit %s\n", e.Commit)
+	if len(e.Records) == 0 {
+		_, _ = fmt.Fprintln(w, "  this host has not judged it")
+	}
+	for _, record := range e.Records {
+		_, _ = fmt.Fprintf(w, "%s  #%d %s\n", record.Time.Local().Format("2006-01-02 15:04:05"), record.Index, strings.Join(inWords(record), "\n    "))
+	}
+}
+
+// inWords is one record in words: a line, and below it what it stands on.
+func inWords(record audit.Record) []string {
+	switch record.Kind {
+	case "decision":
+		return decisionInWords(record)
+	case "gate":
+		var entry reconciler.GateEntry
+		if json.Unmarshal(record.Body, &entry) == nil {
+			f := entry.Finding
+			if f.Verdict == "pass" {
+				return []string{"gate: everything passed"}
+			}
+			return []string{fmt.Sprintf("gate: %s for %s (%s): %s", f.Verdict, f.Unit, f.Gate, f.Evidence)}
+		}
+	case "revert":
+		var entry reconciler.RevertEntry
+		if json.Unmarshal(record.Body, &entry) == nil {
+			return []string{fmt.Sprintf("revert: taken back in Git to the content of %s, because %s failed %s: %s", short(entry.Revert.Good), entry.Revert.Unit, entry.Revert.Gate, entry.Revert.Evidence)}
+		}
+	case "repair":
+		var entry reconciler.RepairEntry
+		if json.Unmarshal(record.Body, &entry) == nil {
+			lines := []string{"repair:"}
+			for _, step := range entry.Steps {
+				lines = append(lines, fmt.Sprintf("%s %s: %s", step.Op, step.Name, step.Reason))
+			}
+			return lines
+		}
+	case "outcome":
+		var entry reconciler.OutcomeEntry
+		if json.Unmarshal(record.Body, &entry) == nil {
+			text := "outcome: " + string(entry.Outcome)
+			if entry.Reason != "" {
+				text += " at " + entry.Stage + ": " + entry.Reason
+			}
+			return []string{text}
+		}
+	}
+	return []string{record.Kind + ": " + refusal.Clip(string(record.Body), 300)}
+}
+
+func decisionInWords(record audit.Record) []string {
+	var entry reconciler.DecisionEntry
+	if err := json.Unmarshal(record.Body, &entry); err != nil {
+		return []string{"decision: " + err.Error()}
+	}
+	lines := []string{fmt.Sprintf("decision: allowed by policy %s after %d rules", entry.Decision.Policy.Short(), len(entry.Decision.Evaluated))}
+	if len(entry.Decision.Denied) > 0 {
+		lines[0] = fmt.Sprintf("decision: denied by policy %s", entry.Decision.Policy.Short())
+	}
+	for _, denial := range entry.Decision.Denied {
+		lines = append(lines, strings.TrimSpace(fmt.Sprintf("%s %s %s: %s", denial.ID, denial.Unit, denial.Path, denial.Msg)))
+	}
+	var judged policy.Input
+	if err := json.Unmarshal(entry.Decision.Input, &judged); err != nil {
+		return append(lines, "its input cannot be read: "+err.Error())
+	}
+	lines = append(lines, fmt.Sprintf("signed by %s with %s", judged.Change.Signer, judged.Change.Key))
+	for _, unit := range judged.Change.Units {
+		lines = append(lines, approvalsInWords(unit)...)
+	}
+	return lines
+}
+
+// counts is what /metrics tells.
+type counts struct {
+	mu       sync.Mutex
+	outcomes map[reconciler.Outcome]int
+	errors   int
+	last     reconciler.Record
+}
+
+// ended counts one reconcile.
+func (h *host) ended(rec reconciler.Record, err error) {
+	h.counts.mu.Lock()
+	defer h.counts.mu.Unlock()
+	if err != nil {
+		h.counts.errors++
+		return
+	}
+	if h.counts.outcomes == nil {
+		h.counts.outcomes = map[reconciler.Outcome]int{}
+	}
+	h.counts.outcomes[rec.Outcome]++
+	h.counts.last = rec
+}
+
+// metrics is the text form that Prometheus reads. No label holds anything from outside.
+func (h *host) metrics(w http.ResponseWriter, _ *http.Request) {
+	h.counts.mu.Lock()
+	defer h.counts.mu.Unlock()
+	w.Header().Set("Content-Type", "text/plain; version=0.0.4")
+	_, _ = fmt.Fprintln(w, "# HELP kmo_reconciles_total Reconciles by how they ended.\n# TYPE kmo_reconciles_total counter")
+	for _, outcome := range []reconciler.Outcome{reconciler.Converged, reconciler.Refused, reconciler.Waiting, reconciler.Reverted, reconciler.Stuck} {
+		_, _ = fmt.Fprintf(w, "kmo_reconciles_total{outcome=%q} %d\n", outcome, h.counts.outcomes[outcome])
+	}
+	_, _ = fmt.Fprintf(w, "# HELP kmo_reconcile_errors_total Reconciles that kMO's own state ended.\n# TYPE kmo_reconcile_errors_total counter\nkmo_reconcile_errors_total %d\n", h.counts.errors)
+	_, _ = fmt.Fprintln(w, "# HELP kmo_outcome How the last reconcile ended: 1 for one outcome, 0 for the others.\n# TYPE kmo_outcome gauge")
+	for _, outcome := range []reconciler.Outcome{reconciler.Converged, reconciler.Refused, reconciler.Waiting, reconciler.Reverted, reconciler.Stuck} {
+		value := 0
+		if h.counts.last.Outcome == outcome {
+			value = 1
+		}
+		_, _ = fmt.Fprintf(w, "kmo_outcome{outcome=%q} %d\n", outcome, value)
+	}
+}

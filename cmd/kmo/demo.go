@@ -1,0 +1,318 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strings"
+	"syscall"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"github.com/kindos/kmo/reconciler"
+	"github.com/kindos/kmo/registry"
+)
+
+func demoCommand() *cobra.Command {
+	d := &demo{}
+	cmd := &cobra.Command{
+		Use:   "demo",
+		Short: "Play the whole story on this machine, in a temporary folder",
+		Long: `Play the whole story on this machine, in a temporary folder: a site with three units, a registry on the loopback, an agent, and pushes
+by real git. Nothing is installed and nothing is left, unless --keep leaves it running for play.
+
+Exit statuses: 0 each act ended as it must, 1 one did not.`,
+		Example: "  kmo demo\n  kmo demo --keep",
+		Args:    cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			d.out = cmd.OutOrStdout()
+			return d.play(cmd.Context())
+		},
+	}
+	cmd.Flags().BoolVar(&d.keep, "keep", false, "leave everything running, and say where it is; Ctrl-C ends it")
+	cmd.Flags().StringVar(&d.programs, "programs", "", "folder with relay-1, relay-2 and bus.wasm, as make builds them; beside this binary if not given")
+	return cmd
+}
+
+// demo is the stage: everything below dir.
+//
+//	dir/site.git   the remote that everybody pushes to
+//	dir/site       the checked-out repository
+//	dir/keys       of alice, bob, carol, dave and the host
+//	dir/agent.yaml, dir/state, dir/agent.log
+type demo struct {
+	out      io.Writer
+	keep     bool
+	programs string
+	dir      string
+	self     string
+	agent    *exec.Cmd
+	registry string
+	pins     map[string]string // variant lines of unit.yaml by program
+	begun    time.Time
+}
+
+// act is one push and how it must end.
+type act struct {
+	title   string
+	push    func(context.Context) error
+	outcome reconciler.Outcome
+	says    string // in the record's reason
+}
+
+func (d *demo) play(ctx context.Context) (err error) {
+	d.begun = time.Now()
+	if d.self, err = os.Executable(); err != nil {
+		return err
+	}
+	if d.programs == "" {
+		d.programs = filepath.Join(filepath.Dir(d.self), "programs")
+	}
+	if d.dir, err = os.MkdirTemp("", "kmo-demo-"); err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, d.end(ctx, err)) }()
+	if err := d.build(ctx); err != nil {
+		return err
+	}
+	acts := d.acts()
+	for i, act := range acts {
+		if err := d.perform(ctx, i+1, act); err != nil {
+			return err
+		}
+	}
+	_, err = fmt.Fprintf(d.out, "\n%d acts ended as they must, in %.1f s\n", len(acts), time.Since(d.begun).Seconds())
+	return err
+}
+
+// build makes the keys, the registry with its images, the site and the agent.
+func (d *demo) build(ctx context.Context) error {
+	if err := os.Mkdir(filepath.Join(d.dir, "keys"), 0o700); err != nil {
+		return err
+	}
+	for _, name := range append(people(), "edge-1") {
+		if _, err := newKey(d.key(name)); err != nil {
+			return err
+		}
+	}
+	if err := d.serveImages(ctx); err != nil {
+		return err
+	}
+	if err := d.buildSite(ctx); err != nil {
+		return err
+	}
+	return d.startAgent(ctx)
+}
+
+func people() []string { return []string{"alice", "bob", "carol", "dave"} }
+
+func (d *demo) key(name string) string { return filepath.Join(d.dir, "keys", name) }
+
+// serveImages starts a registry on the loopback and pushes the three programs to it.
+func (d *demo) serveImages(ctx context.Context) error {
+	listener, err := (&net.ListenConfig{}).Listen(ctx, "tcp", "127.0.0.1:0")
+	if err != nil {
+		return err
+	}
+	d.registry = listener.Addr().String()
+	server := &http.Server{Handler: registry.Memory(), ReadHeaderTimeout: 10 * time.Second}
+	context.AfterFunc(ctx, func() { _ = server.Close() })
+	go func() { _ = server.Serve(listener) }() // ends with the process
+	d.pins = map[string]string{}
+	return withStore(func(store *registry.Store) error {
+		for program, as := range map[string]registry.Format{"relay-1": registry.Native, "relay-2": registry.Native, "bus.wasm": registry.WASM} {
+			path := filepath.Join(d.programs, program)
+			if _, err := os.Stat(path); err != nil {
+				return fmt.Errorf("the demo's programs are not built: %w; 'make demo' builds them", err)
+			}
+			place, err := registry.ParsePlace(d.registry + "/" + strings.TrimSuffix(program, ".wasm"))
+			if err != nil {
+				return err
+			}
+			ref, root, err := store.PushFile(ctx, path, place, as)
+			if err != nil {
+				return err
+			}
+			d.pins[program] = fmt.Sprintf("  - %s: %s\n    merkle: %s\n", as, ref, root)
+		}
+		return nil
+	})
+}
+
+func (d *demo) buildSite(ctx context.Context) error {
+	site, bare := filepath.Join(d.dir, "site"), filepath.Join(d.dir, "site.git")
+	if _, err := d.run(ctx, d.dir, "git", "init", "-q", "--bare", "-b", "main", bare); err != nil {
+		return err
+	}
+	if _, err := d.run(ctx, d.dir, "git", "clone", "-q", bare, site); err != nil {
+		return err
+	}
+	args := []string{"site", "init", site, "--name", "north-sea", "--zone", "edge", "--registry", d.registry, "--sign", d.key("alice"), "--host", "edge-1=" + d.key("edge-1") + ".pub"}
+	for _, name := range people() {
+		args = append(args, "--person", name+"="+name+"@example.org="+d.key(name)+".pub")
+	}
+	pin, err := d.run(ctx, d.dir, d.self, args...)
+	if err != nil {
+		return err
+	}
+	config := fmt.Sprintf("site: north-sea\nremote: %s\nhost: edge-1\nzone: edge\nkey: %s\n%s", bare, d.key("edge-1"), pin)
+	return os.WriteFile(filepath.Join(d.dir, "agent.yaml"), []byte(config), 0o600)
+}
+
+func (d *demo) startAgent(ctx context.Context) error {
+	log, err := os.Create(filepath.Join(d.dir, "agent.log"))
+	if err != nil {
+		return err
+	}
+	defer func() { _ = log.Close() }()
+	d.agent = exec.CommandContext(ctx, d.self, "agent", "--config", filepath.Join(d.dir, "agent.yaml"), "--state", d.state())
+	d.agent.Stderr = log
+	d.agent.Cancel = func() error { return d.agent.Process.Signal(syscall.SIGTERM) }
+	d.agent.WaitDelay = 10 * time.Second
+	return d.agent.Start()
+}
+
+func (d *demo) state() string { return filepath.Join(d.dir, "state") }
+
+// run runs a command and returns what it printed.
+func (d *demo) run(ctx context.Context, dir, name string, args ...string) (string, error) {
+	cmd := exec.CommandContext(ctx, name, args...)
+	cmd.Dir = dir
+	cmd.Env = append(os.Environ(), "GIT_CONFIG_GLOBAL=/dev/null", "GIT_CONFIG_NOSYSTEM=1")
+	var out, said bytes.Buffer
+	cmd.Stdout, cmd.Stderr = &out, &said
+	if err := cmd.Run(); err != nil {
+		return "", fmt.Errorf("%s %s: %w: %s", filepath.Base(name), args[0], err, strings.TrimSpace(said.String()))
+	}
+	return out.String(), nil
+}
+
+// git runs git in the checked-out site as somebody.
+func (d *demo) git(ctx context.Context, who string, args ...string) (string, error) {
+	as := []string{"-c", "user.name=" + who, "-c", "user.email=" + who + "@example.org", "-c", "gpg.format=ssh", "-c", "user.signingkey=" + d.key(who)}
+	return d.run(ctx, filepath.Join(d.dir, "site"), "git", append(as, args...)...)
+}
+
+// commit writes files (an empty text removes one), commits and pushes them as alice.
+func (d *demo) commit(ctx context.Context, message string, sign bool, files map[string]string) error {
+	for name, text := range files {
+		path := filepath.Join(d.dir, "site", name)
+		if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
+			return err
+		}
+		if err := os.WriteFile(path, []byte(text), 0o644); err != nil {
+			return err
+		}
+	}
+	if _, err := d.git(ctx, "alice", "add", "-A"); err != nil {
+		return err
+	}
+	args := []string{"commit", "-q", "-m", message}
+	if sign {
+		args = append(args, "-S")
+	}
+	if _, err := d.git(ctx, "alice", args...); err != nil {
+		return err
+	}
+	_, err := d.git(ctx, "alice", "push", "-q", "origin", "main")
+	return err
+}
+
+// approve has people approve what the branch changes, and pushes that as alice.
+func (d *demo) approve(ctx context.Context, base, message string, who ...string) error {
+	for _, name := range who {
+		if _, err := d.run(ctx, filepath.Join(d.dir, "site"), d.self, "approve", "--yes", "--base", base, "--key", d.key(name)); err != nil {
+			return err
+		}
+	}
+	return d.commit(ctx, message, true, nil)
+}
+
+// perform plays one act and waits until the host has come to its end.
+func (d *demo) perform(ctx context.Context, number int, a act) error {
+	if err := a.push(ctx); err != nil {
+		return fmt.Errorf("act %d, %s: %w", number, a.title, err)
+	}
+	pushed := time.Now()
+	head, err := d.git(ctx, "alice", "rev-parse", "HEAD")
+	if err != nil {
+		return err
+	}
+	head = strings.TrimSpace(head)
+	rec, err := d.wait(ctx, func(rec reconciler.Record) bool {
+		if a.outcome == reconciler.Reverted {
+			return rec.Outcome == a.outcome && len(rec.Bad) > 0 && rec.Bad[0].Commit == head && rec.Good == rec.Bad[0].Revert
+		}
+		return rec.Head == head && rec.Outcome == a.outcome && rec.Trying == ""
+	})
+	_, _ = fmt.Fprintf(d.out, "\n%d. %s\n   pushed %s: %s after %d ms\n", number, a.title, short(head), rec.Outcome, time.Since(pushed).Milliseconds())
+	if rec.Reason != "" {
+		_, _ = fmt.Fprintf(d.out, "   %s: %s\n", rec.Stage, strings.ReplaceAll(rec.Reason, "\n", "\n   "))
+	}
+	if err != nil || !strings.Contains(rec.Reason, a.says) {
+		return fmt.Errorf("act %d, %s: it ended %s at %s: %s; it must end %s and say %q (%w)", number, a.title, rec.Outcome, rec.Stage, rec.Reason, a.outcome, a.says, err)
+	}
+	return nil
+}
+
+// wait asks the agent until done is content, for at most half a minute.
+func (d *demo) wait(ctx context.Context, done func(reconciler.Record) bool) (reconciler.Record, error) {
+	ctx, cancel := context.WithTimeoutCause(ctx, 30*time.Second, errors.New("half a minute has gone by"))
+	defer cancel()
+	journal := reconciler.FileJournal{Path: filepath.Join(d.state(), "journal.json")}
+	for {
+		rec, err := journal.Load()
+		if err == nil && done(rec) {
+			return rec, nil
+		}
+		select {
+		case <-ctx.Done():
+			return rec, errors.Join(context.Cause(ctx), err)
+		case <-time.After(2 * time.Millisecond):
+		}
+	}
+}
+
+// end stops the agent, has the workloads removed and clears the folder; with keep it waits to be interrupted first.
+func (d *demo) end(ctx context.Context, played error) error {
+	if d.keep && played == nil {
+		_, _ = fmt.Fprintf(d.out, "\nit goes on running until Ctrl-C; play with it:\n  export KMO_CONFIG=%s/agent.yaml KMO_STATE=%s\n  %s status\n  cd %s/site\n", d.dir, d.state(), d.self, d.dir)
+		<-ctx.Done()
+	}
+	var errs []error
+	if d.agent != nil {
+		_ = d.agent.Process.Signal(syscall.SIGTERM)
+		_ = d.agent.Wait() // however it ended
+		errs = append(errs, d.removeWorkloads())
+	}
+	if played != nil {
+		log, _ := os.ReadFile(filepath.Join(d.dir, "agent.log"))
+		errs = append(errs, fmt.Errorf("the agent's log:\n%s", log))
+	}
+	return errors.Join(append(errs, os.RemoveAll(d.dir))...)
+}
+
+// removeWorkloads removes what the agent ran: workloads outlive it.
+func (d *demo) removeWorkloads() error {
+	ctx, cancel := background()
+	defer cancel()
+	h, err := openHost(ctx, &hostFlags{config: filepath.Join(d.dir, "agent.yaml"), state: d.state()}, io.Discard)
+	if err != nil {
+		return err
+	}
+	all, err := h.observe(ctx)
+	errs := []error{err}
+	for _, have := range slices.Backward(all) {
+		errs = append(errs, h.backends[have.Backend].Remove(ctx, have.Name))
+	}
+	return errors.Join(append(errs, h.close())...)
+}

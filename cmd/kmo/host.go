@@ -1,0 +1,260 @@
+package main
+
+import (
+	"context"
+	"crypto/ed25519"
+	"crypto/rand"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"runtime"
+	"sync"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/kindos/kmo/backends"
+	"github.com/kindos/kmo/backends/plugin"
+	"github.com/kindos/kmo/policy"
+	"github.com/kindos/kmo/policy/audit"
+	"github.com/kindos/kmo/policy/refusal"
+	"github.com/kindos/kmo/policy/trust"
+	"github.com/kindos/kmo/reconciler"
+	"github.com/kindos/kmo/reconciler/gitrepo"
+	"github.com/kindos/kmo/reconciler/template"
+	"github.com/kindos/kmo/registry"
+	"github.com/kindos/kmo/registry/merkle"
+	"github.com/kindos/kmo/rego"
+)
+
+// host is this host, opened: everything that the agent and the one-shot commands work with. Its state folder:
+//
+//	lock            held (flock) while the host is open
+//	agent.sock      the running agent's commands
+//	journal.json    what was good, what is being tried
+//	trust.json      what was accepted
+//	audit/          the log of decisions; audit.key signs it
+//	site/           the bare copy of the site's branch
+//	images/         verified content
+//	backends/NAME/  a backend's own state
+//	plugins/        sockets of plugin processes
+type host struct {
+	config     Config
+	dir        string
+	logger     *slog.Logger
+	lock       *os.File
+	source     *gitrepo.Repository
+	audit      *audit.Log
+	journal    reconciler.FileJournal
+	backends   map[string]backends.Backend
+	plugins    []*plugin.Client
+	reconciler *reconciler.Reconciler
+	preview    *reconciler.Reconciler // with caches of its own, for plans beside a running reconcile
+	agent      bool
+	poke       chan struct{} // says "look again"
+	line       sync.Mutex    // one reconcile at a time
+	planning   sync.Mutex    // one plan at a time
+	counts     counts
+}
+
+// openHost opens this host for one process: it takes the lock and starts the backends' plugins.
+func openHost(ctx context.Context, flags *hostFlags, stderr io.Writer) (h *host, err error) {
+	h = &host{poke: make(chan struct{}, 1), backends: map[string]backends.Backend{}}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, h.close())
+		}
+	}()
+	if h.config, err = loadConfig(flags.config); err != nil {
+		return h, err
+	}
+	level := slog.LevelInfo
+	if h.config.Log != "" {
+		if level, err = slogLevel(h.config.Log); err != nil {
+			return h, err
+		}
+	}
+	h.logger = slog.New(slog.NewTextHandler(stderr, &slog.HandlerOptions{Level: level}))
+	if h.dir, err = filepath.Abs(flags.state); err != nil {
+		return h, err
+	}
+	for _, open := range []func(context.Context) error{h.openState, h.openSource, h.openBackends, h.openReconciler} {
+		if err := open(ctx); err != nil {
+			return h, err
+		}
+	}
+	return h, nil
+}
+
+// openState makes and locks the state folder and opens the audit log.
+func (h *host) openState(context.Context) error {
+	if err := os.MkdirAll(h.dir, 0o700); err != nil {
+		return err
+	}
+	if err := os.Chmod(h.dir, 0o700); err != nil {
+		return err
+	}
+	lock, err := os.OpenFile(filepath.Join(h.dir, "lock"), os.O_CREATE|os.O_RDWR, 0o600)
+	if err != nil {
+		return err
+	}
+	h.lock = lock
+	if err := unix.Flock(int(lock.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
+		return fmt.Errorf("the state folder %s is in use by another kmo process: %w", h.dir, err)
+	}
+	key, err := auditKey(filepath.Join(h.dir, "audit.key"))
+	if err != nil {
+		return err
+	}
+	h.audit, err = audit.Open(audit.Options{Dir: filepath.Join(h.dir, "audit"), Name: string(h.config.Host) + "." + string(h.config.Site) + "/kmo-audit", Key: key})
+	return err
+}
+
+// auditKey reads the key that signs the audit log's checkpoints, and makes one on a new host.
+func auditKey(path string) (ed25519.PrivateKey, error) {
+	seed, err := os.ReadFile(path)
+	if errors.Is(err, fs.ErrNotExist) {
+		seed = make([]byte, ed25519.SeedSize)
+		if _, err := rand.Read(seed); err != nil {
+			return nil, err
+		}
+		if err := os.WriteFile(path, seed, 0o600); err != nil {
+			return nil, err
+		}
+	} else if err != nil {
+		return nil, err
+	}
+	if len(seed) != ed25519.SeedSize {
+		return nil, &refusal.Error{Code: "E_STATE", Subject: path, Got: fmt.Sprintf("%d bytes", len(seed)), Want: "the key as kMO made it"}
+	}
+	return ed25519.NewKeyFromSeed(seed), nil
+}
+
+func (h *host) openSource(context.Context) error {
+	signer, err := trust.LoadKey(h.config.Key, nil)
+	if err != nil {
+		return fmt.Errorf("this host's key: %w", err)
+	}
+	h.source = &gitrepo.Repository{
+		Dir: filepath.Join(h.dir, "site"), Remote: h.config.Remote, Branch: string(h.config.Branch), Auth: gitrepo.Auth(h.config.Git),
+		Poll: time.Duration(h.config.Poll), Signer: signer, Name: "kMO on " + string(h.config.Host), Email: "kmo@" + string(h.config.Host),
+	}
+	return h.source.Open()
+}
+
+// openBackends starts a plugin process for each built-in backend of this host and each plugin found.
+func (h *host) openBackends(ctx context.Context) error {
+	self, err := os.Executable()
+	if err != nil {
+		return err
+	}
+	sockets := filepath.Join(h.dir, "plugins")
+	var all []plugin.Options
+	for _, name := range h.config.Backends {
+		state := filepath.Join(h.dir, "backends", string(name))
+		all = append(all, plugin.Options{Name: string(name), Cmd: []string{self, "backend", "serve", string(name), "--state", state}})
+	}
+	if h.config.Plugins.Folder != "" {
+		found, err := plugin.Find(h.config.Plugins.Folder, h.config.Plugins.Pins)
+		if err != nil {
+			return err
+		}
+		for i := range found {
+			state := filepath.Join(h.dir, "backends", found[i].Name)
+			if err := os.MkdirAll(state, 0o700); err != nil {
+				return err
+			}
+			all = append(all, plugin.Options{Name: found[i].Name, Found: &found[i], Env: []string{"KMO_STATE=" + state}})
+		}
+	}
+	for _, options := range all {
+		options.Dir, options.Logger = sockets, h.logger.With("backend", options.Name)
+		client, err := plugin.Open(ctx, options)
+		if err != nil {
+			return fmt.Errorf("backend %s: %w", options.Name, err)
+		}
+		h.plugins = append(h.plugins, client)
+		h.backends[options.Name] = client
+	}
+	return nil
+}
+
+func (h *host) openReconciler(context.Context) error {
+	pin := trust.Pin{SHA256: h.config.Trust.SHA256}
+	var err error
+	if pin.Root, err = merkle.Parse(h.config.Trust.Kmo1); err != nil {
+		return fmt.Errorf("trust.kmo1: %w", err)
+	}
+	h.journal = reconciler.FileJournal{Path: filepath.Join(h.dir, "journal.json")}
+	rec, err := h.journal.Load()
+	if err != nil {
+		return err
+	}
+	state := trust.StateFile{Path: filepath.Join(h.dir, "trust.json")}
+	if rec.Seq == 0 { // a new host: both files are made, in this order, so that one alone is always an alarm
+		if _, err := state.Load(); !errors.Is(err, fs.ErrNotExist) {
+			return &refusal.Error{Code: "E_STATE", Subject: h.journal.Path, Got: "no journal, although this host has accepted commits", Want: "the journal as kMO left it"}
+		}
+		if err := h.journal.Save(reconciler.Record{Seq: 1, Host: string(h.config.Host)}); err != nil {
+			return err
+		}
+	}
+	verifier := &trust.Verifier{Site: string(h.config.Site), Branch: string(h.config.Branch), Pin: pin, State: state, Clock: time.Now,
+		Describe: reconciler.Declare(), MustExist: rec.Good != "" || rec.Trying != "", MinSeq: rec.Trust}
+	store := &registry.Store{Dir: filepath.Join(h.dir, "images"), Mirror: h.config.Images.Mirror}
+	facts, err := hostFacts(h.config, h.dir)
+	if err != nil {
+		return err
+	}
+	make := func() *reconciler.Reconciler {
+		return &reconciler.Reconciler{Host: facts, State: h.dir, Source: h.source, Trust: verifier, Images: images{store}, Backends: h.backends,
+			Journal: h.journal, Audit: h.audit, Rules: rules, Logger: h.logger, Every: time.Duration(h.config.Check)}
+	}
+	h.reconciler, h.preview = make(), make()
+	return nil
+}
+
+// rules are the shipped rules with a site's own.
+func rules(site fs.FS) (*policy.Set, error) {
+	if site == nil {
+		return policy.Load(rego.Rules())
+	}
+	return policy.Load(rego.Rules(), site)
+}
+
+// hostFacts measures this host.
+func hostFacts(config Config, dir string) (template.Host, error) {
+	facts := template.Host{Name: string(config.Host), Zone: string(config.Zone), OS: runtime.GOOS, Arch: runtime.GOARCH, Labels: map[string]string{},
+		CPU: int64(runtime.NumCPU()) * 1000}
+	for name, value := range config.Labels {
+		facts.Labels[string(name)] = string(value)
+	}
+	return facts, measure(&facts, dir)
+}
+
+// close lets go of everything; workloads go on running.
+func (h *host) close() error {
+	var errs []error
+	for _, client := range h.plugins {
+		errs = append(errs, client.Close())
+	}
+	if h.source != nil {
+		errs = append(errs, h.source.Close())
+	}
+	if h.audit != nil {
+		errs = append(errs, h.audit.Close())
+	}
+	if h.lock != nil {
+		errs = append(errs, h.lock.Close())
+	}
+	return errors.Join(errs...)
+}
+
+// newLogger is the logger of a plugin process: its agent reads the lines and says how much is kept.
+func newLogger(w io.Writer) *slog.Logger {
+	return slog.New(slog.NewTextHandler(w, &slog.HandlerOptions{Level: slog.LevelDebug}))
+}

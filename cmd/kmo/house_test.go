@@ -1,0 +1,212 @@
+package main
+
+import (
+	"encoding/json"
+	"errors"
+	"flag"
+	"fmt"
+	"io"
+	"io/fs"
+	"maps"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"slices"
+	"strings"
+	"testing"
+)
+
+var update = flag.Bool("update", false, "write the generated parts of docs/")
+
+const module = "github.com/kindos/kmo/"
+
+// room is what a package may import of ours, and the large modules it alone may name.
+type room struct {
+	ours  string
+	large string
+}
+
+// house is the import map of docs/architecture.md: strictly downward, and each large module in one place.
+func house() map[string]room {
+	return map[string]room{
+		"rego":                   {},
+		"policy/refusal":         {},
+		"registry/merkle":        {"", "golang.org/x/crypto/sha3"},
+		"registry":               {"policy/refusal registry/merkle", "github.com/google/go-containerregistry github.com/sigstore/sigstore github.com/secure-systems-lab/go-securesystemslib"},
+		"backends":               {"registry/merkle", ""},
+		"policy/trust":           {"policy/refusal registry/merkle", "github.com/hiddeco/sshsig"},
+		"policy/audit":           {"policy/refusal", "golang.org/x/mod"},
+		"policy":                 {"policy/refusal policy/trust registry/merkle rego", "github.com/open-policy-agent/opa"},
+		"backends/plugin":        {"backends policy/refusal registry/merkle backends/plugin/wire", "github.com/hashicorp/go-plugin google.golang.org/grpc"},
+		"backends/plugin/wire":   {"", "google.golang.org/protobuf google.golang.org/grpc"},
+		"backends/process":       {"backends backends/process/stage policy/refusal registry/merkle", ""},
+		"backends/process/stage": {"backends", "github.com/landlock-lsm/go-landlock github.com/elastic/go-seccomp-bpf"},
+		"backends/native":        {"backends backends/process registry/merkle", ""},
+		"backends/wasm":          {"backends backends/process policy/refusal registry/merkle", "github.com/tetratelabs/wazero"},
+		"backends/fake":          {"backends registry/merkle", ""},
+		"backends/conformance":   {"backends backends/plugin registry/merkle", ""},
+		"reconciler/template":    {"backends policy/refusal registry/merkle", "go.yaml.in/yaml/v4"},
+		"reconciler/gate":        {"backends policy/refusal", ""},
+		"reconciler":             {"backends policy policy/audit policy/refusal policy/trust reconciler/gate reconciler/template", ""},
+		"reconciler/gitrepo":     {"policy/refusal policy/trust reconciler", "github.com/go-git/go-git/v5 github.com/go-git/go-billy/v5 github.com/fsnotify/fsnotify"},
+	}
+}
+
+// goPackage is what `go list -json` says of a package.
+type goPackage struct {
+	ImportPath string
+	Imports    []string
+}
+
+func listPackages(t *testing.T) map[string]goPackage {
+	t.Helper()
+	out, err := exec.Command("go", "list", "-json=ImportPath,Imports", module+"...").Output()
+	if err != nil {
+		t.Fatal(err)
+	}
+	all := map[string]goPackage{}
+	decoder := json.NewDecoder(strings.NewReader(string(out)))
+	for {
+		var p goPackage
+		if err := decoder.Decode(&p); errors.Is(err, io.EOF) {
+			return all
+		} else if err != nil {
+			t.Fatal(err)
+		}
+		all[strings.TrimPrefix(p.ImportPath, module)] = p
+	}
+}
+
+func TestImportsGoDownward(t *testing.T) {
+	rooms := house()
+	large := map[string][]string{}
+	for name, room := range rooms {
+		for _, m := range strings.Fields(room.large) {
+			large[m] = append(large[m], name)
+		}
+	}
+	for name, p := range listPackages(t) {
+		if strings.HasPrefix(name, "cmd/") || strings.HasPrefix(name, "fixtures/") || strings.Contains(name, "/internal/") || strings.Contains(name, "/testprogram") {
+			continue
+		}
+		room, known := rooms[name]
+		if !known {
+			t.Errorf("package %s has no place in the house", name)
+			continue
+		}
+		for _, path := range p.Imports {
+			if ours, is := strings.CutPrefix(path, module); is && !slices.Contains(strings.Fields(room.ours), ours) {
+				t.Errorf("%s imports %s, which it may not", name, ours)
+			}
+			for m, owners := range large {
+				if (path == m || strings.HasPrefix(path, m+"/")) && !slices.Contains(owners, name) {
+					t.Errorf("%s imports %s, which belongs to %v", name, path, owners)
+				}
+			}
+		}
+	}
+}
+
+var (
+	rowPattern = regexp.MustCompile(`^\| ((?:T|U-|P-)[0-9]{2}) \| ([^|]*) \|`)
+	idPattern  = regexp.MustCompile(`\b(T[0-9]{2}|U-[0-9]{2}|P-?[0-9]{2})(?:[^0-9]|$)`)
+)
+
+// TestEveryThreatHasATest keeps docs/threats.md: each row names the test files that show it, found by the row's id in a test's name or
+// table. A row without one says why it comes later, or the test fails.
+func TestEveryThreatHasATest(t *testing.T) {
+	shown := threatTests(t)
+	path := filepath.Join("..", "..", "docs", "threats.md")
+	text, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	lines := strings.Split(string(text), "\n")
+	rows := 0
+	for i, line := range lines {
+		row := rowPattern.FindStringSubmatch(line)
+		if row == nil {
+			continue
+		}
+		rows++
+		where := strings.Join(slices.Sorted(maps.Keys(shown[row[1]])), ", ")
+		if where == "" {
+			_, cell, _ := strings.Cut(strings.TrimPrefix(line, row[0]), " ")
+			if !strings.HasPrefix(cell, "later: ") {
+				t.Errorf("%s has no test, and the row does not say why it comes later", row[1])
+			}
+			continue
+		}
+		lines[i] = fmt.Sprintf("| %s | %s | %s |", row[1], row[2], where)
+	}
+	if rows < 100 {
+		t.Errorf("%d rows, want every T, U and P row", rows)
+	}
+	if made := strings.Join(lines, "\n"); made != string(text) {
+		if !*update {
+			t.Error("docs/threats.md is not what the tests say; go test ./cmd/kmo -run Threat -update")
+		} else if err := os.WriteFile(path, []byte(made), 0o644); err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
+// threatTests maps ids to the test files that name them in a string or a function's name.
+func threatTests(t *testing.T) map[string]map[string]bool {
+	t.Helper()
+	shown := map[string]map[string]bool{}
+	root := filepath.Join("..", "..")
+	err := filepath.WalkDir(root, func(path string, d fs.DirEntry, err error) error {
+		if err != nil || d.IsDir() || !(strings.HasSuffix(path, "_test.go") || strings.HasSuffix(path, ".txtar")) || strings.HasSuffix(path, "house_test.go") {
+			return err
+		}
+		text, err := os.ReadFile(path)
+		if err != nil {
+			return err
+		}
+		name, err := filepath.Rel(root, path)
+		if err != nil {
+			return err
+		}
+		for _, line := range strings.Split(string(text), "\n") {
+			if strings.HasPrefix(strings.TrimSpace(line), "//") {
+				continue
+			}
+			for _, id := range testIDs(line) {
+				if shown[id] == nil {
+					shown[id] = map[string]bool{}
+				}
+				shown[id][filepath.ToSlash(name)] = true
+			}
+		}
+		return nil
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return shown
+}
+
+var functionID = regexp.MustCompile(`^func Test[A-Za-z]*?((?:[TUP][0-9]{2})+)`)
+
+// testIDs finds ids in a line: in its strings as they are, in a test function's name without their dash.
+func testIDs(line string) []string {
+	var ids []string
+	for _, found := range idPattern.FindAllStringSubmatch(line, -1) {
+		ids = append(ids, canonical(found[1]))
+	}
+	if found := functionID.FindStringSubmatch(line); found != nil {
+		for at := 0; at+3 <= len(found[1]); at += 3 {
+			ids = append(ids, canonical(found[1][at:at+3]))
+		}
+	}
+	return ids
+}
+
+func canonical(id string) string {
+	if id[0] == 'T' || id[1] == '-' {
+		return id
+	}
+	return id[:1] + "-" + id[1:]
+}

@@ -1,0 +1,192 @@
+package main
+
+import (
+	"crypto"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+
+	"github.com/spf13/cobra"
+	"golang.org/x/crypto/ssh"
+
+	"github.com/kindos/kmo/registry"
+	"github.com/kindos/kmo/registry/merkle"
+)
+
+func imageCommand() *cobra.Command {
+	cmd := &cobra.Command{Use: "image", Short: "Push, seal, verify and digest what units run", Args: cobra.NoArgs, RunE: func(cmd *cobra.Command, _ []string) error { return cmd.Help() }}
+	cmd.AddCommand(imageDigestCommand(), imagePushCommand(), imageSealCommand(), imageVerifyCommand())
+	return cmd
+}
+
+// withStore calls f with a store that is gone afterwards.
+func withStore(f func(*registry.Store) error) (err error) {
+	folder, err := os.MkdirTemp("", "kmo-image-")
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, os.RemoveAll(folder)) }()
+	return f(&registry.Store{Dir: folder, Keychain: registry.UserKeychain()})
+}
+
+func imageDigestCommand() *cobra.Command {
+	out := &output{}
+	cmd := &cobra.Command{
+		Use:     "digest FILE",
+		Short:   "Print a file's sha256 and its kmo1 blob root",
+		Long:    "Print a file's sha256 and its kmo1 blob root.\n\nExit statuses: 0 good, 1 error, 2 usage.",
+		Example: "  kmo image digest relay.wasm",
+		Args:    oneArg("a file"),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			sum, root, err := registry.DigestFile(args[0])
+			if err != nil {
+				return err
+			}
+			value := map[string]string{"sha256": sum, "kmo1": root.String()}
+			return out.print(cmd.OutOrStdout(), value, func(w io.Writer) { _, _ = fmt.Fprintf(w, "sha256:%s\n%s\n", sum, root) })
+		},
+	}
+	out.add(cmd)
+	return cmd
+}
+
+func imagePushCommand() *cobra.Command {
+	out := &output{}
+	var as string
+	cmd := &cobra.Command{
+		Use:   "push FILE PLACE",
+		Short: "Push one file as an image, and print the lines of unit.yaml that pin it",
+		Long: `Push one file as an image of one layer, and print the lines of unit.yaml that pin it. PLACE is HOST/REPOSITORY, or oci-layout:/FOLDER.
+
+Exit statuses: 0 pushed, 1 error, 2 usage, 3 refused.`,
+		Example: "  kmo image push relay.wasm reg.example/relay --as wasm",
+		Args:    cobra.ExactArgs(2),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			place, err := registry.ParsePlace(args[1])
+			if err != nil {
+				return err
+			}
+			return withStore(func(store *registry.Store) error {
+				ref, root, err := store.PushFile(cmd.Context(), args[0], place, registry.Format(as))
+				if err != nil {
+					return err
+				}
+				return printPinned(cmd, out, as, ref, root)
+			})
+		},
+	}
+	cmd.Flags().StringVar(&as, "as", "native", "what it is: native, wasm or appimage")
+	out.add(cmd)
+	return cmd
+}
+
+// printPinned prints an image as a variant of unit.yaml names it.
+func printPinned(cmd *cobra.Command, out *output, as string, ref registry.Reference, root merkle.Digest) error {
+	value := map[string]string{as: ref.String(), "merkle": root.String()}
+	return out.print(cmd.OutOrStdout(), value, func(w io.Writer) { _, _ = fmt.Fprintf(w, "%s: %s\nmerkle: %s\n", as, ref, root) })
+}
+
+func imageSealCommand() *cobra.Command {
+	out := &output{}
+	var key string
+	cmd := &cobra.Command{
+		Use:   "seal IMAGE",
+		Short: "Compute an image's kmo1 root and put the signed statement beside it",
+		Long: `Compute an image's kmo1 root from all of its bytes, sign the statement of it, push that beside the image as a referrer, and print the
+lines of unit.yaml that pin both. IMAGE is named by digest.
+
+Exit statuses: 0 sealed, 1 error, 2 usage, 3 refused.`,
+		Example: "  kmo image seal reg.example/relay@sha256:… --key ~/.ssh/id_ed25519",
+		Args:    oneArg("an image by digest"),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			ref, err := registry.ParseReference(args[0])
+			if err != nil {
+				return err
+			}
+			signer, err := sealingKey(key)
+			if err != nil {
+				return err
+			}
+			return withStore(func(store *registry.Store) error {
+				root, err := store.Seal(cmd.Context(), ref, signer, registry.Sealing{})
+				if err != nil {
+					return err
+				}
+				return printPinned(cmd, out, "image", ref, root)
+			})
+		},
+	}
+	cmd.Flags().StringVar(&key, "key", "", "the private key file that signs")
+	out.add(cmd)
+	return cmd
+}
+
+// sealingKey reads a private key file. A statement is signed with the key itself, which an ssh-agent never gives out.
+func sealingKey(path string) (crypto.Signer, error) {
+	if path == "" {
+		return nil, usageError{errors.New("image seal needs --key FILE")}
+	}
+	text, err := os.ReadFile(path)
+	if err != nil {
+		return nil, err
+	}
+	raw, err := ssh.ParseRawPrivateKey(text)
+	var locked *ssh.PassphraseMissingError
+	if errors.As(err, &locked) {
+		passphrase, askErr := askPassphrase(path)()
+		if askErr != nil {
+			return nil, askErr
+		}
+		raw, err = ssh.ParseRawPrivateKeyWithPassphrase(text, passphrase)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("key %s: %v", path, err)
+	}
+	signer, ok := raw.(crypto.Signer)
+	if !ok {
+		return nil, fmt.Errorf("key %s: a %T cannot sign", path, raw)
+	}
+	return signer, nil
+}
+
+func imageVerifyCommand() *cobra.Command {
+	out := &output{}
+	var root, as string
+	cmd := &cobra.Command{
+		Use:   "verify IMAGE",
+		Short: "Fetch an image and check every byte against its digests",
+		Long: `Fetch an image as a host would and check every byte against its sha256 and the kmo1 root that a unit pins. Without --root it
+prints the root that its bytes have.
+
+Exit statuses: 0 good, 1 error, 2 usage, 3 refused.`,
+		Example: "  kmo image verify reg.example/relay@sha256:… --root kmo1:sha3-256:…",
+		Args:    oneArg("an image by digest"),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			ref, err := registry.ParseReference(args[0])
+			if err != nil {
+				return err
+			}
+			return withStore(func(store *registry.Store) error {
+				var want merkle.Digest
+				if root == "" {
+					want, err = store.Root(cmd.Context(), ref)
+				} else if want, err = merkle.Parse(root); err != nil {
+					return usageError{err}
+				}
+				if err != nil {
+					return err
+				}
+				_, err = store.Fetch(cmd.Context(), ref, want, registry.Format(as))
+				if err != nil {
+					return err
+				}
+				return printPinned(cmd, out, as, ref, want)
+			})
+		},
+	}
+	cmd.Flags().StringVar(&root, "root", "", "the kmo1 root it must have")
+	cmd.Flags().StringVar(&as, "as", "image", "what it is: image, native, wasm, appimage or lxc")
+	out.add(cmd)
+	return cmd
+}

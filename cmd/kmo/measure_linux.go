@@ -1,0 +1,34 @@
+package main
+
+import (
+	"bytes"
+	"fmt"
+	"os"
+	"strconv"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/kindos/kmo/reconciler/template"
+)
+
+// measure fills in the host's memory, processes and disk.
+func measure(facts *template.Host, dir string) error {
+	var memory unix.Sysinfo_t
+	if err := unix.Sysinfo(&memory); err != nil {
+		return fmt.Errorf("measuring memory: %w", err)
+	}
+	facts.Memory = int64(memory.Totalram) * int64(memory.Unit)
+	text, err := os.ReadFile("/proc/sys/kernel/pid_max")
+	if err != nil {
+		return fmt.Errorf("measuring processes: %w", err)
+	}
+	if facts.PIDs, err = strconv.ParseInt(string(bytes.TrimSpace(text)), 10, 64); err != nil {
+		return fmt.Errorf("measuring processes: %w", err)
+	}
+	var disk unix.Statfs_t
+	if err := unix.Statfs(dir, &disk); err != nil {
+		return fmt.Errorf("measuring disk: %w", err)
+	}
+	facts.Disk = int64(disk.Blocks) * disk.Bsize
+	return nil
+}

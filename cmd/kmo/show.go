@@ -1,0 +1,257 @@
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"io"
+	"net/url"
+	"strconv"
+	"strings"
+	"text/tabwriter"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"github.com/kindos/kmo/reconciler"
+)
+
+// output is how a command prints its answer.
+type output struct{ format string }
+
+func (o *output) add(cmd *cobra.Command) {
+	cmd.Flags().StringVarP(&o.format, "output", "o", "text", "text or json")
+}
+
+// print writes value as JSON, or with text for people.
+func (o *output) print(w io.Writer, value any, text func(io.Writer)) error {
+	switch o.format {
+	case "json":
+		encoder := json.NewEncoder(w)
+		encoder.SetIndent("", "  ")
+		return encoder.Encode(value)
+	case "text":
+		text(w)
+		return nil
+	}
+	return usageError{fmt.Errorf("output %q: want text or json", o.format)}
+}
+
+// ask makes a command that gets one value of a host and prints it; the value's own outcome may become the exit status.
+func ask[T any](cmd *cobra.Command, method, path string, query func(args []string) url.Values, text func(io.Writer, T), outcome func(T) error) *cobra.Command {
+	flags, out := &hostFlags{}, &output{}
+	flags.add(cmd)
+	out.add(cmd)
+	cmd.RunE = func(cmd *cobra.Command, args []string) error {
+		c, err := dial(cmd.Context(), flags)
+		if err != nil {
+			return err
+		}
+		defer func() { _ = c.close() }()
+		var value T
+		if err := c.get(cmd.Context(), method, path, query(args), &value); err != nil {
+			return err
+		}
+		if err := out.print(cmd.OutOrStdout(), value, func(w io.Writer) { text(w, value) }); err != nil {
+			return err
+		}
+		return outcome(value)
+	}
+	return cmd
+}
+
+func reconcileCommand() *cobra.Command {
+	return ask(&cobra.Command{
+		Use:   "reconcile",
+		Short: "Look at the branch now, do what is to be done, say how it ended",
+		Long: `Look at the branch now, do what is to be done, and say how it ended. A running agent is asked to; without one this command does it.
+
+Exit statuses: 0 converged, 1 error or waiting, 2 usage, 3 refused, 4 reverted or stuck.`,
+		Example: "  kmo reconcile\n  kmo reconcile -o json | jq .reason",
+		Args:    cobra.NoArgs,
+	}, "POST", "/reconcile", noQuery, printRecord, func(rec reconciler.Record) error { return exitOf(rec.Outcome) })
+}
+
+func noQuery([]string) url.Values { return nil }
+
+// exitOf is an outcome as an exit status.
+func exitOf(outcome reconciler.Outcome) error {
+	switch outcome {
+	case reconciler.Converged:
+		return nil
+	case reconciler.Refused:
+		return status(exitRefused)
+	case reconciler.Reverted, reconciler.Stuck:
+		return status(exitReverted)
+	}
+	return status(exitError)
+}
+
+// short is a commit's id for people.
+func short(id string) string {
+	if id == "" {
+		return "-"
+	}
+	return id[:min(len(id), 12)]
+}
+
+func printRecord(w io.Writer, rec reconciler.Record) {
+	outcome := string(rec.Outcome)
+	if outcome == "" {
+		outcome = "nothing tried yet"
+	}
+	_, _ = fmt.Fprintf(w, "%s  head %s  good %s", outcome, short(rec.Head), short(rec.Good))
+	if rec.Trying != "" {
+		_, _ = fmt.Fprintf(w, "  trying %s", short(rec.Trying))
+	}
+	if !rec.When.IsZero() {
+		_, _ = fmt.Fprintf(w, "  since %s", rec.When.Local().Format(time.DateTime))
+	}
+	_, _ = fmt.Fprintln(w)
+	if rec.Reason != "" {
+		_, _ = fmt.Fprintf(w, "  at %s: %s\n", rec.Stage, strings.ReplaceAll(rec.Reason, "\n", "\n    "))
+	}
+}
+
+func statusCommand() *cobra.Command {
+	var watch bool
+	cmd := &cobra.Command{
+		Use:   "status",
+		Short: "What this host runs, and how the last reconcile ended",
+		Long: `What this host runs, and how the last reconcile ended.
+
+Exit statuses: 0 converged, 1 error or waiting, 2 usage, 3 refused, 4 reverted or stuck.`,
+		Example: "  kmo status\n  kmo status --watch\n  kmo status -o json | jq -r '.workloads[].name'",
+		Args:    cobra.NoArgs,
+	}
+	cmd = ask(cmd, "GET", "/status", noQuery, printStatus, func(s Status) error { return exitOf(s.Record.Outcome) })
+	once := cmd.RunE
+	cmd.RunE = func(cmd *cobra.Command, args []string) error {
+		if !watch {
+			return once(cmd, args)
+		}
+		return redraw(cmd, func(out io.Writer) {
+			cmd.SetOut(out)
+			if err := once(cmd, args); err != nil {
+				if _, said := err.(status); !said { //nolint:errorlint // made in this file, never wrapped
+					_, _ = fmt.Fprintln(out, "kmo:", err)
+				}
+			}
+		})
+	}
+	cmd.Flags().BoolVarP(&watch, "watch", "w", false, "draw again every second, in place, until interrupted")
+	return cmd
+}
+
+// redraw draws in place every second until the context ends.
+func redraw(cmd *cobra.Command, draw func(io.Writer)) error {
+	screen := cmd.OutOrStdout()
+	ticker := time.NewTicker(time.Second)
+	defer ticker.Stop()
+	for {
+		var frame strings.Builder
+		draw(&frame)
+		// home, each line cleared to its end, then all below: no flicker
+		_, _ = io.WriteString(screen, "\x1b[H"+strings.ReplaceAll(frame.String(), "\n", "\x1b[K\n")+"\x1b[J")
+		select {
+		case <-cmd.Context().Done():
+			return nil
+		case <-ticker.C:
+		}
+	}
+}
+
+func printStatus(w io.Writer, s Status) {
+	agent := "no agent is running"
+	if s.Agent {
+		agent = "agent " + s.Version
+	}
+	_, _ = fmt.Fprintf(w, "%s on %s, zone %s, branch %s (%s)\n", s.Site, s.Record.Host, s.Zone, s.Branch, agent)
+	printRecord(w, s.Record)
+	if s.Trouble != "" {
+		_, _ = fmt.Fprintf(w, "  workloads: %s\n", s.Trouble)
+	}
+	if len(s.Workloads) == 0 {
+		return
+	}
+	table := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
+	_, _ = fmt.Fprintln(table, "\nWORKLOAD\tBACKEND\tSTATE\tUP\tRESTARTS\tMEMORY\tADDRESS\tDETAIL")
+	for _, have := range s.Workloads {
+		var addresses []string
+		for _, a := range have.Addresses {
+			addresses = append(addresses, a.Port+"="+a.Address)
+		}
+		up := "-"
+		if !have.Started.IsZero() && have.State == "running" {
+			up = time.Since(have.Started).Round(time.Second).String()
+		}
+		_, _ = fmt.Fprintf(table, "%s\t%s\t%s\t%s\t%d\t%s\t%s\t%s\n", have.Name, have.Backend, have.State, up, have.Restarts,
+			mebibytes(have.Usage.Memory), strings.Join(addresses, " "), have.Detail)
+	}
+	_ = table.Flush()
+}
+
+func mebibytes(n int64) string { return strconv.FormatFloat(float64(n)/(1<<20), 'f', 1, 64) + "Mi" }
+
+func logsCommand() *cobra.Command {
+	flags := &hostFlags{}
+	var follow bool
+	var tail int
+	cmd := &cobra.Command{
+		Use:     "logs UNIT|WORKLOAD",
+		Short:   "What a workload wrote, oldest first",
+		Long:    "What a workload wrote, stdout and stderr in one stream, oldest first. A unit's name stands for its newest workload.",
+		Example: "  kmo logs camera-relay\n  kmo logs camera-relay --tail 20 --follow",
+		Args:    oneArg("the name of a unit or a workload"),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			if tail < 0 {
+				return usageError{fmt.Errorf("--tail %d: want 0 (all) or more lines", tail)}
+			}
+			c, err := dial(cmd.Context(), flags)
+			if err != nil {
+				return err
+			}
+			defer func() { _ = c.close() }()
+			body, err := c.do(cmd.Context(), "GET", "/logs", url.Values{"name": args, "tail": {strconv.Itoa(tail)}, "follow": {strconv.FormatBool(follow)}})
+			if err != nil {
+				return err
+			}
+			defer func() { _ = body.Close() }()
+			if _, err = io.Copy(cmd.OutOrStdout(), body); cmd.Context().Err() != nil {
+				return nil
+			}
+			return err
+		},
+	}
+	flags.add(cmd)
+	cmd.Flags().BoolVarP(&follow, "follow", "f", false, "go on until interrupted")
+	cmd.Flags().IntVarP(&tail, "tail", "n", 0, "only the last so many lines; 0 is all")
+	return cmd
+}
+
+// oneArg is the rule of commands that take one argument; what says what it is.
+func oneArg(what string) cobra.PositionalArgs {
+	return func(cmd *cobra.Command, args []string) error {
+		if len(args) != 1 {
+			return usageError{fmt.Errorf("%s takes one argument, %s; got %d", cmd.Name(), what, len(args))}
+		}
+		return nil
+	}
+}
+
+func versionCommand() *cobra.Command {
+	return &cobra.Command{
+		Use:   "version",
+		Short: "The version of this binary",
+		Args:  cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			_, err := fmt.Fprintln(cmd.OutOrStdout(), "kmo", version)
+			return err
+		},
+	}
+}
+
+// background is for closing what a cancelled context must not keep open.
+func background() (context.Context, context.CancelFunc) {
+	return context.WithTimeout(context.Background(), 10*time.Second)
+}

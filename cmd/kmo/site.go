@@ -1,0 +1,332 @@
+package main
+
+import (
+	"crypto/ed25519"
+	"crypto/rand"
+	"encoding/pem"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+
+	"github.com/spf13/cobra"
+	"golang.org/x/crypto/ssh"
+	"golang.org/x/term"
+
+	"github.com/kindos/kmo/policy/trust"
+	"github.com/kindos/kmo/reconciler/template"
+)
+
+func keyCommand() *cobra.Command {
+	cmd := &cobra.Command{Use: "key", Short: "Make and show signing keys", Args: cobra.NoArgs, RunE: func(cmd *cobra.Command, _ []string) error { return cmd.Help() }}
+	cmd.AddCommand(&cobra.Command{
+		Use:   "new FILE",
+		Short: "Make an Ed25519 SSH key: FILE and FILE.pub",
+		Long: `Make an Ed25519 SSH key without a passphrase: FILE, mode 0600, and FILE.pub. It is for hosts and tests; people use ssh-keygen, an
+ssh-agent or a security key, and every command here takes those.
+
+Exit statuses: 0 made, 1 error (a file that is there is never overwritten), 2 usage.`,
+		Example: "  kmo key new /etc/kmo/host.key",
+		Args:    oneArg("the file to make"),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			id, err := newKey(args[0])
+			if err == nil {
+				_, err = fmt.Fprintln(cmd.OutOrStdout(), id)
+			}
+			return err
+		},
+	}, &cobra.Command{
+		Use:     "show FILE",
+		Short:   "Print the id of a public or private key",
+		Long:    "Print the id by which kMO knows a key: its OpenSSH fingerprint.\n\nExit statuses: 0 good, 1 error, 2 usage, 3 refused (a kind of key that nothing accepts).",
+		Example: "  kmo key show ~/.ssh/id_ed25519.pub",
+		Args:    oneArg("a key file"),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			public, err := publicKey(args[0])
+			if err == nil {
+				_, err = fmt.Fprintf(cmd.OutOrStdout(), "%s %s\n", trust.KeyID(public), public.Type())
+			}
+			return err
+		},
+	})
+	return cmd
+}
+
+// newKey makes a key pair and returns its id.
+func newKey(path string) (string, error) {
+	public, private, err := ed25519.GenerateKey(rand.Reader)
+	if err != nil {
+		return "", err
+	}
+	block, err := ssh.MarshalPrivateKey(private, "")
+	if err != nil {
+		return "", err
+	}
+	line, err := ssh.NewPublicKey(public)
+	if err != nil {
+		return "", err
+	}
+	if err := writeNew(path, pem.EncodeToMemory(block), 0o600); err != nil {
+		return "", err
+	}
+	return trust.KeyID(line), writeNew(path+".pub", ssh.MarshalAuthorizedKey(line), 0o644)
+}
+
+// writeNew writes a file that must not be there yet.
+func writeNew(path string, data []byte, mode fs.FileMode) error {
+	file, err := os.OpenFile(path, os.O_CREATE|os.O_EXCL|os.O_WRONLY, mode)
+	if err != nil {
+		return err
+	}
+	_, err = file.Write(data)
+	return errors.Join(err, file.Close())
+}
+
+// publicKey reads a public key from its own file or from its private key's.
+func publicKey(path string) (ssh.PublicKey, error) {
+	text, err := os.ReadFile(path)
+	if err != nil {
+		return nil, err
+	}
+	if public, _, _, _, err := ssh.ParseAuthorizedKey(text); err == nil {
+		return public, nil
+	}
+	signer, err := trust.LoadKey(path, askPassphrase(path))
+	if err != nil {
+		return nil, err
+	}
+	return signer.PublicKey(), nil
+}
+
+// askPassphrase asks on the terminal.
+func askPassphrase(path string) func() ([]byte, error) {
+	return func() ([]byte, error) {
+		terminal, err := os.OpenFile("/dev/tty", os.O_RDWR, 0)
+		if err != nil {
+			return nil, errors.New("there is no terminal to ask on; use ssh-agent")
+		}
+		defer func() { _ = terminal.Close() }()
+		_, _ = fmt.Fprintf(terminal, "Passphrase for %s: ", path)
+		defer func() { _, _ = fmt.Fprintln(terminal) }()
+		return term.ReadPassword(int(terminal.Fd()))
+	}
+}
+
+// signer is the key that signs: a private key file, or with a public key file or none, the ssh-agent's.
+func signer(path string) (ssh.Signer, func() error, error) {
+	nothing := func() error { return nil }
+	id := ""
+	if path != "" {
+		text, err := os.ReadFile(path)
+		if err != nil {
+			return nil, nothing, err
+		}
+		public, _, _, _, err := ssh.ParseAuthorizedKey(text)
+		if err != nil {
+			signer, err := trust.LoadKey(path, askPassphrase(path))
+			return signer, nothing, err
+		}
+		id = trust.KeyID(public)
+	}
+	agent, err := trust.DialAgent("")
+	if err != nil {
+		return nil, nothing, err
+	}
+	signer, err := agent.Signer(id)
+	return signer, agent.Close, err
+}
+
+func siteCommand() *cobra.Command {
+	cmd := &cobra.Command{Use: "site", Short: "Make and check a site's repository", Args: cobra.NoArgs, RunE: func(cmd *cobra.Command, _ []string) error { return cmd.Help() }}
+	cmd.AddCommand(siteInitCommand(), siteCheckCommand(), sitePinCommand())
+	return cmd
+}
+
+// founding is what `kmo site init` is told.
+type founding struct {
+	name, branch, sign       string
+	zones, registries        []string
+	people, hosts, approvers []string
+}
+
+func siteInitCommand() *cobra.Command {
+	f := &founding{}
+	cmd := &cobra.Command{
+		Use:   "init FOLDER",
+		Short: "Write site.yaml and the first trust root, and print the pin",
+		Long: `Write site.yaml and trust/1.root.json into a folder, and print the pin that hosts are given. People sign commits, approvals and the
+root; hosts sign reverts and nothing else.
+
+Exit statuses: 0 written, 1 error (a file that is there is never overwritten), 2 usage, 3 refused (a root that nothing would accept).`,
+		Example: `  git init site
+  kmo site init site --name north-sea --zone canary --zone edge-a --sign ~/.ssh/id_ed25519 \
+      --person alice=alice@example.org=~/.ssh/id_ed25519.pub --host edge-1=/etc/kmo/host.key.pub`,
+		Args: oneArg("the site's folder"),
+		RunE: func(cmd *cobra.Command, args []string) error { return f.write(cmd.OutOrStdout(), args[0]) },
+	}
+	cmd.Flags().StringVar(&f.name, "name", "", "the site's name")
+	cmd.Flags().StringVar(&f.branch, "branch", "main", "the branch that hosts follow")
+	cmd.Flags().StringVar(&f.sign, "sign", "", "key that signs the root: a private key file, or a public one for the ssh-agent's")
+	cmd.Flags().StringArrayVar(&f.zones, "zone", []string{"edge"}, "a zone, in the order in which changes go out; repeat")
+	cmd.Flags().StringArrayVar(&f.registries, "registry", nil, "where images may come from; repeat")
+	cmd.Flags().StringArrayVar(&f.people, "person", nil, "NAME=EMAIL=PUBLIC-KEY-FILE of one who may commit and approve; repeat")
+	cmd.Flags().StringArrayVar(&f.hosts, "host", nil, "NAME=PUBLIC-KEY-FILE of a host that may revert; repeat")
+	return cmd
+}
+
+func (f *founding) write(w io.Writer, folder string) error {
+	if f.name == "" || len(f.people) == 0 {
+		return usageError{errors.New("site init needs --name and at least one --person")}
+	}
+	root, err := f.root()
+	if err != nil {
+		return err
+	}
+	key, done, err := signer(f.sign)
+	if err != nil {
+		return err
+	}
+	defer func() { _ = done() }()
+	file, err := trust.SignRoot(root, key)
+	if err != nil {
+		return err
+	}
+	if _, err := trust.ParseRoot(file); err != nil {
+		return err
+	}
+	config := fmt.Sprintf("site: %s\nbranch: %s\nzones: [%s]\n", f.name, f.branch, strings.Join(f.zones, ", "))
+	if len(f.registries) > 0 {
+		config += fmt.Sprintf("registries: [%s]\n", strings.Join(f.registries, ", "))
+	}
+	var parsed template.Config
+	if err := template.Decode("site.yaml", []byte(config), &parsed); err != nil {
+		return err
+	}
+	if err := os.MkdirAll(filepath.Join(folder, "trust"), 0o755); err != nil {
+		return err
+	}
+	if err := writeNew(filepath.Join(folder, "site.yaml"), []byte(config), 0o644); err != nil {
+		return err
+	}
+	if err := writeNew(filepath.Join(folder, trust.RootPath(1)), file, 0o644); err != nil {
+		return err
+	}
+	return printPin(w, file)
+}
+
+// root is the founding root: everybody named may do all that people may do, one of them is enough for a new root.
+func (f *founding) root() (trust.Root, error) {
+	root := trust.Root{Version: 1, Site: f.name, Tiers: trust.DefaultTiers()}
+	var people, hosts []string
+	for _, text := range f.people {
+		parts := strings.SplitN(text, "=", 3)
+		if len(parts) != 3 {
+			return root, usageError{fmt.Errorf("--person %q: want NAME=EMAIL=PUBLIC-KEY-FILE", text)}
+		}
+		public, err := publicKey(parts[2])
+		if err != nil {
+			return root, err
+		}
+		people = append(people, parts[0])
+		root.Principals = append(root.Principals, trust.Principal{Name: parts[0], Class: "human", Emails: []string{parts[1]},
+			Keys: []trust.Key{{Public: authorized(public), Uses: []string{trust.RoleRoot, trust.RoleCommit, trust.RoleApprove}}}})
+	}
+	for _, text := range f.hosts {
+		name, path, ok := strings.Cut(text, "=")
+		if !ok {
+			return root, usageError{fmt.Errorf("--host %q: want NAME=PUBLIC-KEY-FILE", text)}
+		}
+		public, err := publicKey(path)
+		if err != nil {
+			return root, err
+		}
+		hosts = append(hosts, name)
+		root.Principals = append(root.Principals, trust.Principal{Name: name, Class: "robot", Keys: []trust.Key{{Public: authorized(public), Uses: []string{trust.RoleRevert}}}})
+	}
+	root.Roles = []trust.Role{
+		{Name: trust.RoleRoot, Threshold: 1, Members: people},
+		{Name: trust.RoleCommit, Threshold: 1, Members: people},
+		{Name: trust.RoleApprove, Threshold: 1, Members: slices.Clone(people)},
+	}
+	if len(hosts) > 0 {
+		root.Roles = append(root.Roles, trust.Role{Name: trust.RoleRevert, Threshold: 1, Members: hosts})
+	}
+	return root, nil
+}
+
+func authorized(key ssh.PublicKey) string {
+	return strings.TrimSpace(string(ssh.MarshalAuthorizedKey(key)))
+}
+
+func sitePinCommand() *cobra.Command {
+	return &cobra.Command{
+		Use:     "pin [FOLDER]",
+		Short:   "Print the pin of a site's trust root, as agent.yaml has it",
+		Long:    "Print the pin of a site's trust root, as agent.yaml has it.\n\nExit statuses: 0 good, 1 error, 2 usage, 3 refused (no valid trust root).",
+		Example: "  kmo site pin . >> agent.yaml",
+		Args:    cobra.MaximumNArgs(1),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			file, err := os.ReadFile(filepath.Join(folderArg(args), trust.RootPath(1)))
+			if err != nil {
+				return err
+			}
+			if _, err := trust.ParseRoot(file); err != nil {
+				return err
+			}
+			return printPin(cmd.OutOrStdout(), file)
+		},
+	}
+}
+
+func printPin(w io.Writer, file []byte) error {
+	pin := trust.PinOf(file)
+	_, err := fmt.Fprintf(w, "trust:\n  sha256: %s\n  kmo1: %s\n", pin.SHA256, pin.Root)
+	return err
+}
+
+func folderArg(args []string) string {
+	if len(args) == 0 {
+		return "."
+	}
+	return args[0]
+}
+
+func siteCheckCommand() *cobra.Command {
+	return &cobra.Command{
+		Use:   "check [FOLDER]",
+		Short: "Check a site's files as a host would read them",
+		Long: `Check a site's files as a host would read them: site.yaml, profiles, units, the dependency graph, the trust root and the site's own
+rules with their tests. Signatures, approvals and tripwires are for 'kmo plan'.
+
+Exit statuses: 0 good, 1 error, 2 usage, 3 refused.`,
+		Example: "  kmo site check\n  kmo site check ~/sites/north-sea",
+		Args:    cobra.MaximumNArgs(1),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			folder, err := os.OpenRoot(folderArg(args))
+			if err != nil {
+				return err
+			}
+			defer func() { _ = folder.Close() }()
+			site, err := template.Load(folder.FS())
+			faults := []error{err}
+			if file, err := folder.ReadFile(trust.RootPath(1)); err != nil {
+				faults = append(faults, err)
+			} else if _, err := trust.ParseRoot(file); err != nil {
+				faults = append(faults, err)
+			}
+			if sub, err := fs.Sub(folder.FS(), "policy"); err == nil {
+				_, err := rules(sub)
+				faults = append(faults, err)
+			}
+			if err := errors.Join(faults...); err != nil {
+				return err
+			}
+			_, err = fmt.Fprintf(cmd.OutOrStdout(), "%s: %d units, good\n", site.Config.Site, len(site.Units))
+			return err
+		},
+	}
+}
