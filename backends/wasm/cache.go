@@ -1,0 +1,288 @@
+package wasm
+
+import (
+	"bytes"
+	"cmp"
+	"context"
+	"crypto/sha256"
+	"debug/elf"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"runtime"
+	"runtime/debug"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/kindos/kmo/policy/refusal"
+)
+
+// The bounds of compiling one module, and of how many are kept.
+const (
+	compileTime   = 2 * time.Minute // CPU and wall
+	compileMemory = 3 << 30         // bytes
+	keptModules   = 32
+	unfinished    = "new-"
+)
+
+// cache is a folder of machine code, one folder a module. It is written by this process alone: what runs guests only reads.
+type cache struct {
+	dir     string
+	program string   // compiles
+	sums    sync.Map // of string, a path's state, to string, the hex SHA-256 of what it held then
+}
+
+// code is one module's machine code.
+type code struct {
+	dir  string
+	sum  string // hex SHA-256 of all of it: wazero's own checksum leaves out the tables, and a wrong one is a wild jump
+	cost int64  // bytes that a process needs to hold it: the code, and the module as it is read
+}
+
+// sumFile is beside the machine code.
+const sumFile = "sum"
+
+func openCache(dir, program string) (*cache, error) {
+	if err := os.MkdirAll(dir, 0o700); err != nil {
+		return nil, err
+	}
+	halves, err := filepath.Glob(filepath.Join(dir, unfinished+"*"))
+	if err != nil {
+		return nil, err
+	}
+	for _, half := range halves {
+		if err := os.RemoveAll(half); err != nil {
+			return nil, err
+		}
+	}
+	return &cache{dir: dir, program: program}, nil
+}
+
+// ready compiles a module if that was not done before by this version of wazero. A module that cannot be compiled is a *moduleError.
+func (c *cache) ready(ctx context.Context, module string, user int) (code, error) {
+	f, err := os.Open(module)
+	if err != nil {
+		return code{}, err
+	}
+	defer f.Close()
+	sum, size, err := c.sum(f)
+	if err != nil {
+		return code{}, err
+	}
+	dir := filepath.Join(c.dir, sum+"-"+wazeroVersion())
+	if _, err := os.Stat(dir); errors.Is(err, os.ErrNotExist) {
+		if err := c.compile(ctx, f, dir, user); err != nil {
+			return code{}, err
+		}
+		if err := c.prune(dir); err != nil {
+			return code{}, err
+		}
+	} else if err != nil {
+		return code{}, err
+	}
+	now := time.Now()
+	if err := os.Chtimes(dir, now, now); err != nil {
+		return code{}, err
+	}
+	machine, err := weigh(dir)
+	if err != nil {
+		return code{}, err
+	}
+	whole, err := os.ReadFile(filepath.Join(dir, sumFile))
+	return code{dir, string(whole), machine + 2*size}, err
+}
+
+// total hashes the machine code in a folder.
+func total(dir string) (string, error) {
+	files, err := filepath.Glob(filepath.Join(dir, "wazero-*", "*"))
+	if err != nil {
+		return "", err
+	}
+	hash := sha256.New()
+	for _, file := range files {
+		f, err := os.Open(file)
+		if err != nil {
+			return "", err
+		}
+		_, err = io.Copy(hash, f)
+		if err := errors.Join(err, f.Close()); err != nil {
+			return "", err
+		}
+	}
+	return hex.EncodeToString(hash.Sum(nil)), nil
+}
+
+// sum hashes a module, once for each state it is found in.
+func (c *cache) sum(f *os.File) (sum string, size int64, err error) {
+	found, err := f.Stat()
+	if err != nil {
+		return "", 0, err
+	}
+	state := fmt.Sprint(f.Name(), " ", found.Size(), " ", found.ModTime().UnixNano())
+	if known, ok := c.sums.Load(state); ok {
+		return known.(string), found.Size(), nil //nolint:forcetypeassert // stored below
+	}
+	hash := sha256.New()
+	if _, err := io.Copy(hash, f); err != nil {
+		return "", 0, err
+	}
+	if _, err := f.Seek(0, io.SeekStart); err != nil {
+		return "", 0, err
+	}
+	sum = hex.EncodeToString(hash.Sum(nil))
+	c.sums.Store(state, sum)
+	return sum, found.Size(), nil
+}
+
+// compile fills a new folder by a process without rights, and renames it to dir.
+func (c *cache) compile(ctx context.Context, module *os.File, dir string, user int) error {
+	half, err := os.MkdirTemp(c.dir, unfinished)
+	if err != nil {
+		return err
+	}
+	defer os.RemoveAll(half)
+	folder, err := os.Open(half)
+	if err != nil {
+		return err
+	}
+	defer folder.Close()
+	if ctx.Err() != nil {
+		return ctx.Err()
+	}
+	limited, cancel := context.WithTimeout(ctx, compileTime)
+	defer cancel()
+	said := &bytes.Buffer{}
+	command := exec.CommandContext(limited, c.program, GuestArg, compileArg) //nolint:gosec // this very program
+	command.Stdin, command.Stdout, command.Stderr = module, said, said
+	command.Env = []string{"GOTRACEBACK=none"}
+	command.ExtraFiles = []*os.File{folder}
+	command.WaitDelay = time.Second
+	if err := withoutRights(command, half, user); err != nil {
+		return err
+	}
+	if err := command.Run(); err != nil {
+		var exit *exec.ExitError
+		switch {
+		case ctx.Err() != nil:
+			return ctx.Err()
+		case errors.As(err, &exit): // by itself, or for its bounds
+			return &moduleError{fmt.Sprintf("compiling: %v: %s", err, refusal.Clip(strings.TrimSpace(said.String()), 1000))}
+		}
+		return fmt.Errorf("compiling: %v", err)
+	}
+	whole, err := total(half)
+	if err != nil {
+		return err
+	}
+	if err := os.WriteFile(filepath.Join(half, sumFile), []byte(whole), 0o600); err != nil {
+		return err
+	}
+	if err := open(half); err != nil {
+		return err
+	}
+	if err := os.Rename(half, dir); err != nil && !errors.Is(err, os.ErrExist) {
+		return err
+	}
+	return nil // or another call was quicker, with the same result
+}
+
+// open takes the folder from the user who filled it and lets everybody read it.
+func open(dir string) error {
+	return filepath.WalkDir(dir, func(path string, entry os.DirEntry, err error) error {
+		if err != nil {
+			return err
+		}
+		mode := os.FileMode(0o444)
+		switch {
+		case entry.IsDir():
+			mode = 0o755
+		case !entry.Type().IsRegular():
+			return fmt.Errorf("%s: %v among machine code", path, entry.Type())
+		}
+		if err := os.Lchown(path, os.Getuid(), os.Getgid()); err != nil {
+			return err
+		}
+		return os.Chmod(path, mode)
+	})
+}
+
+// weigh adds up the files below a folder.
+func weigh(dir string) (int64, error) {
+	var bytes int64
+	err := filepath.WalkDir(dir, func(_ string, entry os.DirEntry, err error) error {
+		if err != nil || entry.IsDir() {
+			return err
+		}
+		found, err := entry.Info()
+		if err == nil {
+			bytes += found.Size()
+		}
+		return err
+	})
+	return bytes, err
+}
+
+// prune removes all but the newest. A runner that holds one keeps it; one that is started again compiles it again.
+func (c *cache) prune(newest string) error {
+	entries, err := os.ReadDir(c.dir)
+	if err != nil {
+		return err
+	}
+	type aged struct {
+		path string
+		used time.Time
+	}
+	var all []aged
+	for _, entry := range entries {
+		found, err := entry.Info()
+		path := filepath.Join(c.dir, entry.Name())
+		if err == nil && path != newest && !strings.HasPrefix(entry.Name(), unfinished) {
+			all = append(all, aged{path, found.ModTime()})
+		}
+	}
+	slices.SortFunc(all, func(a, b aged) int { return cmp.Or(b.used.Compare(a.used), strings.Compare(a.path, b.path)) })
+	for _, old := range all[min(len(all), keptModules-1):] {
+		if err := os.RemoveAll(old.path); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// wazeroVersion is the version in this binary, with the architecture its machine code is for.
+func wazeroVersion() string {
+	version := "dev"
+	if build, ok := debug.ReadBuildInfo(); ok {
+		for _, module := range build.Deps {
+			if module.Path == "github.com/tetratelabs/wazero" {
+				version = module.Version
+			}
+		}
+	}
+	return version + "-" + runtime.GOARCH
+}
+
+// static says no to a binary that needs a dynamic linker: there is none in a guest's root.
+func static(program string) error {
+	file, err := elf.Open(program)
+	if err != nil {
+		var format *elf.FormatError
+		if errors.As(err, &format) {
+			return nil // not Linux, which is said elsewhere
+		}
+		return err
+	}
+	defer file.Close()
+	for _, part := range file.Progs {
+		if part.Type == elf.PT_INTERP {
+			return fmt.Errorf("%s is linked dynamically; want a static binary, as CGO_ENABLED=0 builds it", program)
+		}
+	}
+	return nil
+}
