@@ -31,7 +31,7 @@ type bench struct {
 	subject Subject
 	route   route
 	format  backends.Format
-	print   backends.Fingerprint
+	able    backends.Fingerprint
 	backend backends.Backend
 	end     func() // of the present process
 	names   []string
@@ -40,11 +40,11 @@ type bench struct {
 func newBench(t *testing.T, subject Subject, route route, format backends.Format) *bench {
 	b := &bench{T: t, subject: subject, route: route, format: format}
 	b.reopen()
-	print, err := b.backend.Fingerprint(t.Context())
+	able, err := b.backend.Fingerprint(t.Context())
 	if err != nil {
 		t.Fatalf("fingerprint: %v", err)
 	}
-	b.print = print
+	b.able = able
 	t.Cleanup(func() { b.end() })
 	return b
 }
@@ -88,7 +88,7 @@ func (b *bench) clear() {
 // unit is a workload of a unit whose program runs the steps. It asks for nothing that the fingerprint lacks.
 func (b *bench) unit(unit string, steps ...string) backends.Workload {
 	w := backends.Workload{
-		Unit: unit, Backend: b.print.Backend, Tier: 3, Format: b.format, Image: b.subject.Images[b.format],
+		Unit: unit, Backend: b.able.Backend, Tier: 3, Format: b.format, Image: b.subject.Images[b.format],
 		Run: backends.Run{Args: steps, User: b.subject.User, Grace: 2 * time.Second},
 	}
 	if w.Run.User == 0 {
@@ -97,13 +97,13 @@ func (b *bench) unit(unit string, steps ...string) backends.Workload {
 	if b.format == backends.OCI || b.format == backends.LXC {
 		w.Image.Config.Entrypoint = []string{"/app"}
 	}
-	if b.print.Has(backends.LimitCPU) {
+	if b.able.Has(backends.LimitCPU) {
 		w.Resources.CPU = 1000
 	}
-	if b.print.Has(backends.LimitMemory) {
+	if b.able.Has(backends.LimitMemory) {
 		w.Resources.Memory = 128 << 20
 	}
-	if b.print.Has(backends.LimitPIDs) {
+	if b.able.Has(backends.LimitPIDs) {
 		w.Resources.PIDs = 64
 	}
 	return w

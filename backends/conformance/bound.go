@@ -57,12 +57,12 @@ func nothingWritten(b *bench) {
 func baseImmutable(b *bench) {
 	before := contentSum(b)
 	w := b.unit("relay", "append /app text", "cat /tmp/x", "write /tmp/x text", "cat /tmp/x", "wait")
-	if b.print.Has(backends.Overlays) {
+	if b.able.Has(backends.Overlays) {
 		w.Overlay.Size = 16 << 20
 	}
 	w = b.apply(w)
 	b.line(w.Name, "waiting")
-	if got := b.line(w.Name, "cat /tmp/x:"); b.print.Has(backends.Overlays) && got != `"text"` {
+	if got := b.line(w.Name, "cat /tmp/x:"); b.able.Has(backends.Overlays) && got != `"text"` {
 		b.Errorf("what was written to the overlay reads as %s", got)
 	}
 	if strings.Count(b.log(w.Name), `cat /tmp/x: "text"`) > 1 {
@@ -106,7 +106,7 @@ func contentSum(b *bench) string {
 }
 
 func keptSurvives(b *bench) {
-	if !b.print.Has(backends.Keep) {
+	if !b.able.Has(backends.Keep) {
 		return // the refusal of it is checked with the others
 	}
 	unit := func(name string, steps ...string) backends.Workload {
@@ -140,7 +140,7 @@ func keptSurvives(b *bench) {
 }
 
 func memoryBites(b *bench) {
-	if !b.print.Has(backends.LimitMemory) {
+	if !b.able.Has(backends.LimitMemory) {
 		return
 	}
 	w := b.unit("relay", "eat 536870912", "wait")
@@ -158,7 +158,7 @@ func memoryBites(b *bench) {
 }
 
 func pidsBite(b *bench) {
-	if !b.print.Has(backends.LimitPIDs) {
+	if !b.able.Has(backends.LimitPIDs) {
 		return
 	}
 	w := b.unit("relay", "fork 40", "wait")
@@ -178,7 +178,7 @@ func pidsBite(b *bench) {
 }
 
 func diskBites(b *bench) {
-	if !b.print.Has(backends.LimitDisk) || !b.print.Has(backends.Overlays) {
+	if !b.able.Has(backends.LimitDisk) || !b.able.Has(backends.Overlays) {
 		return
 	}
 	w := b.unit("relay", "fill /tmp/x 8388608", "wait")
@@ -191,7 +191,7 @@ func diskBites(b *bench) {
 }
 
 func cpuBites(b *bench) {
-	if !b.print.Has(backends.LimitCPU) {
+	if !b.able.Has(backends.LimitCPU) {
 		return
 	}
 	w := b.unit("relay", "burn")
@@ -236,7 +236,7 @@ func lackedRefused(b *bench) {
 	b.line(stays.Name, "waiting")
 	before := b.until(stays.Name, "running", running)
 	for feature, ask := range asks {
-		if b.print.Has(feature) {
+		if b.able.Has(feature) {
 			continue
 		}
 		w := b.unit("relay", "wait")

@@ -74,18 +74,18 @@ func testFormat(t *testing.T, newSubject func(t *testing.T) Subject, route route
 
 func formats(t *testing.T, newSubject func(t *testing.T) Subject) []backends.Format {
 	subject := newSubject(t)
-	print, err := subject.Open(t).Fingerprint(t.Context())
+	able, err := subject.Open(t).Fingerprint(t.Context())
 	if err != nil {
 		t.Fatal(err)
 	}
 	var formats []backends.Format
-	for _, format := range print.Formats {
+	for _, format := range able.Formats {
 		if _, ok := subject.Images[format]; ok {
 			formats = append(formats, format)
 		}
 	}
 	if len(formats) == 0 || len(formats) != len(subject.Images) {
-		t.Fatalf("the fingerprint says formats %q, the subject has %d images", print.Formats, len(subject.Images))
+		t.Fatalf("the fingerprint says formats %q, the subject has %d images", able.Formats, len(subject.Images))
 	}
 	return formats
 }

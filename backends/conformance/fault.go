@@ -27,7 +27,7 @@ func faultChecks() []check {
 }
 
 func hooksRun(b *bench) {
-	if !b.print.Has(backends.Hooking) || !b.print.Has(backends.Keep) {
+	if !b.able.Has(backends.Hooking) || !b.able.Has(backends.Keep) {
 		return // without a kept path the order could not be seen
 	}
 	w := b.unit("relay", "append /keep/order main,", "wait")
@@ -51,7 +51,7 @@ func hooksRun(b *bench) {
 }
 
 func preInitFails(b *bench) {
-	if !b.print.Has(backends.Hooking) {
+	if !b.able.Has(backends.Hooking) {
 		return // the refusal of it is checked with the others
 	}
 	w := b.unit("relay", "say never", "wait")

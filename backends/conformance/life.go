@@ -2,6 +2,7 @@ package conformance
 
 import (
 	"errors"
+	"fmt"
 	"slices"
 	"strconv"
 	"strings"
@@ -19,6 +20,7 @@ func lifeChecks() []check {
 		{"remove clears and is nil if there is none", removeClears},
 		{"remove gives the program its grace", removeGrace},
 		{"a new process finds what an old one left", newProcess},
+		{"nomad#27815 a program goes on writing when what started it is gone", writesOn},
 		{"a killed program comes back", killedComesBack},
 		{"a program that ends is told with its exit code", exitTold},
 	}
@@ -98,7 +100,7 @@ func removeClears(b *bench) {
 
 // removeGrace: the program gets its signal and its time; its last write is seen in a kept path.
 func removeGrace(b *bench) {
-	if !b.print.Has(backends.Keep) || b.format == backends.WASM {
+	if !b.able.Has(backends.Keep) || b.format == backends.WASM {
 		return // a WASI program has no signals, and without a kept path nothing could be seen afterwards
 	}
 	w := b.unit("relay", "trap /keep/end")
@@ -132,6 +134,24 @@ func newProcess(b *bench) {
 	b.remove(w.Name)
 	if list := b.observe(); len(list) != 0 {
 		b.Errorf("observe still lists %v", names(list))
+	}
+}
+
+func writesOn(b *bench) {
+	w := b.apply(b.unit("relay", "tick"))
+	before := b.until(w.Name, "running", running)
+	if before.PID == 0 && b.subject.Kill != nil {
+		return // an imaginary program has no clock
+	}
+	b.line(w.Name, "tick 3")
+	b.reopen()
+	seen, err := strconv.Atoi(b.line(w.Name, "tick"))
+	if err != nil {
+		b.Fatal(err)
+	}
+	b.line(w.Name, fmt.Sprint("tick ", seen+5))
+	if after, _ := b.status(w.Name); after.Restarts != 0 || after.PID != before.PID {
+		b.Errorf("the program was started again: %+v, was %+v", after, before)
 	}
 }
 

@@ -199,7 +199,7 @@ func fixedPort(b *bench) {
 }
 
 func mappedPort(b *bench) {
-	if !b.print.Has(backends.PortMap) {
+	if !b.able.Has(backends.PortMap) {
 		return // the refusal of it is checked with the others
 	}
 	inside, outside := freePort(b), freePort(b)
@@ -254,7 +254,7 @@ func onlyOurs(b *bench) {
 
 func execInside(b *bench) {
 	execer, ok := b.backend.(backends.Execer)
-	if !b.print.Has(backends.Exec) {
+	if !b.able.Has(backends.Exec) {
 		if ok {
 			_, _, err := execer.Exec(b.Context(), "nothing-00000000", []string{"/app"})
 			b.lacks(backends.Exec, err)
@@ -292,7 +292,7 @@ func execInside(b *bench) {
 }
 
 func mounted(b *bench) {
-	if !b.print.Has(backends.Mounts) {
+	if !b.able.Has(backends.Mounts) {
 		return // the refusal of it is checked with the others
 	}
 	dir := b.hostDir()

@@ -78,12 +78,12 @@ func Able() backends.Fingerprint {
 }
 
 // Fingerprint returns Print.
-func (b *Backend) Fingerprint(ctx context.Context) (print backends.Fingerprint, err error) {
+func (b *Backend) Fingerprint(ctx context.Context) (able backends.Fingerprint, err error) {
 	err = b.call(ctx, "Fingerprint", "", func() error {
-		print = b.able()
+		able = b.able()
 		return nil
 	})
-	return print, err
+	return able, err
 }
 
 func (b *Backend) able() backends.Fingerprint {

@@ -77,6 +77,8 @@ func (i *imagined) run(p *fake.Process) (code int, ended bool) {
 		case "exit":
 			code, _ := strconv.Atoi(rest)
 			return code, true
+		case "tick":
+			return 0, false
 		case "wait", "trap":
 			fmt.Fprintln(&p.Out, "waiting")
 			return 0, false

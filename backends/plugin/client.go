@@ -123,12 +123,12 @@ func (c *Client) Close() error {
 }
 
 // Fingerprint implements backends.Backend.
-func (c *Client) Fingerprint(ctx context.Context) (print backends.Fingerprint, err error) {
+func (c *Client) Fingerprint(ctx context.Context) (able backends.Fingerprint, err error) {
 	err = c.call(ctx, lookTime, func(ctx context.Context, r *remote) (err error) {
-		print, err = r.Fingerprint(ctx)
+		able, err = r.Fingerprint(ctx)
 		return err
 	})
-	return print, err
+	return able, err
 }
 
 // Observe implements backends.Backend.

@@ -300,12 +300,14 @@ func TestStalePid(t *testing.T) {
 	proc := c.present.proc
 	syscall.Kill(proc.pid, syscall.SIGKILL)
 	<-proc.done
-	proc.cmd.Process.Pid = startSleep(t) // as if the number had come to somebody else
-	proc.pid = proc.cmd.Process.Pid
+	other := startSleep(t)
+	proc.mu.Lock()
+	proc.cmd.Process.Pid, proc.pid = other, other // as if the number had come to somebody else
+	proc.mu.Unlock()
 	proc.kill("by mistake")
 	c.Close()
-	if proc.why != "" || !alive(proc.pid) {
-		t.Errorf("hashicorp/go-plugin#320: process %d, which is another by now, was killed", proc.pid)
+	if proc.why != "" || !alive(other) {
+		t.Errorf("hashicorp/go-plugin#320: process %d, which is another by now, was killed", other)
 	}
 }
 
@@ -376,6 +378,11 @@ func TestStderr(t *testing.T) {
 	c := open(t, o)
 	if _, err := c.Observe(t.Context()); err != nil {
 		t.Fatal(err)
+	}
+	for deadline := time.Now().Add(10 * time.Second); !strings.Contains(log.String(), "line 1"); time.Sleep(time.Millisecond) {
+		if time.Now().After(deadline) {
+			t.Fatalf("no line of the plugin was logged: %q", log.String())
+		}
 	}
 	c.Close()
 	text := log.String()

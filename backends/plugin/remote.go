@@ -8,6 +8,7 @@ import (
 	"io"
 	"strings"
 	"sync/atomic"
+	"time"
 
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
@@ -130,10 +131,11 @@ func (r *remote) judge(ctx context.Context, call string, asked, answered uint64,
 		}
 		return nil
 	}
+	st := status.Convert(err)
+	awaitDeadline(ctx, st.Code())
 	if ctx.Err() != nil {
 		return fmt.Errorf("%s: %w", call, context.Cause(ctx))
 	}
-	st := status.Convert(err)
 	text := line(st.Message())
 	for _, detail := range st.Details() {
 		if fault, ok := detail.(*wire.Fault); ok {
@@ -151,6 +153,14 @@ func (r *remote) judge(ctx context.Context, call string, asked, answered uint64,
 		return &saidError{text: text, kind: context.DeadlineExceeded}
 	default:
 		return &brokenError{err: fmt.Errorf("%s: %s: %s", call, st.Code(), text), gone: st.Code() == codes.Unavailable}
+	}
+}
+
+// awaitDeadline waits for the caller's deadline where the other side, which has the same, was a little ahead of it.
+func awaitDeadline(ctx context.Context, code codes.Code) {
+	deadline, ok := ctx.Deadline()
+	if ok && (code == codes.Canceled || code == codes.DeadlineExceeded) && time.Until(deadline) < 100*time.Millisecond {
+		<-ctx.Done()
 	}
 }
 

@@ -15,6 +15,7 @@
 //	eat BYTES             "ate BYTES", with every page touched
 //	fork N                "forked N", or "fork: M of N: " and the error; the children wait
 //	burn                  uses all the CPU there is, for ever
+//	tick                  "tick N", for ever, every hundredth of a second
 //	exit CODE             ends
 //	serve NAME            "serving NAME", and answers HTTP on the port KMO_PORT_NAME until it ends; goes on to the next step
 //	wait                  "waiting", until it is told to stop: then "stopped" and status 0
@@ -61,6 +62,11 @@ func run(verb, rest string) {
 		fmt.Println("dir", dir, orEmpty(err))
 	case "id":
 		fmt.Println("id", os.Getuid(), os.Getgid())
+	case "tick":
+		for i := 1; ; i++ {
+			fmt.Println("tick", i)
+			time.Sleep(10 * time.Millisecond)
+		}
 	case "exit":
 		os.Exit(number(first))
 	case "eat":
