@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"net"
 	"net/http"
 	"net/http/httptest"
@@ -12,10 +13,12 @@ import (
 	"strings"
 	"sync/atomic"
 	"testing"
+	"testing/iotest"
 	"time"
 
 	"github.com/google/go-containerregistry/pkg/authn"
 
+	v1 "github.com/google/go-containerregistry/pkg/v1"
 	"github.com/google/go-containerregistry/pkg/v1/types"
 
 	"github.com/kindos/kmo/policy/refusal"
@@ -140,6 +143,26 @@ func TestLyingRegistry(t *testing.T) {
 		}
 		wantClean(t, s, true)
 	})
+}
+
+// TestVerifier is about a stream that says no length: the right bytes under a wrong size.
+func TestVerifier(t *testing.T) {
+	body := []byte("some bytes")
+	for _, size := range []int64{0, 9, 10, 11, 1 << 40} {
+		v := newVerifier("blob", v1.Descriptor{Size: size, Digest: v1.Hash{Algorithm: "sha256", Hex: sha256Hex(body)}}, iotest.OneByteReader(bytes.NewReader(body)), true)
+		got, err := io.ReadAll(v)
+		if size == 10 {
+			if err != nil || !bytes.Equal(got, body) || v.blob.Root() != merkle.BlobRoot(body) {
+				t.Errorf("the right size: got %q, %v", got, err)
+			}
+			continue
+		}
+		t.Run(fmt.Sprintf("U-10 layer of 10 bytes declared as %d", size), func(t *testing.T) {
+			if r := refusal.Of(err); r == nil || r.Code != "E_IMG_DIGEST" || r.Want != fmt.Sprintf("size %d", size) {
+				t.Errorf("got %v, want E_IMG_DIGEST for the size", err)
+			}
+		})
+	}
 }
 
 func TestDocuments(t *testing.T) {
@@ -274,9 +297,13 @@ func TestBorder(t *testing.T) {
 			honest.ServeHTTP(rw, r)
 		})
 		defer w.lies(nil)
+		w.asked()
 		s := newStore(t)
 		_, err := s.Fetch(ctx, ref, root, OCI)
 		wantRefusal(t, s, err, "E_REDIRECT", "redirects")
+		if n := len(w.asked()); n > 10 {
+			t.Errorf("%d requests", n)
+		}
 	})
 	t.Run("U-36 U-38 credentials stay with the registry", func(t *testing.T) {
 		const secret = "canary-password"

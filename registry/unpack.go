@@ -424,9 +424,6 @@ func (u *unpacker) whiteout(parent *node, name, dir, base string) error {
 
 // clear removes n, and everything below it, as far as lower layers brought it.
 func (u *unpacker) clear(parent, n *node, at, base string) error {
-	if n.layer == u.layer && n.children == nil {
-		return nil
-	}
 	if !n.holds(u.layer) {
 		delete(parent.children, base)
 		return u.root.RemoveAll(at)
