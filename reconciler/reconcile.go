@@ -8,6 +8,7 @@ import (
 	"log/slog"
 	"reflect"
 	"slices"
+	"strings"
 	"time"
 
 	"github.com/kindos/kmo/backends"
@@ -236,8 +237,9 @@ func (r *Reconciler) end(ctx context.Context, rec Record, head string, outcome O
 	if ctx.Err() != nil {
 		return rec, context.Cause(ctx)
 	}
-	told := rec.Head == head && rec.Outcome == outcome && rec.Stage == stage && rec.Reason == refusal.Clip(reason, maxReason)
-	rec.Head, rec.Outcome, rec.Stage, rec.Reason = head, outcome, stage, refusal.Clip(reason, maxReason)
+	reason = refusal.Clip(strings.ReplaceAll(reason, "\n", "; "), maxReason) // joined refusals in one line
+	told := rec.Head == head && rec.Outcome == outcome && rec.Stage == stage && rec.Reason == reason
+	rec.Head, rec.Outcome, rec.Stage, rec.Reason = head, outcome, stage, reason
 	if told && reflect.DeepEqual(rec, r.saved) {
 		return rec, nil
 	}

@@ -52,25 +52,25 @@ func (d *demo) acts() []act {
 				return err
 			}
 			return d.approve(ctx, "none", "approve the site", "bob", "carol")
-		}, reconciler.Converged, ""},
+		}, reconciler.Converged, "", d.serves("relay", "relay 1")},
 		{"a commit that nobody signed", func(ctx context.Context) error {
 			return d.commit(ctx, "hello", false, files("README.md", "a site\n"))
-		}, reconciler.Refused, "E_SIG_MISSING"},
+		}, reconciler.Refused, "E_SIG_MISSING", nil},
 		{"a unit that asks for all of the host", func(ctx context.Context) error {
 			return d.commit(ctx, "privileged", true, files(relay, privileged))
-		}, reconciler.Refused, "KT001"},
+		}, reconciler.Refused, "KT001", nil},
 		{"an image whose bytes were changed in the registry", func(ctx context.Context) error {
 			return d.commit(ctx, "another image under the same root", true, files(relay, changed))
-		}, reconciler.Refused, "E_MERKLE_ROOT"},
+		}, reconciler.Refused, "E_MERKLE_ROOT", nil},
 		{"a tier-1 unit without its quorum", func(ctx context.Context) error {
 			return d.commit(ctx, "ledger", true, files(relay, relayText, ledger, ledgerText))
-		}, reconciler.Refused, "KT018"},
+		}, reconciler.Refused, "KT018", nil},
 		{"the same, approved by two people", func(ctx context.Context) error {
 			return d.approve(ctx, d.good(), "approve ledger", "bob", "carol")
-		}, reconciler.Converged, ""},
+		}, reconciler.Converged, "", d.serves("ledger", "relay 1")},
 		{"v2: answers 500 when asked for its health", func(ctx context.Context) error {
 			return d.commit(ctx, "relay v2", true, files(relay, broken))
-		}, reconciler.Reverted, "500"},
+		}, reconciler.Reverted, "500", d.takenBack},
 	}
 }
 

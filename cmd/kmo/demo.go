@@ -66,7 +66,8 @@ type act struct {
 	title   string
 	push    func(context.Context) error
 	outcome reconciler.Outcome
-	says    string // in the record's reason
+	says    string                                // in the record's reason
+	check   func(context.Context) (string, error) // what else must be true; what it found is printed
 }
 
 func (d *demo) play(ctx context.Context) (err error) {
@@ -261,7 +262,72 @@ func (d *demo) perform(ctx context.Context, number int, a act) error {
 	if err != nil || !strings.Contains(rec.Reason, a.says) {
 		return fmt.Errorf("act %d, %s: it ended %s at %s: %s; it must end %s and say %q (%w)", number, a.title, rec.Outcome, rec.Stage, rec.Reason, a.outcome, a.says, err)
 	}
-	return nil
+	if a.check == nil {
+		return nil
+	}
+	found, err := a.check(ctx)
+	if err != nil {
+		return fmt.Errorf("act %d, %s: %w", number, a.title, err)
+	}
+	_, err = fmt.Fprintf(d.out, "   %s\n", strings.ReplaceAll(strings.TrimSpace(found), "\n", "\n   "))
+	return err
+}
+
+// ask gets a page of a unit over HTTP, as its users do.
+func (d *demo) ask(ctx context.Context, unit string) (string, error) {
+	c, err := dial(ctx, &hostFlags{state: d.state()})
+	if err != nil {
+		return "", err
+	}
+	defer func() { _ = c.close() }()
+	var s Status
+	if err := c.get(ctx, http.MethodGet, "/status", nil, &s); err != nil {
+		return "", err
+	}
+	for _, have := range s.Workloads {
+		if have.Unit() != unit || len(have.Addresses) == 0 {
+			continue
+		}
+		request, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://"+have.Addresses[0].Address+"/", nil)
+		if err != nil {
+			return "", err
+		}
+		response, err := http.DefaultClient.Do(request)
+		if err != nil {
+			return "", err
+		}
+		defer func() { _ = response.Body.Close() }()
+		page, err := io.ReadAll(io.LimitReader(response.Body, 1<<10))
+		return strings.TrimSpace(string(page)), err
+	}
+	return "", fmt.Errorf("no workload of %s has an address", unit)
+}
+
+// serves checks that a unit answers with that text.
+func (d *demo) serves(unit, want string) func(context.Context) (string, error) {
+	return func(ctx context.Context) (string, error) {
+		got, err := d.ask(ctx, unit)
+		if err == nil && got != want {
+			err = fmt.Errorf("%s answers %q, want %q", unit, got, want)
+		}
+		return unit + " answers: " + got, err
+	}
+}
+
+// takenBack checks that the branch ends in a revert signed by the host, whose content is the good commit's, and that v1 serves.
+func (d *demo) takenBack(ctx context.Context) (string, error) {
+	if _, err := d.git(ctx, "alice", "pull", "-q", "--ff-only"); err != nil {
+		return "", err
+	}
+	log, err := d.git(ctx, "alice", "log", "--oneline", "-3")
+	if err != nil {
+		return "", err
+	}
+	if same, err := d.git(ctx, "alice", "diff", "HEAD", "HEAD~2"); err != nil || same != "" || !strings.Contains(log, "Revert to") {
+		return "", fmt.Errorf("the branch does not end in a revert to the good content (%w): %s", err, log)
+	}
+	page, err := d.serves("relay", "relay 1")(ctx)
+	return "git log:\n" + log + page, err
 }
 
 // wait asks the agent until done is content, for at most half a minute.

@@ -166,7 +166,13 @@ Exit statuses: 0 written, 1 error (a file that is there is never overwritten), 2
   kmo site init site --name north-sea --zone canary --zone edge-a --sign ~/.ssh/id_ed25519 \
       --person alice=alice@example.org=~/.ssh/id_ed25519.pub --host edge-1=/etc/kmo/host.key.pub`,
 		Args: oneArg("the site's folder"),
-		RunE: func(cmd *cobra.Command, args []string) error { return f.write(cmd.OutOrStdout(), args[0]) },
+		RunE: func(cmd *cobra.Command, args []string) error {
+			if err := f.write(cmd.OutOrStdout(), args[0]); err != nil {
+				return err
+			}
+			printShort(cmd.ErrOrStderr(), f.tiers())
+			return nil
+		},
 	}
 	cmd.Flags().StringVar(&f.name, "name", "", "the site's name")
 	cmd.Flags().StringVar(&f.branch, "branch", "main", "the branch that hosts follow")
@@ -220,7 +226,7 @@ func (f *founding) write(w io.Writer, folder string) error {
 
 // root is the founding root: everybody named may do all that people may do, one of them is enough for a new root.
 func (f *founding) root() (trust.Root, error) {
-	root := trust.Root{Version: 1, Site: f.name, Tiers: trust.DefaultTiers()}
+	root := trust.Root{Version: 1, Site: f.name, Tiers: f.tiers()}
 	var people, hosts []string
 	for _, text := range f.people {
 		parts := strings.SplitN(text, "=", 3)
@@ -256,6 +262,29 @@ func (f *founding) root() (trust.Root, error) {
 		root.Roles = append(root.Roles, trust.Role{Name: trust.RoleRevert, Threshold: 1, Members: hosts})
 	}
 	return root, nil
+}
+
+// tiers are the default tiers as far as so many people can give their approvals.
+func (f *founding) tiers() []trust.Tier {
+	tiers := trust.DefaultTiers()
+	for i := range tiers {
+		tier := &tiers[i]
+		others := len(f.people)
+		if tier.ExcludeAuthor = tier.ExcludeAuthor && others > 1; tier.ExcludeAuthor {
+			others--
+		}
+		tier.Need = min(tier.Need, others)
+	}
+	return tiers
+}
+
+// printShort says which tiers need fewer approvals than they should.
+func printShort(w io.Writer, tiers []trust.Tier) {
+	for i, should := range trust.DefaultTiers() {
+		if tiers[i].Need < should.Need {
+			_, _ = fmt.Fprintf(w, "tier %d needs only %d of %d approvals: name more people with --person\n", i, tiers[i].Need, should.Need)
+		}
+	}
 }
 
 func authorized(key ssh.PublicKey) string {
