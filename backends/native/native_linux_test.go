@@ -1,6 +1,7 @@
 package native
 
 import (
+	"crypto/sha256"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -27,7 +28,6 @@ func open(t testing.TB, state string) *Backend {
 	if err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(func() { _ = b.Close() })
 	return b
 }
 
@@ -55,16 +55,17 @@ func TestConformance(t *testing.T) {
 	conformance.Test(t, func(t *testing.T) conformance.Subject {
 		dir := t.TempDir()
 		return conformance.Subject{
-			Open:   func(t *testing.T) backends.Backend { return open(t, dir) },
-			Images: images,
-			Leaks:  func(t *testing.T) []string { return leaks(dir) },
+			Open:     func(t *testing.T) backends.Backend { return open(t, dir) },
+			Images:   images,
+			Leaks:    func(t *testing.T) []string { return leaks(dir) },
+			Stranger: func(t *testing.T) func(*testing.T) { return stranger(t, images[backends.Native]) },
 		}
 	})
 }
 
 // leaks lists what is left of the workloads of a state folder on this host.
 func leaks(state string) (list []string) {
-	for _, pattern := range []string{filepath.Join(state, "work", "*"), "/sys/fs/cgroup/*/kmo/native-*"} {
+	for _, pattern := range []string{filepath.Join(state, "work", "*"), "/sys/fs/cgroup/*/kmo/native-" + fmt.Sprintf("%x", sha256.Sum256([]byte(state)))[:8]} {
 		found, _ := filepath.Glob(pattern)
 		list = append(list, found...)
 	}
@@ -86,4 +87,51 @@ func leaks(state string) (list []string) {
 		}
 	}
 	return list
+}
+
+// stranger runs a workload of another state folder, and returns a check that it still runs.
+func stranger(t *testing.T, image backends.Image) func(*testing.T) {
+	b := open(t, t.TempDir())
+	w := backends.Workload{Name: "stranger-00000001", Unit: "stranger", Format: backends.Native, Image: image, Run: backends.Run{Args: []string{"wait"}, User: 65532}}
+	if err := b.Apply(t.Context(), w); err != nil {
+		t.Fatal(err)
+	}
+	before, err := b.Observe(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	return func(t *testing.T) {
+		after, err := b.Observe(t.Context())
+		if err != nil || len(after) != 1 || after[0].PID != before[0].PID || after[0].State != backends.Running {
+			t.Errorf("the stranger is %+v, was %+v; %v", after, before, err)
+		}
+		if err := b.Remove(t.Context(), w.Name); err != nil {
+			t.Error(err)
+		}
+	}
+}
+
+// The check for leaks finds what a running workload has.
+func TestLeaksAreSeen(t *testing.T) {
+	dir := t.TempDir()
+	b := open(t, dir)
+	w := backends.Workload{Name: "there-00000001", Unit: "there", Format: backends.Native, Image: content(t)[backends.Native], Run: backends.Run{Args: []string{"wait"}, User: 65532}}
+	if err := b.Apply(t.Context(), w); err != nil {
+		t.Fatal(err)
+	}
+	found := strings.Join(leaks(dir), "\n")
+	for _, want := range []string{"/work/there-00000001", "/sys/fs/cgroup/memory/kmo/native-", "process /proc/"} {
+		if !strings.Contains(found, want) {
+			t.Errorf("%q has no %s", found, want)
+		}
+	}
+	if err := b.Remove(t.Context(), w.Name); err != nil {
+		t.Fatal(err)
+	}
+	if left := leaks(dir); len(left) > 0 {
+		t.Errorf("left behind: %q", left)
+	}
+	if err := b.Close(); err != nil {
+		t.Error(err)
+	}
 }

@@ -26,6 +26,7 @@ type Keeper struct {
 	support stage.Support
 	groups  cgroup.Groups
 	boot    string
+	lock    *os.File     // held on the state folder: one keeper at a time
 	step    func(string) // called at each step of a start; a test ends this process there
 
 	ctx     context.Context // of watching and restarting; ended by Close
@@ -54,7 +55,7 @@ type entry struct {
 	read    time.Time // of usage
 }
 
-// Open finds what an earlier process left in the state folder and goes on with it: programs that run are kept, programs that
+// Open takes the state folder, which no other process may have, and finds what an earlier process left in the state folder and goes on with it: programs that run are kept, programs that
 // are gone are started again, half-made ones are undone, removals are finished.
 func Open(o Options) (*Keeper, error) {
 	if o.Logger == nil {
@@ -83,9 +84,12 @@ func Open(o Options) (*Keeper, error) {
 			return nil, err
 		}
 	}
+	if k.lock, err = lock(state); err != nil {
+		return nil, err
+	}
 	k.support = stage.Measure(filepath.Join(state, "probe"))
 	if err := os.Remove(filepath.Join(state, "probe")); err != nil {
-		return nil, err
+		return nil, errors.Join(err, k.lock.Close())
 	}
 	if k.support.Mounts {
 		k.groups = cgroup.Find(o.Cgroups, fmt.Sprintf("kmo/%s-%x", o.Backend, sha256.Sum256([]byte(state)))[:len(o.Backend)+13])
@@ -111,7 +115,23 @@ func (k *Keeper) Close() error {
 	}
 	k.mu.Unlock()
 	k.working.Wait()
-	return nil
+	return k.lock.Close()
+}
+
+// lock takes the state folder for this process alone. A process that was just killed may hold it a little longer.
+func lock(state string) (*os.File, error) {
+	f, err := os.Open(state)
+	if err != nil {
+		return nil, err
+	}
+	for deadline := time.Now().Add(3 * time.Second); ; time.Sleep(20 * time.Millisecond) {
+		if err = unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); err == nil {
+			return f, nil
+		}
+		if time.Now().After(deadline) {
+			return nil, errors.Join(fmt.Errorf("%s: another process keeps the programs of this folder; end it first: %v", state, err), f.Close())
+		}
+	}
 }
 
 func (k *Keeper) trimLogs() {

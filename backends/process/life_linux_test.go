@@ -120,6 +120,13 @@ func TestOutlivesItsKeeper(t *testing.T) {
 	}
 }
 
+func TestOneKeeperAFolder(t *testing.T) {
+	k := fresh(t)
+	if second, err := Open(options(k.options.State)); err == nil {
+		t.Error("two keepers have one folder", second.Close())
+	}
+}
+
 func TestStrangersGetNoSignal(t *testing.T) {
 	stranger := exec.Command(probe(), "wait")
 	if err := stranger.Start(); err != nil {
