@@ -22,6 +22,7 @@ import (
 const (
 	hookTime     = 30 * time.Second // for each postInit and exit hook
 	defaultGrace = 10 * time.Second // where a workload says none
+	restartTime  = 2 * time.Minute  // for a start without a caller, preInit hooks and all
 	quick        = time.Minute      // an end sooner than this after the start makes the next pause longer
 )
 
@@ -69,7 +70,8 @@ func (k *Keeper) Remove(ctx context.Context, name string) error {
 		return err
 	}
 	defer release()
-	if err := e.change(func(r *record) { r.Removing, e.detail = true, "being removed" }); err != nil {
+	err = e.change(func(r *record) { r.Removing, e.detail = true, "being removed" })
+	if err != nil && !errors.Is(err, os.ErrNotExist) { // somebody took the folder away: the rest is to go too
 		return err
 	}
 	if err := k.stop(ctx, e, true); err != nil {

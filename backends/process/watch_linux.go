@@ -242,8 +242,10 @@ func (k *Keeper) restart(e *entry, p *program) time.Duration {
 	e.record.Restarts++
 	e.record.Pending = len(e.record.Workload.Hooks.PostInit) > 0
 	e.mu.Unlock()
-	if err = k.start(k.ctx, e); err == nil {
-		if err := k.postInit(k.ctx, e); err != nil {
+	ctx, cancel := context.WithTimeout(k.ctx, restartTime)
+	defer cancel()
+	if err = k.start(ctx, e); err == nil {
+		if err := k.postInit(ctx, e); err != nil {
 			k.options.Logger.Warn("running a postInit hook", "workload", e.name, "err", err)
 		}
 		return 0
