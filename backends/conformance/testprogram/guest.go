@@ -31,6 +31,7 @@ func fork(n int) {
 func wait(last func()) {
 	stop := make(chan os.Signal, 1)
 	signal.Notify(stop, syscall.SIGTERM, syscall.SIGINT)
+	fmt.Println("waiting") // not before it would hear the signal
 	<-stop
 	last()
 	os.Exit(0)

@@ -59,7 +59,10 @@ func run(verb, rest string) {
 		fmt.Printf("args %q\n", os.Args[1:])
 	case "dir":
 		dir, err := os.Getwd()
-		fmt.Println("dir", dir, orEmpty(err))
+		if err != nil {
+			dir = "error: " + err.Error()
+		}
+		fmt.Println("dir", dir)
 	case "id":
 		fmt.Println("id", os.Getuid(), os.Getgid())
 	case "tick":
@@ -81,10 +84,8 @@ func run(verb, rest string) {
 	case "serve":
 		serve(first)
 	case "wait":
-		fmt.Println("waiting")
 		wait(func() { fmt.Println("stopped") })
 	case "trap":
-		fmt.Println("waiting")
 		wait(func() { file("append", first, "stopped\n") })
 	default:
 		file(verb, first, second)
@@ -198,11 +199,4 @@ func number(text string) int {
 		os.Exit(64)
 	}
 	return n
-}
-
-func orEmpty(err error) string {
-	if err != nil {
-		return err.Error()
-	}
-	return ""
 }
