@@ -46,7 +46,11 @@ type Reconciler struct {
 	Logger   *slog.Logger
 	Every    time.Duration // between two checks of a base's bytes; 0 means one a minute
 
-	// owned by the one goroutine that calls Reconcile
+	memory // owned by the one goroutine that calls Reconcile
+}
+
+// memory is what a Reconciler keeps between two looks. All of it can be had again; losing it costs time.
+type memory struct {
 	loader       template.Loader
 	fingerprints map[string]backends.Fingerprint
 	good         *desired // the good commit as it was last rendered; nil until it is asked for

@@ -1,10 +1,33 @@
+// Package reconciler makes one host run what a site's branch says, and takes it back when it is not healthy.
+//
+// [Reconciler.Reconcile] is one straight line of calls, and docs/architecture.md has its picture:
+//
+//	what was good → the branch's head → who signed it → the plan for this host → what the rules say → its bytes
+//	→ ══ commit point: Journal.Save{Trying} ══ → the host → the gate's verdict → good, or back
+//
+// Before the commit point nothing on the host changes. After it there are three ways on: the gate passes and the commit is the good one;
+// it fails, which is remembered first, and then the host is converged to the good commit by the same function and the commit is taken back
+// in Git; or there is no data, and the same try goes on at the next look. A crash anywhere is repaired by the code that runs every
+// day: what is compared is what the host has, never what was done last.
+//
+//	r := &reconciler.Reconciler{Source: repository, Trust: verifier, …}
+//	rec, err := r.Reconcile(ctx) // rec.Outcome: converged, refused, waiting, reverted or stuck
 package reconciler
 
 import (
+	"bytes"
 	"context"
+	"encoding/json"
 	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
 	"time"
 
+	"github.com/google/renameio/v2"
+
+	"github.com/kindos/kmo/policy/refusal"
 	"github.com/kindos/kmo/policy/trust"
 )
 
@@ -86,4 +109,42 @@ type Journal interface {
 	Load() (Record, error)
 	// Save makes the record durable before it returns; after a crash Load returns the old one or the new one whole.
 	Save(Record) error
+}
+
+// FileJournal is a Journal in one JSON file, replaced as a whole: after a crash it is the old one or the new one.
+type FileJournal struct{ Path string }
+
+// Load returns the record last saved. A file that is there but cannot be read as a record is E_STATE: it is never taken for an empty one.
+func (j FileJournal) Load() (Record, error) {
+	var rec Record
+	text, err := os.ReadFile(j.Path)
+	if errors.Is(err, fs.ErrNotExist) {
+		return rec, nil
+	}
+	if err != nil {
+		return rec, fmt.Errorf("reading the journal: %w", err)
+	}
+	decoder := json.NewDecoder(bytes.NewReader(text))
+	decoder.DisallowUnknownFields()
+	if err := decoder.Decode(&rec); err != nil || rec.Seq == 0 {
+		return Record{}, &refusal.Error{Code: "E_STATE", Subject: "the journal " + j.Path, Got: fmt.Sprintf("it does not hold a record (%v)", err),
+			Want: "the file as kMO left it, from before it was damaged"}
+	}
+	return rec, nil
+}
+
+// Save replaces the file and returns once it would survive a power cut.
+func (j FileJournal) Save(rec Record) error {
+	text, err := json.MarshalIndent(rec, "", "  ")
+	if err != nil {
+		return fmt.Errorf("encoding the journal: %w", err)
+	}
+	if err := renameio.WriteFile(j.Path, append(text, '\n'), 0o600); err != nil {
+		return fmt.Errorf("saving the journal: %w", err)
+	}
+	folder, err := os.Open(filepath.Dir(j.Path))
+	if err != nil {
+		return fmt.Errorf("saving the journal: %w", err)
+	}
+	return errors.Join(folder.Sync(), folder.Close())
 }

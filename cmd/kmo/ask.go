@@ -72,8 +72,8 @@ func (h *host) reconcile(ctx context.Context) (reconciler.Record, error) { retur
 
 // plan says what a revision would do: the head if none is named, else a commit of the branch by the beginning of its id.
 func (h *host) plan(ctx context.Context, revision string) (reconciler.Preview, error) {
-	h.planning.Lock()
-	defer h.planning.Unlock()
+	h.preview.Lock()
+	defer h.preview.Unlock()
 	id, err := h.commit(ctx, revision)
 	if err != nil {
 		return reconciler.Preview{}, err

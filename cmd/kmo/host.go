@@ -53,12 +53,17 @@ type host struct {
 	backends   map[string]backends.Backend
 	plugins    []*plugin.Client
 	reconciler *reconciler.Reconciler
-	preview    *reconciler.Reconciler // with caches of its own, for plans beside a running reconcile
+	preview    preview
 	agent      bool
 	poke       chan struct{} // says "look again"
 	line       sync.Mutex    // one reconcile at a time
-	planning   sync.Mutex    // one plan at a time
 	counts     counts
+}
+
+// preview plans beside a running reconcile, with caches of its own; one plan at a time.
+type preview struct {
+	sync.Mutex
+	*reconciler.Reconciler
 }
 
 // openHost opens this host for one process: it takes the lock and starts the backends' plugins.
@@ -214,7 +219,7 @@ func (h *host) openReconciler(context.Context) error {
 		return &reconciler.Reconciler{Host: facts, State: h.dir, Source: h.source, Trust: verifier, Images: images{store}, Backends: h.backends,
 			Journal: h.journal, Audit: h.audit, Rules: rules, Logger: h.logger, Every: time.Duration(h.config.Check)}
 	}
-	h.reconciler, h.preview = make(), make()
+	h.reconciler, h.preview.Reconciler = make(), make()
 	return nil
 }
 
@@ -257,4 +262,44 @@ func (h *host) close() error {
 // newLogger is the logger of a plugin process: its agent reads the lines and says how much is kept.
 func newLogger(w io.Writer) *slog.Logger {
 	return slog.New(slog.NewTextHandler(w, &slog.HandlerOptions{Level: slog.LevelDebug}))
+}
+
+// images is the store as the reconciler asks for it.
+type images struct{ store *registry.Store }
+
+func (i images) Describe(ctx context.Context, image backends.Image, format backends.Format) (any, error) {
+	ref, err := registry.ParseReference(image.Ref)
+	if err != nil {
+		return nil, err
+	}
+	return i.store.Describe(ctx, ref, image.Root, registry.Format(format))
+}
+
+func (i images) Fetch(ctx context.Context, image backends.Image, format backends.Format) (backends.Image, error) {
+	ref, err := registry.ParseReference(image.Ref)
+	if err != nil {
+		return image, err
+	}
+	content, err := i.store.Fetch(ctx, ref, image.Root, registry.Format(format))
+	return fetched(image, content), err
+}
+
+func (i images) Check(ctx context.Context, image backends.Image) error {
+	return i.store.Check(ctx, registry.Content{Path: image.Content, Root: image.ContentRoot})
+}
+
+func (i images) Repair(ctx context.Context, image backends.Image, format backends.Format) (backends.Image, error) {
+	ref, err := registry.ParseReference(image.Ref)
+	if err != nil {
+		return image, err
+	}
+	content, err := i.store.Repair(ctx, ref, image.Root, registry.Format(format))
+	return fetched(image, content), err
+}
+
+// fetched is image with what the store says of it.
+func fetched(image backends.Image, content registry.Content) backends.Image {
+	image.Content, image.ContentRoot = content.Path, content.Root
+	image.Config = backends.ImageConfig(content.Config)
+	return image
 }
