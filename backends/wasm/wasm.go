@@ -291,7 +291,9 @@ func (b *Backend) plan(w backends.Workload) (process.Program, error) {
 		return process.Program{}, startError(w, "compiling "+w.Image.Content, err)
 	}
 	guest := plan{Module: w.Image.Content, Code: code.dir, Sum: code.sum, Env: process.Env(w)}
+	base := ""
 	if b.keeper.Mounts() {
+		base = b.base
 		guest.Module, guest.Code, guest.Root = insideModule, insideCode, insideTree
 	}
 	if err := guest.fill(w); err != nil {
@@ -306,7 +308,7 @@ func (b *Backend) plan(w backends.Workload) (process.Program, error) {
 		argv = append([]string{w.Unit}, argv...)
 	}
 	return process.Program{
-		Root: b.base,
+		Root: base,
 		Binds: []process.Bind{
 			{From: w.Image.Content, To: insideModule}, {From: code.dir, To: insideCode}, {From: b.program, To: insideProgram},
 		},

@@ -12,6 +12,8 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync"
+	"syscall"
 	"testing"
 	"time"
 
@@ -248,19 +250,19 @@ func TestWebGuest(t *testing.T) {
 	})
 }
 
-// A guest outlives a plugin that is killed, and the next one finds it and leaves it as it is.
-func TestGuestOutlivesThePlugin(t *testing.T) {
-	state := shareModules(t)
-	w := workload(binaries.program, "say up", "wait")
+// plugin starts a process of its own that applies a workload over a state folder, and returns the guest's process.
+func plugin(t *testing.T, state string, w backends.Workload, as *syscall.Credential) (kill func(), pid int) {
+	t.Helper()
 	text, err := json.Marshal(w)
 	if err != nil {
 		t.Fatal(err)
 	}
-	path := filepath.Join(t.TempDir(), "workload.json")
-	if err := os.WriteFile(path, text, 0o600); err != nil {
+	path := state + ".json"
+	if err := os.WriteFile(path, text, 0o644); err != nil { //nolint:gosec // the plugin may be another user's
 		t.Fatal(err)
 	}
 	plugin := exec.Command(binaries.runner, "apply", state, path)
+	plugin.SysProcAttr = &syscall.SysProcAttr{Credential: as}
 	plugin.Stderr = os.Stderr
 	said, err := plugin.StdoutPipe()
 	if err != nil {
@@ -269,20 +271,63 @@ func TestGuestOutlivesThePlugin(t *testing.T) {
 	if err := plugin.Start(); err != nil {
 		t.Fatal(err)
 	}
-	word := make([]byte, len("applied\n"))
-	_, err = io.ReadFull(said, word)
-	if killed := errors.Join(err, plugin.Process.Kill()); killed != nil {
-		t.Fatal(killed)
+	kill = sync.OnceFunc(func() {
+		_ = plugin.Process.Kill() // it may have ended
+		_ = plugin.Wait()
+	})
+	t.Cleanup(kill)
+	if _, err := fmt.Fscanf(said, "applied %d\n", &pid); err != nil || pid <= 1 {
+		t.Fatalf("the plugin said nothing of a guest: %v, process %d", err, pid)
 	}
-	_ = plugin.Wait() // it was killed
+	return kill, pid
+}
+
+// A guest outlives a plugin that is killed, and the next one finds it and leaves it as it is.
+func TestGuestOutlivesThePlugin(t *testing.T) {
+	state := shareModules(t)
+	w := workload(binaries.program, "say up", "wait")
+	kill, pid := plugin(t, state, w, nil)
+	kill()
 	b := over(t, state)
-	s := only(t, b)
-	if s.State != backends.Running || s.Restarts != 0 || s.PID == 0 {
-		t.Errorf("the new plugin sees %+v", s)
+	if s := only(t, b); s.State != backends.Running || s.Restarts != 0 || s.PID != pid {
+		t.Errorf("the new plugin sees %+v, the guest is process %d", s, pid)
 	}
 	apply(t, b, w)
-	if again := only(t, b); again.PID != s.PID || again.Restarts != 0 {
-		t.Errorf("applying the same changed the guest: %+v, was %+v", again, s)
+	if s := only(t, b); s.PID != pid || s.Restarts != 0 {
+		t.Errorf("applying the same changed the guest: %+v, it was process %d", s, pid)
 	}
 	logged(t, b, w.Name, "up\n")
+}
+
+// Without root there is no tree, and a guest sees no file at all; hooks and listeners are as ever.
+func TestWithoutRoot(t *testing.T) {
+	const nobody = 65534
+	open, err := os.MkdirTemp("", "kmo-wasm-test-") // a test's own folder is closed to others
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { os.RemoveAll(open) })
+	state := filepath.Join(open, "state")
+	if err := errors.Join(os.Chmod(open, 0o755), os.Mkdir(state, 0o700), os.Chown(state, nobody, nobody)); err != nil { //nolint:gosec // on purpose
+		t.Fatal(err)
+	}
+	w := workload(binaries.program, "say up", "cat /etc/passwd", "serve http", "wait")
+	w.Run.User, w.Resources = nobody, backends.Resources{}
+	w.Run.Ports = []backends.Port{{Name: "http"}}
+	w.Hooks.PostInit = [][]string{{"/app", "say hooked"}}
+	_, pid := plugin(t, state, w, &syscall.Credential{Uid: nobody, Gid: nobody})
+	t.Cleanup(func() {
+		if err := syscall.Kill(pid, syscall.SIGKILL); err != nil {
+			t.Error(err)
+		}
+	})
+	until(t, "the guest's log", func() (string, bool) {
+		logs, err := filepath.Glob(filepath.Join(state, "guests/work/*/log"))
+		if err != nil || len(logs) != 1 {
+			return fmt.Sprint(logs, err), false
+		}
+		text, err := os.ReadFile(logs[0])
+		said := string(text)
+		return said, err == nil && strings.Contains(said, "cat /etc/passwd: error: ") && strings.Contains(said, "serving http\n") && strings.Contains(said, "hooked\n")
+	})
 }

@@ -1,5 +1,5 @@
 // Runner is what cmd/kmo is to the wasm backend: it runs guests and stages, and as "apply STATE WORKLOAD.json" it is a
-// plugin that applies one workload, says so, and stays.
+// plugin that applies one workload, tells its process, and stays.
 package main
 
 import (
@@ -46,6 +46,10 @@ func apply(state, path string) error {
 	if err := b.Apply(context.Background(), w); err != nil {
 		return err
 	}
-	fmt.Println("applied")
+	list, err := b.Observe(context.Background())
+	if err != nil {
+		return err
+	}
+	fmt.Println("applied", list[0].PID)
 	select {}
 }
