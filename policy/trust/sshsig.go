@@ -122,6 +122,20 @@ func SignCommit(unsigned []byte, signer ssh.Signer) (signed []byte, err error) {
 	return slices.Concat(unsigned[:end], []byte(header), unsigned[end:]), nil
 }
 
+// SignedBy says whether a commit carries a good signature of that very key, whoever's it is.
+func SignedBy(raw []byte, key ssh.PublicKey) bool {
+	parsed, err := ParseCommit(raw)
+	if err != nil {
+		return false
+	}
+	blob, err := unarmour(parsed.Signature, "commit")
+	if err != nil {
+		return false
+	}
+	signature, err := parseSignature(blob, namespaceCommit, "commit")
+	return err == nil && bytes.Equal(signature.PublicKey.Marshal(), key.Marshal()) && verifySignature(parsed.Payload, signature, "commit") == nil
+}
+
 // sign makes the SSHSIG blob of a message.
 func sign(message []byte, signer ssh.Signer, namespace string) ([]byte, error) {
 	if err := allowedKey(signer.PublicKey()); err != nil {

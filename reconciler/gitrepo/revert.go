@@ -14,7 +14,6 @@ import (
 	"github.com/go-git/go-git/v5/plumbing/protocol/packp"
 	"github.com/go-git/go-git/v5/plumbing/protocol/packp/capability"
 	"github.com/go-git/go-git/v5/plumbing/protocol/packp/sideband"
-	"github.com/hiddeco/sshsig"
 
 	"github.com/kindos/kmo/policy/refusal"
 	"github.com/kindos/kmo/policy/trust"
@@ -106,7 +105,7 @@ func (r *Repository) already(ctx context.Context, v reconciler.Revert, good comm
 	}
 	for _, c := range since {
 		head, err := parseCommit(c.Raw)
-		if err == nil && head.tree == good.tree && len(c.Parents) == 1 && c.Parents[0] == v.Head && r.signedByUs(c.Raw) {
+		if err == nil && head.tree == good.tree && len(c.Parents) == 1 && c.Parents[0] == v.Head && trust.SignedBy(c.Raw, r.Signer.PublicKey()) {
 			return c, nil
 		}
 	}
@@ -127,21 +126,6 @@ func (r *Repository) revertCommit(v reconciler.Revert, good commitHead) ([]byte,
 	fmt.Fprintf(&b, "Kmo-Reverts: %s..%s\nKmo-Unit: %s\nKmo-Gate: %s\nKmo-Evidence: %s\nKmo-Host: %s\n",
 		v.Good, v.Head, line(v.Unit, 200), line(v.Gate, 200), line(v.Evidence, 1000), line(v.Host, 200))
 	return trust.SignCommit(b.Bytes(), r.Signer)
-}
-
-// signedByUs says whether a commit carries a good signature of our own key.
-func (r *Repository) signedByUs(raw []byte) bool {
-	header, message, _ := bytes.Cut(raw, []byte("\n\n"))
-	before, armored, ok := strings.Cut(string(header), "\ngpgsig ")
-	if !ok {
-		return false
-	}
-	signature, err := sshsig.Unarmor([]byte(strings.ReplaceAll(armored, "\n ", "\n") + "\n"))
-	if err != nil {
-		return false
-	}
-	unsigned := before + "\n\n" + string(message)
-	return sshsig.Verify(strings.NewReader(unsigned), signature, r.Signer.PublicKey(), signature.HashAlgorithm, "git") == nil
 }
 
 // push offers one commit in place of another. The server's own compare-and-swap is the lease.
