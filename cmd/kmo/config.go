@@ -31,10 +31,11 @@ type Config struct {
 	Log      string                            `json:"log,omitempty" enum:"debug info warn error" doc:"how much is logged, info if not given"`
 }
 
-// Pin is the two digests of the file trust/1.root.json.
+// Pin is the two digests of the file trust/1.root.json, and what this host bounds by itself.
 type Pin struct {
-	SHA256 string `json:"sha256" need:"yes" max:"64" doc:"64 hex digits"`
-	Kmo1   string `json:"kmo1" need:"yes" max:"100" doc:"its kmo1 root"`
+	SHA256  string `json:"sha256" need:"yes" max:"64" doc:"64 hex digits"`
+	Kmo1    string `json:"kmo1" need:"yes" max:"100" doc:"its kmo1 root"`
+	Reverts int    `json:"revertsPerDay,omitempty" min:"1" max:"1000" doc:"how many reverts are accepted without a quorum in 24 hours, 10 if not given; after that a person must sign the way back"`
 }
 
 // Git is where the credentials for the remote are. They are files and variables, never values.

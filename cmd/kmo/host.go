@@ -209,7 +209,8 @@ func (h *host) openReconciler(context.Context) error {
 		}
 	}
 	verifier := &trust.Verifier{Site: string(h.config.Site), Branch: string(h.config.Branch), Pin: pin, State: state, Clock: time.Now,
-		Describe: reconciler.Declare(), MustExist: rec.Good != "" || rec.Trying != "", MinSeq: rec.Trust}
+		Describe: reconciler.Declare(), MustExist: rec.Good != "" || rec.Trying != "", MinSeq: rec.Trust,
+		RevertsPerDay: h.config.Trust.Reverts}
 	store := &registry.Store{Dir: filepath.Join(h.dir, "images"), Mirror: h.config.Images.Mirror}
 	facts, err := hostFacts(h.config, h.dir)
 	if err != nil {
