@@ -31,7 +31,7 @@ func TestConformance(t *testing.T) {
 		return conformance.Subject{
 			Open: func(*testing.T) backends.Backend {
 				present = &fake.Backend{Dir: dir, Print: able, Program: program.run}
-				return present
+				return spoiled(present)
 			},
 			Images: map[backends.Format]backends.Image{
 				backends.OCI: {Content: content}, backends.LXC: {Content: content}, backends.WASM: {Content: content},

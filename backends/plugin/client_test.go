@@ -182,8 +182,10 @@ func TestBadHandshakes(t *testing.T) {
 	}
 }
 
-// TestEnvironment: U-41 the plugin inherits nothing, and U-36 sees no secret of the agent's.
-func TestEnvironment(t *testing.T) {
+// TestEnvironment: the plugin inherits nothing, so it sees no secret of the agent's.
+func TestEnvironment(t *testing.T) { t.Run("U-36 U-41 environment not inherited", environment) }
+
+func environment(t *testing.T) {
 	t.Setenv("KMO_CANARY", "secret")
 	o := options(t, "env")
 	o.Env = []string{"KMO_STATE=/somewhere"}
@@ -196,7 +198,7 @@ func TestEnvironment(t *testing.T) {
 		name, _, _ := strings.Cut(pair, "=")
 		given = given || pair == "KMO_STATE=/somewhere"
 		if !strings.HasPrefix(name, "PLUGIN_") && name != "PATH" && name != "TMPDIR" && name != "KMO_PLUGIN" && name != "KMO_STATE" {
-			t.Errorf("U-41 the plugin's environment holds %q", pair)
+			t.Errorf("the plugin's environment holds %q", pair)
 		}
 	}
 	if !given {
@@ -295,7 +297,9 @@ func TestDeathInCall(t *testing.T) {
 }
 
 // TestStalePid: a process that is reaped is never signalled again, whoever has its number by then.
-func TestStalePid(t *testing.T) {
+func TestStalePid(t *testing.T) { t.Run("go-plugin#320 a stale pid", stalePid) }
+
+func stalePid(t *testing.T) {
 	c := open(t, options(t, "fake", t.TempDir()))
 	proc := c.present.proc
 	syscall.Kill(proc.pid, syscall.SIGKILL)
@@ -307,7 +311,7 @@ func TestStalePid(t *testing.T) {
 	proc.kill("by mistake")
 	c.Close()
 	if proc.why != "" || !alive(other) {
-		t.Errorf("hashicorp/go-plugin#320: process %d, which is another by now, was killed", other)
+		t.Errorf("process %d, which is another by now, was killed", other)
 	}
 }
 
@@ -322,8 +326,12 @@ func startSleep(t *testing.T) int {
 	return sleep.Process.Pid
 }
 
-// TestLeftovers: nomad#5891, what an agent that was killed has left in the folder does not keep a plugin from starting.
+// TestLeftovers: what an agent that was killed has left in the folder does not keep a plugin from starting.
 func TestLeftovers(t *testing.T) {
+	t.Run("nomad#5891 U-41 leftovers of an earlier agent", leftovers)
+}
+
+func leftovers(t *testing.T) {
 	o := options(t, "fake", t.TempDir())
 	old := filepath.Join(o.Dir, "plugin-dir1")
 	if err := os.MkdirAll(old, 0o700); err != nil {
@@ -341,7 +349,7 @@ func TestLeftovers(t *testing.T) {
 	}
 	open(t, o)
 	if _, err := os.Stat(old); !errors.Is(err, os.ErrNotExist) {
-		t.Errorf("U-41 leftover unix socket is still there: %v", err)
+		t.Errorf("the leftover socket is still there: %v", err)
 	}
 }
 
@@ -399,15 +407,19 @@ func TestStderr(t *testing.T) {
 	}
 }
 
-// TestStrangersAtTheSocket: U-40 every listener of a plugin refuses whoever has not the agent's certificate.
-func TestStrangersAtTheSocket(t *testing.T) {
+// TestStrangers: every listener of a plugin refuses whoever has not the agent's certificate.
+func TestStrangers(t *testing.T) {
+	t.Run("U-40 every listener wants the agent's certificate", strangers)
+}
+
+func strangers(t *testing.T) {
 	c := open(t, options(t, "fake", t.TempDir()))
 	paths := listeners(t, c.present.proc.pid)
 	if len(paths) != 1 || filepath.Dir(paths[0]) != c.present.proc.dir {
-		t.Fatalf("U-40 the plugin listens on %q, want one socket in %s", paths, c.present.proc.dir)
+		t.Fatalf("the plugin listens on %q, want one socket in %s", paths, c.present.proc.dir)
 	}
 	if found, err := os.Stat(filepath.Dir(paths[0])); err != nil || found.Mode().Perm() != 0o700 {
-		t.Errorf("U-41 the socket's folder has mode %v, want 0700", found.Mode())
+		t.Errorf("the socket's folder has mode %v, want 0700", found.Mode())
 	}
 	for name, with := range map[string]credentials.TransportCredentials{
 		"no TLS":         insecure.NewCredentials(),
@@ -421,7 +433,7 @@ func TestStrangersAtTheSocket(t *testing.T) {
 		ctx, cancel := context.WithTimeout(t.Context(), 5*time.Second)
 		defer cancel()
 		if _, err := wire.NewBackendClient(conn).Observe(ctx, &wire.ObserveRequest{}); err == nil {
-			t.Errorf("U-40 a peer with %s is answered", name)
+			t.Errorf("a peer with %s is answered", name)
 		}
 	}
 }

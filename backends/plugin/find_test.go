@@ -141,7 +141,7 @@ func TestExample(t *testing.T) {
 		t.Errorf("exec: error %v, want a *FeatureError", err)
 	}
 
-	t.Run("T71 replaced between find and start", func(t *testing.T) {
+	t.Run("T71 U-41 binary swapped between find and start", func(t *testing.T) {
 		if err := os.Remove(path); err != nil {
 			t.Fatal(err)
 		}
@@ -149,13 +149,13 @@ func TestExample(t *testing.T) {
 		o.Dir = shortDir(t)
 		_, err := Open(t.Context(), o)
 		if r := refusal.Of(err); r == nil || r.Code != "KT023" {
-			t.Errorf("U-41 error %v, want KT023", err)
+			t.Errorf("error %v, want KT023", err)
 		}
 		if _, err := c.Observe(t.Context()); err != nil {
 			t.Errorf("the plugin that runs already has stopped: %v", err)
 		}
 	})
-	t.Run("T71 replaced after the check", func(t *testing.T) {
+	t.Run("T71 U-41 binary swapped after the check", func(t *testing.T) {
 		if err := os.WriteFile(path, text, 0o755); err != nil {
 			t.Fatal(err)
 		}

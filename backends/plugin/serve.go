@@ -50,6 +50,8 @@ const (
 	maxText    = 4 << 10  // bytes of any text for people: an error, a detail
 )
 
+//go:generate go -C internal/generate run . ../../wire backend.proto
+
 // handshake is what makes a program ours to start. It is no secret and proves nothing; the certificates and the socket do.
 func handshake() goplugin.HandshakeConfig {
 	return goplugin.HandshakeConfig{ProtocolVersion: 1, MagicCookieKey: "KMO_PLUGIN", MagicCookieValue: "backend"}
