@@ -230,7 +230,7 @@ func (r *Reconciler) promote(ctx context.Context, rec Record, next *desired) (Re
 	}
 	rec.Good, rec.Trying = next.commit.ID, ""
 	r.good, r.vitals = next, newVitals()
-	if bad := rec.settle(next.commit.ID, next.facts.Revert); bad != nil {
+	if bad := rec.settle(next.commit); bad != nil {
 		return r.end(ctx, rec, next.commit.ID, Reverted, "gate", bad.reason())
 	}
 	return r.end(ctx, rec, next.commit.ID, Converged, "", "")

@@ -7,6 +7,7 @@ import (
 	"time"
 
 	"github.com/kindos/kmo/policy/refusal"
+	"github.com/kindos/kmo/policy/trust"
 	"github.com/kindos/kmo/reconciler/gate"
 )
 
@@ -39,17 +40,18 @@ func (rec *Record) bad(commit string) *Bad {
 }
 
 // settle notes that a commit which passed took back what failed before it, and returns the failure, nil if there is none.
-func (rec *Record) settle(commit string, revert bool) *Bad {
-	if !revert || len(rec.Bad) == 0 {
+func (rec *Record) settle(commit Commit) *Bad {
+	parsed, err := trust.ParseCommit(commit.Raw)
+	if err != nil || len(parsed.Trailers(trust.TrailerReverts)) == 0 {
 		return nil
 	}
 	for i := range rec.Bad {
 		if rec.Bad[i].Revert == "" {
-			rec.Bad[i].Revert, rec.Bad[i].Why = commit, ""
+			rec.Bad[i].Revert, rec.Bad[i].Why = commit.ID, ""
 		}
 	}
 	for i := range rec.Bad {
-		if rec.Bad[i].Revert == commit {
+		if rec.Bad[i].Revert == commit.ID {
 			return &rec.Bad[i]
 		}
 	}
@@ -76,8 +78,11 @@ func (r *Reconciler) goBack(ctx context.Context, rec Record, next *desired, find
 // What came of it is noted in bad; the error is for what ends the Reconcile.
 func (r *Reconciler) takeBack(ctx context.Context, rec *Record, bad *Bad) error {
 	revert := Revert{Good: rec.Good, Head: bad.Commit, Unit: bad.Unit, Gate: bad.Gate, Evidence: bad.Evidence, Host: rec.Host}
+	told := bad.Why != "" // an earlier look has tried this push already
 	for range maxLeases {
-		if err := r.record("revert", RevertEntry{Commit: revert.Head, Revert: revert}); err != nil {
+		if told {
+			told = false
+		} else if err := r.record("revert", RevertEntry{Commit: revert.Head, Revert: revert}); err != nil {
 			return err
 		}
 		commit, err := r.Source.Revert(ctx, revert)
