@@ -155,23 +155,26 @@ func TestExample(t *testing.T) {
 			t.Errorf("the plugin that runs already has stopped: %v", err)
 		}
 	})
-	t.Run("T71 U-41 binary swapped after the check", func(t *testing.T) {
-		if err := os.WriteFile(path, text, 0o755); err != nil {
-			t.Fatal(err)
-		}
-		file, err := found[0].open()
-		if err != nil {
-			t.Fatal(err)
-		}
-		defer file.Close()
-		if err := os.Remove(path); err != nil {
-			t.Fatal(err)
-		}
-		plant(t, dir, "list", "#!/bin/sh\necho swapped\n")
-		run := exec.Cmd{Path: pathOf(file), Args: []string{path}}
-		output, _ := run.CombinedOutput()
-		if !strings.Contains(string(output), "no list") {
-			t.Errorf("what ran is not what was checked: %s", output)
-		}
-	})
+	t.Run("T71 U-41 binary swapped after the check", func(t *testing.T) { swapped(t, found[0], text) })
+}
+
+// swapped replaces the program once it was checked, and runs what was checked.
+func swapped(t *testing.T, found Found, text []byte) {
+	if err := os.WriteFile(found.Path, text, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	file, err := found.open()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer file.Close()
+	if err := os.Remove(found.Path); err != nil {
+		t.Fatal(err)
+	}
+	plant(t, filepath.Dir(found.Path), "list", "#!/bin/sh\necho swapped\n")
+	run := exec.Cmd{Path: pathOf(file), Args: []string{found.Path}}
+	output, _ := run.CombinedOutput()
+	if !strings.Contains(string(output), "no list") {
+		t.Errorf("what ran is not what was checked: %s", output)
+	}
 }
