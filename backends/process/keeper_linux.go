@@ -85,6 +85,9 @@ func Open(o Options) (*Keeper, error) {
 			return nil, err
 		}
 	}
+	if err := trusted(state); err != nil {
+		return nil, err
+	}
 	if k.lock, err = lock(state); err != nil {
 		return nil, err
 	}
@@ -117,6 +120,18 @@ func (k *Keeper) Close() error {
 	k.mu.Unlock()
 	k.working.Wait()
 	return k.lock.Close()
+}
+
+// trusted sees that nobody else can write the state folder: whoever writes a record says what is run.
+func trusted(state string) error {
+	var found unix.Stat_t
+	if err := unix.Stat(state, &found); err != nil {
+		return err
+	}
+	if int(found.Uid) != os.Geteuid() || found.Mode&0o022 != 0 {
+		return fmt.Errorf("%s: owner %d, mode %#o; want owner %d and nobody else to write: chown %d, chmod 0700", state, found.Uid, found.Mode&0o7777, os.Geteuid(), os.Geteuid())
+	}
+	return nil
 }
 
 // lock takes the state folder for this process alone. A process that was just killed may hold it a little longer.

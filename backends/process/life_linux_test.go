@@ -127,6 +127,21 @@ func TestOneKeeperAFolder(t *testing.T) {
 	}
 }
 
+func TestStateOfOthers(t *testing.T) {
+	for name, change := range map[string]func(string) error{
+		"written by all":  func(dir string) error { return os.Chmod(dir, 0o777) },
+		"owned by others": func(dir string) error { return os.Chown(dir, 65534, 65534) },
+	} {
+		dir := t.TempDir()
+		if err := change(dir); err != nil {
+			t.Fatal(err)
+		}
+		if k, err := Open(options(dir)); err == nil {
+			t.Errorf("a state folder %s is taken, %v", name, k.Close())
+		}
+	}
+}
+
 func TestStrangersGetNoSignal(t *testing.T) {
 	stranger := exec.Command(probe(), "wait")
 	if err := stranger.Start(); err != nil {
