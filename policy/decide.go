@@ -117,17 +117,17 @@ func (s *Set) Replay(ctx context.Context, input []byte) (decision Decision, err 
 	if err != nil {
 		return decision, err
 	}
-	return decision, found.into(&decision, requiredBy(value.(ast.Object)))
+	return decision, found.into(&decision, requiredBy(value))
 }
 
 // requiredBy lists the ids that the trust root requires beside the shipped ones.
 func requiredBy(input ast.Object) []string {
 	var ids []string
-	change := input.Get(ast.StringTerm("change")).Value.(ast.Object)
-	if list := change.Get(ast.StringTerm("tripwires")); list != nil {
-		if list, ok := list.Value.(*ast.Array); ok {
-			list.Foreach(func(id *ast.Term) { ids = append(ids, string(id.Value.(ast.String))) })
-		}
+	if list, ok := member(member(input, "change"), "tripwires").(*ast.Array); ok {
+		list.Foreach(func(id *ast.Term) {
+			text, _ := id.Value.(ast.String)
+			ids = append(ids, string(text))
+		})
 	}
 	return ids
 }
@@ -158,7 +158,11 @@ func (s *Set) evaluate(ctx context.Context, input ast.Value) (findings, error) {
 	}
 	var found findings
 	for i, into := range []*[]any{&found.denied, &found.siteDenied, &found.warned, &found.siteWarned, &found.evaluated} {
-		for _, set := range lists[i].([]any) {
+		sets, ok := lists[i].([]any)
+		if !ok {
+			return findings{}, undefined
+		}
+		for _, set := range sets {
 			members, ok := set.([]any)
 			if !ok {
 				return findings{}, undefined

@@ -24,7 +24,7 @@ type document struct {
 
 // decode refuses a document that is too large, not JSON, names a member twice, or is not as the rules expect, so that
 // no rule passes over a value for its type.
-func decode(text []byte) (ast.Value, error) {
+func decode(text []byte) (ast.Object, error) {
 	if len(text) > maxInput {
 		return nil, &refusal.Error{Code: codeLimit, Subject: "policy input", Got: fmt.Sprintf("%d bytes", len(text)), Want: fmt.Sprintf("at most %d", maxInput)}
 	}
@@ -36,31 +36,39 @@ func decode(text []byte) (ast.Value, error) {
 	if f != nil {
 		return nil, malformed("input"+f.path, f.got, f.want)
 	}
-	return root.Value, consistent(root.Value.(ast.Object))
+	input, _ := root.Value.(ast.Object)
+	return input, consistent(input)
 }
 
 // consistent checks what holds between members.
 func consistent(input ast.Object) error {
-	at := func(object ast.Value, key string) ast.Value {
-		return object.(ast.Object).Get(ast.StringTerm(key)).Value
-	}
-	if version := at(input, "version"); version.Compare(ast.Number("1")) != 0 {
+	if version := member(input, "version"); version.Compare(ast.Number("1")) != 0 {
 		return malformed("input.version", version.String(), "1")
 	}
-	if commit := at(at(input, "change"), "commit"); commit.Compare(at(input, "commit")) != 0 {
+	if commit := member(member(input, "change"), "commit"); commit.Compare(member(input, "commit")) != 0 {
 		return malformed("input.change.commit", commit.String(), "that of input.commit")
 	}
-	units := input.Get(ast.StringTerm("units"))
-	if units == nil || units.Value.Compare(ast.NullValue) == 0 {
+	units, ok := member(input, "units").(*ast.Array)
+	if !ok { // none, or null
 		return nil
 	}
 	seen := map[ast.Value]bool{}
-	for i := range units.Value.(*ast.Array).Len() {
-		name := at(units.Value.(*ast.Array).Elem(i).Value, "name")
+	for i := range units.Len() {
+		name := member(units.Elem(i).Value, "name")
 		if name == ast.String("") || seen[name] {
 			return malformed(fmt.Sprintf("input.units[%d].name", i), name.String(), "each unit once, by name")
 		}
 		seen[name] = true
+	}
+	return nil
+}
+
+// member is nil where value is no object, or has no such member.
+func member(value ast.Value, key string) ast.Value {
+	if object, ok := value.(ast.Object); ok {
+		if term := object.Get(ast.StringTerm(key)); term != nil {
+			return term.Value
+		}
 	}
 	return nil
 }
@@ -129,7 +137,8 @@ func (d *document) object(s *shape) (*ast.Term, *fault) {
 			d.next()
 		}
 		key := d.string()
-		name := string(key.Value.(ast.String))
+		named, _ := key.Value.(ast.String)
+		name := string(named)
 		d.next()
 		d.at++ // the colon
 		field, known := s.field(name, d.free)

@@ -55,7 +55,9 @@ func (v *verifier) Read(p []byte) (int, error) {
 	}
 	v.sha.Write(p[:n])
 	if v.blob != nil {
-		v.blob.Write(p[:n])
+		if _, err := v.blob.Write(p[:n]); err != nil {
+			return 0, err
+		}
 	}
 	if err != io.EOF {
 		return n, err
@@ -146,7 +148,7 @@ func (s *Store) small(ctx context.Context, at []source, kind, subject string, de
 	if err != nil {
 		return nil, err
 	}
-	return raw, s.promote(s.blobPath(desc.Digest.Hex), 0o444, func(w io.Writer) error {
+	return raw, s.promote(s.blobPath(desc.Digest.Hex), func(w io.Writer) error {
 		_, err := w.Write(raw)
 		return err
 	})
@@ -185,14 +187,14 @@ func (s *Store) blob(ctx context.Context, at []source, subject string, desc v1.D
 		})
 	}
 	if keep {
-		err = s.promote(path, 0o444, fill)
+		err = s.promote(path, fill)
 	} else {
 		err = fill(io.Discard)
 	}
 	if err != nil {
 		return merkle.Digest{}, err
 	}
-	return root, s.promote(path+".root", 0o444, func(w io.Writer) error {
+	return root, s.promote(path+".root", func(w io.Writer) error {
 		_, err := fmt.Fprintf(w, "%v %d\n", root, desc.Size)
 		return err
 	})
@@ -229,18 +231,18 @@ func (s *Store) openBlob(subject string, desc v1.Descriptor) (io.ReadCloser, err
 
 func (s *Store) blobPath(hex string) string { return filepath.Join(s.Dir, "blobs", "sha256", hex) }
 
-// promote writes a file beside the others and gives it its name once it is whole and durable: after a crash it is there whole, or not there.
-func (s *Store) promote(path string, mode os.FileMode, fill func(io.Writer) error) error {
+// promote writes a read-only file beside the others and gives it its name once it is whole and durable: after a crash it is there whole, or not there.
+func (s *Store) promote(path string, fill func(io.Writer) error) error {
 	temp, err := os.CreateTemp(filepath.Join(s.Dir, "tmp"), "file-*")
 	if err != nil {
 		return err
 	}
-	defer os.Remove(temp.Name()) // in vain once it is renamed
+	defer func() { _ = os.Remove(temp.Name()) }() // in vain once it is renamed
 	defer temp.Close()
 	if err := fill(temp); err != nil {
 		return err
 	}
-	if err := errors.Join(temp.Chmod(mode), temp.Sync(), temp.Close()); err != nil {
+	if err := errors.Join(temp.Chmod(0o444), temp.Sync(), temp.Close()); err != nil {
 		return fmt.Errorf("keeping %s: %w", filepath.Base(path), err)
 	}
 	return os.Rename(temp.Name(), path)

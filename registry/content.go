@@ -35,7 +35,7 @@ func (s *Store) place(ctx context.Context, img *image, format Format, key string
 	if err != nil {
 		return Content{}, err
 	}
-	defer os.RemoveAll(temp) // in vain once it is renamed
+	defer func() { _ = os.RemoveAll(temp) }() // in vain once it is renamed
 	var content Content
 	if format.folder() {
 		content, err = s.unpack(ctx, img, temp, statement)

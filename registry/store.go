@@ -479,7 +479,7 @@ func (s *Store) recordPath(key string) string { return filepath.Join(s.Dir, "ima
 
 // remember writes the promoted record: the last step.
 func (s *Store) remember(key string, content Content) error {
-	err := s.promote(s.recordPath(key), 0o444, func(w io.Writer) error { return json.NewEncoder(w).Encode(record{bootID(), content}) })
+	err := s.promote(s.recordPath(key), func(w io.Writer) error { return json.NewEncoder(w).Encode(record{bootID(), content}) })
 	if err != nil {
 		return err
 	}

@@ -8,6 +8,7 @@ import (
 	"encoding/hex"
 	"errors"
 	"fmt"
+	"hash"
 	"io"
 	"io/fs"
 	"os"
@@ -69,23 +70,23 @@ func newUnpacker(subject string, root *os.Root) *unpacker {
 func decompress(subject string, desc v1.Descriptor, in io.Reader, diff string, limit int64) (io.Reader, func(), error) {
 	done := func() {}
 	var out io.Reader
-	switch media := desc.MediaType; {
-	case media == types.OCILayer || media == types.DockerLayer:
+	switch desc.MediaType {
+	case types.OCILayer, types.DockerLayer:
 		z, err := gzip.NewReader(bufio.NewReaderSize(in, 256<<10))
 		if err != nil {
 			return nil, nil, layerError(subject, err)
 		}
 		out = z
-	case media == types.OCILayerZStd:
+	case types.OCILayerZStd:
 		z, err := zstd.NewReader(in, zstd.WithDecoderMaxWindow(maxWindow), zstd.WithDecoderConcurrency(1), zstd.WithDecoderLowmem(true))
 		if err != nil {
 			return nil, nil, err
 		}
 		out, done = z, z.Close
-	case media == types.OCIUncompressedLayer || media == types.DockerUncompressedLayer:
+	case types.OCIUncompressedLayer, types.DockerUncompressedLayer:
 		out = in
 	default:
-		return nil, nil, refuse("E_LAYER", subject, "media type "+quote(string(media)), "an OCI or Docker tar layer, plain, gzip or zstd")
+		return nil, nil, refuse("E_LAYER", subject, "media type "+quote(string(desc.MediaType)), "an OCI or Docker tar layer, plain, gzip or zstd")
 	}
 	return &bounded{subject: subject, in: out, diff: diff, limit: limit}, done, nil
 }
@@ -97,10 +98,7 @@ type bounded struct {
 	diff    string // sha256 hex; "" for not known
 	limit   int64
 	size    int64
-	sum     interface {
-		io.Writer
-		Sum([]byte) []byte
-	}
+	sum     hash.Hash
 }
 
 func (b *bounded) Read(p []byte) (int, error) {
@@ -118,10 +116,10 @@ func (b *bounded) Read(p []byte) (int, error) {
 			return n, refuse("E_IMG_DIGEST", b.subject, "it unpacks to sha256:"+got, "diff id sha256:"+b.diff+" of the config")
 		}
 	}
-	if err != nil && err != io.EOF {
-		err = layerError(b.subject, err)
+	if err == nil || err == io.EOF {
+		return n, err
 	}
-	return n, err
+	return n, layerError(b.subject, err)
 }
 
 // layerError makes what is wrong with verified bytes a refusal: they will not get better.
@@ -158,7 +156,7 @@ func (u *unpacker) apply(ctx context.Context, layer io.Reader) error {
 	for ctx.Err() == nil {
 		header, err := in.Next()
 		if err == io.EOF {
-			_, err = io.Copy(io.Discard, ahead) // what follows the archive is part of the layer, and bounded with it
+			_, err := io.Copy(io.Discard, ahead) // what follows the archive is part of the layer, and bounded with it
 			u.layer++
 			return err
 		}

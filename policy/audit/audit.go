@@ -27,6 +27,7 @@ import (
 	"crypto/ed25519"
 	"encoding/base64"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"os"
@@ -204,7 +205,8 @@ func (l *Log) keys() error {
 	if len(l.options.Key) != ed25519.PrivateKeySize {
 		return fmt.Errorf("a key of %d bytes, want ed25519", len(l.options.Key))
 	}
-	public, err := note.NewEd25519VerifierKey(l.options.Name, l.options.Key.Public().(ed25519.PublicKey))
+	half, _ := l.options.Key.Public().(ed25519.PublicKey)
+	public, err := note.NewEd25519VerifierKey(l.options.Name, half)
 	if err != nil {
 		return err
 	}
@@ -228,7 +230,7 @@ func (l *Log) from(first int, f func(Record) error) error {
 	reader := bufio.NewReaderSize(io.NewSectionReader(l.file, start, end-start), 1<<16)
 	for {
 		line, err := readLine(reader)
-		if err == io.EOF && len(line) == 0 {
+		if errors.Is(err, io.EOF) && len(line) == 0 {
 			return nil
 		}
 		if err != nil {

@@ -78,7 +78,7 @@ func (l *Log) scan() (torn bool, err error) {
 	reader := bufio.NewReaderSize(io.NewSectionReader(l.file, 0, 1<<62), 1<<16)
 	for {
 		line, err := readLine(reader)
-		if err == io.EOF {
+		if errors.Is(err, io.EOF) {
 			return len(line) > 0, nil
 		}
 		if err != nil {
@@ -104,7 +104,7 @@ func readLine(reader *bufio.Reader) (line []byte, err error) {
 		switch {
 		case err == nil:
 			return line[:len(line)-1], nil
-		case err != bufio.ErrBufferFull:
+		case !errors.Is(err, bufio.ErrBufferFull):
 			return line, err
 		case len(line) > maxRecord:
 			return nil, fmt.Errorf("a line of more than %d bytes", maxRecord)

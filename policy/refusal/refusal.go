@@ -49,7 +49,7 @@ func Of(err error) *Error {
 
 // All returns every refusal in err's tree, in order: a file with three faults is refused once, with three reasons.
 func All(err error) []*Error {
-	switch e := err.(type) {
+	switch e := any(err).(type) { // each error of the tree by itself, so not errors.As
 	case nil:
 		return nil
 	case *Error:

@@ -196,7 +196,7 @@ func (w *walker) inside(open json.Delim, depth int) error {
 			if err != nil {
 				return err
 			}
-			key := token.(string) // the decoder lets nothing else stand here
+			key, _ := token.(string) // the decoder lets nothing else stand here
 			if !w.known[key] {
 				return fmt.Errorf("unknown key %q", refusal.Clip(key, 60))
 			}

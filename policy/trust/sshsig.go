@@ -192,8 +192,7 @@ func parseSignature(blob []byte, namespace, subject string) (*sshsig.Signature, 
 		return nil, forbidden(subject, "a key that does not parse")
 	}
 	if err := allowedKey(key); err != nil {
-		err.(*refusal.Error).Subject = subject
-		return nil, err
+		return nil, forbidden(subject, refusal.Of(err).Got)
 	}
 	if wire.Hash != "sha256" && wire.Hash != "sha512" || inner.Format == ssh.KeyAlgoRSA {
 		return nil, forbidden(subject, fmt.Sprintf("hash %q with %q", refusal.Clip(wire.Hash, 20), refusal.Clip(inner.Format, 40)))
