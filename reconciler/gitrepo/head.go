@@ -79,7 +79,7 @@ func (r *Repository) fetch(ctx context.Context, idle context.CancelCauseFunc) (r
 	if err != nil {
 		return reconciler.Commit{}, err
 	}
-	defer os.RemoveAll(dir)
+	defer func() { _ = os.RemoveAll(dir) }()
 	f, err := os.OpenFile(filepath.Join(dir, "new.pack"), os.O_RDWR|os.O_CREATE|os.O_EXCL, 0o400)
 	if err != nil {
 		return reconciler.Commit{}, err
@@ -386,7 +386,7 @@ func (r *Repository) Watch(ctx context.Context) <-chan struct{} {
 	}
 	go func() {
 		if watcher != nil {
-			defer watcher.Close()
+			defer func() { _ = watcher.Close() }()
 		}
 		timer := time.NewTimer(r.jitter())
 		defer timer.Stop()
@@ -403,7 +403,10 @@ func (r *Repository) Watch(ctx context.Context) <-chan struct{} {
 				if r.beside(e.Name) {
 					continue
 				}
-			case <-faults:
+			case _, open := <-faults: // as good as a notice: something may have been missed
+				if !open {
+					faults = nil
+				}
 			}
 			if events != nil {
 				r.watchBranch(watcher) // folders come and go

@@ -127,7 +127,7 @@ func (x *indexer) stream(ctx context.Context) (plumbing.Hash, error) {
 func (x *indexer) take(i int, head *packfile.ObjectHeader) error {
 	e := entry{offset: head.Offset, kind: head.Type}
 	var content bytes.Buffer
-	var out io.Writer = io.Discard
+	out := io.Discard
 	var hasher plumbing.Hasher
 	switch head.Type {
 	case plumbing.OFSDeltaObject:

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"os"
 	"path/filepath"
 	"strings"
@@ -176,15 +177,18 @@ func (r *Repository) loadTip() error {
 func (r *Repository) dropDamaged(ctx context.Context) {
 	dir := filepath.Join(r.Dir, "objects/pack")
 	names, _ := filepath.Glob(filepath.Join(dir, "pack-*.pack"))
+	left := false
 	for _, name := range names {
 		path := strings.TrimSuffix(name, ".pack")
 		if err := r.verify(ctx, path); err != nil && ctx.Err() == nil {
-			os.Remove(path + ".idx")
-			os.Remove(name)
+			for _, file := range []string{path + ".idx", name} {
+				err := os.Remove(file)
+				left = left || err != nil && !errors.Is(err, fs.ErrNotExist)
+			}
 		}
 	}
 	r.own.damaged.Store(false)
-	if err := r.own.refresh(); err != nil {
+	if err := r.own.refresh(); err != nil || left {
 		r.own.damaged.Store(true)
 	}
 }
@@ -241,7 +245,7 @@ func (r *Repository) merge(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	defer os.RemoveAll(dir)
+	defer func() { _ = os.RemoveAll(dir) }()
 	f, err := os.OpenFile(filepath.Join(dir, "new.pack"), os.O_RDWR|os.O_CREATE|os.O_EXCL, 0o400)
 	if err != nil {
 		return err

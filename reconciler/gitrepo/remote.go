@@ -237,7 +237,7 @@ func (r *Repository) dialSSH(ctx context.Context, service string) (*talk, error)
 	}
 	_ = conn.SetDeadline(time.Time{})
 	client := ssh.NewClient(sconn, channels, requests)
-	closeAll := func() { stop(); client.Close() }
+	closeAll := func() { stop(); _ = client.Close() }
 	session, err := client.NewSession()
 	if err != nil {
 		closeAll()
@@ -319,30 +319,30 @@ func (r *Repository) dialHTTP(ctx context.Context, service string) (*talk, error
 	at := *r.remote.base
 	at.Path += "/info/refs"
 	at.RawQuery = "service=" + service
-	answer, err := w.do(ctx, client, http.MethodGet, at.String(), service, nil)
+	body, moved, err := w.do(ctx, client, http.MethodGet, at.String(), service, nil)
 	if err != nil {
 		client.CloseIdleConnections()
 		return nil, err
 	}
-	refs, err := r.greet(answer.Body)
-	answer.Body.Close()
+	refs, err := r.greet(body)
+	body.Close()
 	if err != nil {
 		client.CloseIdleConnections()
 		return nil, err
 	}
-	end := *answer.Request.URL
+	end := *moved
 	end.Path = strings.TrimSuffix(end.Path, "/info/refs") + "/" + service
 	end.RawQuery = ""
-	body := io.NopCloser(strings.NewReader(""))
+	answer := io.NopCloser(strings.NewReader(""))
 	ask := func(request []byte) (io.Reader, error) {
-		answer, err := w.do(ctx, client, http.MethodPost, end.String(), service, request)
+		body, _, err := w.do(ctx, client, http.MethodPost, end.String(), service, request)
 		if err != nil {
 			return nil, err
 		}
-		body = answer.Body
+		answer = body
 		return body, nil
 	}
-	return &talk{refs, ask, func() { body.Close(); client.CloseIdleConnections() }}, nil
+	return &talk{refs, ask, func() { answer.Close(); client.CloseIdleConnections() }}, nil
 }
 
 // password reads the credential: a file, else a variable, else none.
@@ -430,10 +430,11 @@ func (w *web) origin(u *url.URL) bool {
 	return w.password != "" && u.Scheme == w.remote.scheme && strings.EqualFold(u.Hostname(), w.remote.host) && port == w.remote.port
 }
 
-func (w *web) do(ctx context.Context, client *http.Client, method, at, service string, body []byte) (*http.Response, error) {
-	request, err := http.NewRequestWithContext(ctx, method, at, bytes.NewReader(body))
+// do sends one request and returns the answer's body, which the caller closes, and where it came from in the end.
+func (w *web) do(ctx context.Context, client *http.Client, method, at, service string, text []byte) (body io.ReadCloser, end *url.URL, err error) {
+	request, err := http.NewRequestWithContext(ctx, method, at, bytes.NewReader(text))
 	if err != nil {
-		return nil, err
+		return nil, nil, err
 	}
 	kind := "advertisement"
 	if method == http.MethodPost {
@@ -450,21 +451,21 @@ func (w *web) do(ctx context.Context, client *http.Client, method, at, service s
 			answer.Body.Close()
 		}
 		if refused := refusal.Of(err); refused != nil {
-			return nil, refused
+			return nil, nil, refused
 		}
-		return nil, fmt.Errorf("asking %s: %s", w.remote, refusal.Clip(reason(err), 300))
+		return nil, nil, fmt.Errorf("asking %s: %s", w.remote, refusal.Clip(reason(err), 300))
 	}
 	if answer.StatusCode == http.StatusOK && answer.Header.Get("Content-Type") == "application/x-"+service+"-"+kind {
-		return answer, nil
+		return answer.Body, answer.Request.URL, nil
 	}
 	answer.Body.Close()
 	switch answer.StatusCode {
 	case http.StatusUnauthorized, http.StatusForbidden:
-		return nil, &deniedError{fmt.Sprintf("%d, the credentials are not enough", answer.StatusCode)}
+		return nil, nil, &deniedError{fmt.Sprintf("%d, the credentials are not enough", answer.StatusCode)}
 	case http.StatusOK:
-		return nil, fmt.Errorf("asking %s: %q is no Git service", w.remote, refusal.Clip(answer.Header.Get("Content-Type"), 60))
+		return nil, nil, fmt.Errorf("asking %s: %q is no Git service", w.remote, refusal.Clip(answer.Header.Get("Content-Type"), 60))
 	}
-	return nil, fmt.Errorf("asking %s: status %d", w.remote, answer.StatusCode)
+	return nil, nil, fmt.Errorf("asking %s: status %d", w.remote, answer.StatusCode)
 }
 
 // reason is what lies under a *url.Error, whose own text would repeat the address a server redirected to.

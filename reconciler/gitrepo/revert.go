@@ -49,7 +49,7 @@ func (r *Repository) Revert(ctx context.Context, v reconciler.Revert) (reconcile
 	if err != nil {
 		return reconciler.Commit{}, err
 	}
-	defer os.RemoveAll(dir)
+	defer func() { _ = os.RemoveAll(dir) }()
 	f, err := os.OpenFile(filepath.Join(dir, "new.pack"), os.O_RDWR|os.O_CREATE|os.O_EXCL, 0o400)
 	if err != nil {
 		return reconciler.Commit{}, err

@@ -386,7 +386,7 @@ type openFile struct {
 	*bytes.Reader
 }
 
-func (f *openFile) Stat() (fs.FileInfo, error) { return sized{f.stat, f.Reader.Size()}, nil }
+func (f *openFile) Stat() (fs.FileInfo, error) { return sized{f.stat, f.Size()}, nil }
 func (f *openFile) Close() error               { return nil }
 
 type openFolder struct {

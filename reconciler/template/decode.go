@@ -306,7 +306,7 @@ func (d *decoder) list(n *node, v reflect.Value, rules field, path string, p *pr
 
 // text fills a value of a text type.
 func (d *decoder) text(n *node, v reflect.Value, rule textShape, path string, p *problems) {
-	if n.kind != scalar || n.other != "" && !(rule.number > 0 && n.other == "int") {
+	if n.kind != scalar || n.other != "" && (rule.number == 0 || n.other != "int") {
 		p.add(n, path, n.what(), rule.want)
 		return
 	}
