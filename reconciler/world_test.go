@@ -10,6 +10,7 @@ import (
 	"maps"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
 	"testing/fstest"
 	"time"
@@ -31,24 +32,19 @@ type fault struct {
 
 var errFault = errors.New("the network went away")
 
-// faults counts calls and fails the one that is armed.
+// faults counts calls and fails the one that is armed. Probes call from goroutines of their own.
 type faults struct {
+	mu     sync.Mutex
 	armed  *fault
 	seen   []string
 	cancel context.CancelFunc // if set, the fault also ends the context, as a kill would
 }
 
 func (f *faults) around(call string, effect func() error) error {
-	f.seen = append(f.seen, call)
-	if f.armed == nil || f.armed.call != call {
+	armed := f.next(call)
+	if armed == nil {
 		return effect()
 	}
-	armed := f.armed
-	if armed.times > 1 {
-		armed.times--
-		return effect()
-	}
-	f.armed = nil
 	if f.cancel != nil {
 		f.cancel()
 	}
@@ -58,6 +54,23 @@ func (f *faults) around(call string, effect func() error) error {
 		}
 	}
 	return errFault
+}
+
+// next counts a call and returns the fault that it is to have, nil for none.
+func (f *faults) next(call string) *fault {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.seen = append(f.seen, call)
+	armed := f.armed
+	if armed == nil || armed.call != call {
+		return nil
+	}
+	if armed.times > 1 {
+		armed.times--
+		return nil
+	}
+	f.armed = nil
+	return armed
 }
 
 // memTree is a commit's tree in memory.
