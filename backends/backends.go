@@ -50,6 +50,7 @@ type FeatureError struct {
 	Detail  string  // why not, on this host
 }
 
+// Error names the backend, the feature and why there is none.
 func (e *FeatureError) Error() string {
 	return e.Backend + " has no " + string(e.Feature) + " here: " + e.Detail
 }

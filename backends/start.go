@@ -11,6 +11,7 @@ type StartError struct {
 	Cause    string
 }
 
+// Error names the workload, the stage and the cause, and ends with what was written.
 func (e *StartError) Error() string {
 	text := e.Workload + ": " + e.Stage + ": " + e.Cause
 	if output := strings.TrimSpace(e.Output); output != "" {

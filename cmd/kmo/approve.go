@@ -110,16 +110,21 @@ func (a *approving) run(cmd *cobra.Command) (err error) {
 		if err != nil {
 			return err
 		}
-		path := filepath.Join(a.repo, filepath.FromSlash(name))
-		if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
-			return err
-		}
-		if err := os.WriteFile(path, data, 0o644); err != nil {
+		if err := a.keep(name, data); err != nil {
 			return err
 		}
 		_, _ = fmt.Fprintln(cmd.OutOrStdout(), name)
 	}
 	return nil
+}
+
+// keep writes an approval's file into the checked-out site.
+func (a *approving) keep(name string, data []byte) error {
+	path := filepath.Join(a.repo, filepath.FromSlash(name))
+	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
+		return err
+	}
+	return os.WriteFile(path, data, 0o644)
 }
 
 // show prints exactly what will be signed, and by whom, and asks.

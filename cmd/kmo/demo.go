@@ -197,9 +197,9 @@ func (d *demo) run(ctx context.Context, dir, name string, args ...string) (strin
 	return out.String(), nil
 }
 
-// git runs git in the checked-out site as somebody.
-func (d *demo) git(ctx context.Context, who string, args ...string) (string, error) {
-	as := []string{"-c", "user.name=" + who, "-c", "user.email=" + who + "@example.org", "-c", "gpg.format=ssh", "-c", "user.signingkey=" + d.key(who)}
+// git runs git in the checked-out site as alice.
+func (d *demo) git(ctx context.Context, args ...string) (string, error) {
+	as := []string{"-c", "user.name=alice", "-c", "user.email=alice@example.org", "-c", "gpg.format=ssh", "-c", "user.signingkey=" + d.key("alice")}
 	return d.run(ctx, filepath.Join(d.dir, "site"), "git", append(as, args...)...)
 }
 
@@ -214,17 +214,17 @@ func (d *demo) commit(ctx context.Context, message string, sign bool, files map[
 			return err
 		}
 	}
-	if _, err := d.git(ctx, "alice", "add", "-A"); err != nil {
+	if _, err := d.git(ctx, "add", "-A"); err != nil {
 		return err
 	}
 	args := []string{"commit", "-q", "-m", message}
 	if sign {
 		args = append(args, "-S")
 	}
-	if _, err := d.git(ctx, "alice", args...); err != nil {
+	if _, err := d.git(ctx, args...); err != nil {
 		return err
 	}
-	_, err := d.git(ctx, "alice", "push", "-q", "origin", "main")
+	_, err := d.git(ctx, "push", "-q", "origin", "main")
 	return err
 }
 
@@ -244,7 +244,7 @@ func (d *demo) perform(ctx context.Context, number int, a act) error {
 		return fmt.Errorf("act %d, %s: %w", number, a.title, err)
 	}
 	pushed := time.Now()
-	head, err := d.git(ctx, "alice", "rev-parse", "HEAD")
+	head, err := d.git(ctx, "rev-parse", "HEAD")
 	if err != nil {
 		return err
 	}
@@ -316,14 +316,14 @@ func (d *demo) serves(unit, want string) func(context.Context) (string, error) {
 
 // takenBack checks that the branch ends in a revert signed by the host, whose content is the good commit's, and that v1 serves.
 func (d *demo) takenBack(ctx context.Context) (string, error) {
-	if _, err := d.git(ctx, "alice", "pull", "-q", "--ff-only"); err != nil {
+	if _, err := d.git(ctx, "pull", "-q", "--ff-only"); err != nil {
 		return "", err
 	}
-	log, err := d.git(ctx, "alice", "log", "--oneline", "-3")
+	log, err := d.git(ctx, "log", "--oneline", "-3")
 	if err != nil {
 		return "", err
 	}
-	if same, err := d.git(ctx, "alice", "diff", "HEAD", "HEAD~2"); err != nil || same != "" || !strings.Contains(log, "Revert to") {
+	if same, err := d.git(ctx, "diff", "HEAD", "HEAD~2"); err != nil || same != "" || !strings.Contains(log, "Revert to") {
 		return "", fmt.Errorf("the branch does not end in a revert to the good content (%w): %s", err, log)
 	}
 	page, err := d.serves("relay", "relay 1")(ctx)

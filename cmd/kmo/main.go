@@ -18,7 +18,7 @@ import (
 )
 
 // version is set by the linker.
-var version = "development" //nolint:unused // read by versionCommand
+var version = "development"
 
 // The exit statuses.
 const (

@@ -148,9 +148,9 @@ func siteCommand() *cobra.Command {
 
 // founding is what `kmo site init` is told.
 type founding struct {
-	name, branch, sign       string
-	zones, registries        []string
-	people, hosts, approvers []string
+	name, branch, sign string
+	zones, registries  []string
+	people, hosts      []string
 }
 
 func siteInitCommand() *cobra.Command {

@@ -122,7 +122,7 @@ func (w *world) write(message string, files map[string]string) string {
 // must runs git in the site as alice.
 func (w *world) must(args ...string) string {
 	w.t.Helper()
-	out, err := w.git(w.t.Context(), "alice", args...)
+	out, err := w.git(w.t.Context(), args...)
 	if err != nil {
 		w.t.Fatal(err)
 	}
