@@ -30,7 +30,7 @@ Exit statuses: 0 stopped by a signal, 1 error, 3 refused (kMO's own state is not
 		Example: "  kmo agent --config /etc/kmo/agent.yaml\n  kmo agent --config agent.yaml --state /tmp/kmo",
 		Args:    cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			h, err := openHost(cmd.Context(), flags, cmd.ErrOrStderr())
+			h, err := onceFree(cmd.Context(), func() (*host, error) { return openHost(cmd.Context(), flags, cmd.ErrOrStderr()) })
 			if err != nil {
 				return err
 			}
@@ -45,20 +45,18 @@ Exit statuses: 0 stopped by a signal, 1 error, 3 refused (kMO's own state is not
 func (h *host) serve(ctx context.Context) error {
 	ctx, stop := context.WithCancel(ctx)
 	defer stop()
-	listeners, err := h.listen(ctx)
+	listener, err := h.listen(ctx)
 	if err != nil {
 		return err
 	}
 	server := &http.Server{Handler: h.api(), ReadHeaderTimeout: 10 * time.Second, MaxHeaderBytes: 64 << 10,
 		BaseContext: func(net.Listener) context.Context { return ctx }}
 	var group sync.WaitGroup
-	for _, listener := range listeners {
-		group.Go(func() {
-			if err := server.Serve(listener); !errors.Is(err, http.ErrServerClosed) {
-				h.logger.Error("listener", "err", err)
-			}
-		})
-	}
+	group.Go(func() {
+		if err := server.Serve(listener); !errors.Is(err, http.ErrServerClosed) {
+			h.logger.Error("listener", "err", err)
+		}
+	})
 	h.agent = true
 	h.logger.Info("agent", "site", h.config.Site, "branch", h.config.Branch, "zone", h.config.Zone, "version", version)
 	err = h.loop(ctx)
@@ -68,8 +66,8 @@ func (h *host) serve(ctx context.Context) error {
 	return err
 }
 
-// listen opens the API's unix socket and, if asked for, the loopback port for metrics and health.
-func (h *host) listen(ctx context.Context) ([]net.Listener, error) {
+// listen opens the API's unix socket: the agent listens on nothing else.
+func (h *host) listen(ctx context.Context) (net.Listener, error) {
 	path := filepath.Join(h.dir, "agent.sock")
 	if err := os.Remove(path); err != nil && !errors.Is(err, os.ErrNotExist) { // the lock says that nobody else is there
 		return nil, fmt.Errorf("clearing the old socket: %w", err)
@@ -81,7 +79,7 @@ func (h *host) listen(ctx context.Context) ([]net.Listener, error) {
 	if err := os.Chmod(path, 0o600); err != nil {
 		return nil, errors.Join(err, listener.Close())
 	}
-	return []net.Listener{listener}, nil
+	return listener, nil
 }
 
 // loop reconciles whenever something says "look again".
