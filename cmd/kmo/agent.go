@@ -51,13 +51,13 @@ func (h *host) serve(ctx context.Context) error {
 	}
 	server := &http.Server{Handler: h.api(), ReadHeaderTimeout: 10 * time.Second, MaxHeaderBytes: 64 << 10,
 		BaseContext: func(net.Listener) context.Context { return ctx }}
+	h.agent = true
 	var group sync.WaitGroup
 	group.Go(func() {
 		if err := server.Serve(listener); !errors.Is(err, http.ErrServerClosed) {
 			h.logger.Error("listener", "err", err)
 		}
 	})
-	h.agent = true
 	h.logger.Info("agent", "site", h.config.Site, "branch", h.config.Branch, "zone", h.config.Zone, "version", version)
 	err = h.loop(ctx)
 	stop()
@@ -98,7 +98,6 @@ func (h *host) loop(ctx context.Context) error {
 		select {
 		case <-ctx.Done():
 		case <-pushed:
-		case <-h.poke:
 		case <-timer.C:
 		}
 		timer.Stop()

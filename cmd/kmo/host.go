@@ -55,8 +55,7 @@ type host struct {
 	reconciler *reconciler.Reconciler
 	preview    preview
 	agent      bool
-	poke       chan struct{} // says "look again"
-	line       sync.Mutex    // one reconcile at a time
+	line       sync.Mutex // one reconcile at a time
 	counts     counts
 }
 
@@ -68,7 +67,7 @@ type preview struct {
 
 // openHost opens this host for one process: it takes the lock and starts the backends' plugins.
 func openHost(ctx context.Context, flags *hostFlags, stderr io.Writer) (h *host, err error) {
-	h = &host{poke: make(chan struct{}, 1), backends: map[string]backends.Backend{}}
+	h = &host{backends: map[string]backends.Backend{}}
 	defer func() {
 		if err != nil {
 			err = errors.Join(err, h.close())
@@ -95,6 +94,24 @@ func openHost(ctx context.Context, flags *hostFlags, stderr io.Writer) (h *host,
 	return h, nil
 }
 
+// errInUse says that another kmo process holds the state folder's lock: a command for a moment, or an agent that is starting or running.
+var errInUse = errors.New("in use by another kmo process")
+
+// onceFree tries again while the state folder is in use, for at most ten seconds.
+func onceFree[T any](ctx context.Context, try func() (T, error)) (T, error) {
+	for deadline := time.Now().Add(10 * time.Second); ; {
+		value, err := try()
+		if !errors.Is(err, errInUse) || time.Now().After(deadline) {
+			return value, err
+		}
+		select {
+		case <-ctx.Done():
+			return value, context.Cause(ctx)
+		case <-time.After(50 * time.Millisecond):
+		}
+	}
+}
+
 // openState makes and locks the state folder and opens the audit log.
 func (h *host) openState(context.Context) error {
 	if err := os.MkdirAll(h.dir, 0o700); err != nil {
@@ -108,8 +125,10 @@ func (h *host) openState(context.Context) error {
 		return err
 	}
 	h.lock = lock
-	if err := unix.Flock(int(lock.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
-		return fmt.Errorf("the state folder %s is in use by another kmo process: %w", h.dir, err)
+	if err := unix.Flock(int(lock.Fd()), unix.LOCK_EX|unix.LOCK_NB); errors.Is(err, unix.EWOULDBLOCK) {
+		return fmt.Errorf("the state folder %s: %w", h.dir, errInUse)
+	} else if err != nil {
+		return fmt.Errorf("locking the state folder %s: %w", h.dir, err)
 	}
 	key, err := auditKey(filepath.Join(h.dir, "audit.key"))
 	if err != nil {
