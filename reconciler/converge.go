@@ -174,7 +174,7 @@ type Step struct {
 
 // Have is a workload that exists, with the backend that has it.
 type Have struct {
-	Backend string
+	Backend string `json:"backend"`
 	backends.Status
 }
 

@@ -182,7 +182,8 @@ func (r *Reconciler) try(ctx context.Context, rec Record, next *desired) (Record
 	if err != nil {
 		return rec, fmt.Errorf("trust state: %w", err)
 	}
-	rec.Trust, rec.Trying, rec.Head = seen, next.commit.ID, next.commit.ID
+	// Head stays: the last outcome speaks of it.
+	rec.Trust, rec.Trying = seen, next.commit.ID
 	if err := r.save(&rec); err != nil { // commit point: from here the host may change
 		return rec, err
 	}

@@ -341,6 +341,33 @@ func (w *world) records() int {
 	return len(list)
 }
 
+// TestEveryCommitIsToldOf: an outcome is told anew for each commit, also when it is the same outcome for the same reason.
+func TestEveryCommitIsToldOf(t *testing.T) {
+	story(t, func(t *testing.T, w *world) {
+		w.unit("relay", "1", "")
+		v1 := w.push("v1")
+		w.reconcile(Converged)
+		w.unit("relay", "2", "")
+		v2 := w.push("v2")
+		w.reconcile(Converged)
+		w.failing("3")
+		w.unit("relay", "3", "")
+		v3 := w.push("v3")
+		w.reconcile(Reverted)
+		w.reconcile(Reverted)
+		for _, commit := range []string{v1, v2, v3, w.head} {
+			records, err := w.log.ByCommit(commit)
+			if err != nil {
+				t.Fatal(err)
+			}
+			told := slices.IndexFunc(records, func(r audit.Record) bool { return r.Kind == "outcome" })
+			if told < 0 {
+				t.Errorf("the audit log has no outcome of %s, only %d other records", commit, len(records))
+			}
+		}
+	})
+}
+
 func TestTheWorldDoesNotAnswer(t *testing.T) {
 	for _, call := range []string{"source.Head", "images.Describe", "images.Fetch", "backend.Observe", "backend.Apply"} {
 		t.Run(call, func(t *testing.T) {

@@ -67,7 +67,6 @@ func (r *Reconciler) goBack(ctx context.Context, rec Record, next *desired, find
 	}
 	rec.Bad = append([]Bad{bad}, rec.Bad[:min(len(rec.Bad), maxBad-1)]...)
 	rec.Trying = ""
-	rec.Outcome, rec.Stage, rec.Reason = badOutcome(rec), "gate", bad.reason()
 	if err := r.save(&rec); err != nil {
 		return rec, err
 	}

@@ -110,8 +110,13 @@ type client struct {
 	agent bool
 }
 
-// dial returns a client of the agent that runs over the state folder, or else opens the host for this one command.
+// dial returns a client of the agent that runs over the state folder, or else opens the host for this one command. An agent that is
+// just starting is waited for.
 func dial(ctx context.Context, flags *hostFlags) (*client, error) {
+	return onceFree(ctx, func() (*client, error) { return dialOnce(ctx, flags) })
+}
+
+func dialOnce(ctx context.Context, flags *hostFlags) (*client, error) {
 	socket := filepath.Join(flags.state, "agent.sock")
 	connection, err := (&net.Dialer{Timeout: time.Second}).DialContext(ctx, "unix", socket)
 	if err == nil {
