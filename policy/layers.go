@@ -103,7 +103,7 @@ func (s sources) digest() (merkle.Digest, error) {
 		})
 	}
 	slices.SortFunc(entries, func(a, b merkle.Entry) int { return strings.Compare(a.Path, b.Path) })
-	root, err := merkle.ContentRoot(entries)
+	root, err := merkle.SiteRoot(entries)
 	if err != nil {
 		return root, &refusal.Error{Code: codePath, Subject: "policy", Got: refusal.Clip(err.Error(), 200), Want: "plain file names"}
 	}

@@ -97,7 +97,7 @@ func (s *Store) unpack(ctx context.Context, img *image, temp string, statement *
 	entries := u.tree.list(nil)
 	slices.SortFunc(entries, func(a, b merkle.Entry) int { return strings.Compare(a.Path, b.Path) })
 	if content.Root, err = merkle.ContentRoot(entries); err != nil {
-		return Content{}, refuse("E_LAYER", img.subject, refusal.Clip(err.Error(), 300), "a tree that every file system can hold")
+		return Content{}, refuse("E_LAYER", img.subject, refusal.Clip(err.Error(), 300), "clean paths, each once, below folders only")
 	}
 	for _, e := range entries {
 		content.Size += int64(e.Size)

@@ -52,7 +52,7 @@ type PathError struct {
 // Error names the path and what is wrong with it.
 func (e *PathError) Error() string { return fmt.Sprintf("path %q: %s", clip(e.Path), e.Reason) }
 
-// CheckPath returns a *PathError unless path is UTF-8, relative, clean, at most MaxPath bytes, and free of backslashes and control characters.
+// CheckPath returns a *PathError unless path is UTF-8, relative, clean, at most MaxPath bytes, and free of control characters.
 func CheckPath(path string) error {
 	reason := ""
 	switch {
@@ -60,8 +60,6 @@ func CheckPath(path string) error {
 		reason = fmt.Sprintf("%d bytes, at most %d", len(path), MaxPath)
 	case !utf8.ValidString(path):
 		reason = "not UTF-8"
-	case strings.ContainsRune(path, '\\'):
-		reason = "has a backslash"
 	case strings.ContainsFunc(path, unicode.IsControl):
 		reason = "has a control character"
 	case path == "." || !fs.ValidPath(path):
@@ -73,9 +71,8 @@ func CheckPath(path string) error {
 	return nil
 }
 
-// ContentRoot is the root of a tree. It sorts a copy of entries; it returns a *PathError for a path that is not clean, is there
-// twice, equals another one under case folding, or lies below something that is not a folder, and an error for an entry that says
-// something its type does not have.
+// ContentRoot is the root of a tree. It sorts a copy of entries; it returns a *PathError for a path that CheckPath refuses, that is there
+// twice, or that lies below something that is not a folder, and an error for an entry that says something its type does not have.
 func ContentRoot(entries []Entry) (Digest, error) {
 	entries = slices.Clone(entries)
 	slices.SortFunc(entries, func(a, b Entry) int { return cmp.Compare(a.Path, b.Path) })
@@ -97,7 +94,6 @@ func ContentRoot(entries []Entry) (Digest, error) {
 // checkPaths checks sorted entries against each other.
 func checkPaths(entries []Entry) error {
 	types := make(map[string]byte, len(entries))
-	folded := make(map[string]string, len(entries))
 	for _, e := range entries {
 		if err := CheckPath(e.Path); err != nil {
 			return err
@@ -111,28 +107,9 @@ func checkPaths(entries []Entry) error {
 			if above, known := types[path]; known && at < len(e.Path) && above != Folder && above != OpaqueDir {
 				return &PathError{Path: e.Path, Reason: fmt.Sprintf("lies below %q, which is no folder", clip(path))}
 			}
-			key := fold(path)
-			if other, known := folded[key]; known {
-				if other != path {
-					return &PathError{Path: path, Reason: fmt.Sprintf("equals %q under case folding", clip(other))}
-				}
-				break // and so are all above it
-			}
-			folded[key] = path
 		}
 	}
 	return nil
-}
-
-// fold maps two strings to one exactly if strings.EqualFold holds of them.
-func fold(s string) string {
-	return strings.Map(func(r rune) rune {
-		least := r
-		for next := unicode.SimpleFold(r); next != r; next = unicode.SimpleFold(next) {
-			least = min(least, next)
-		}
-		return least
-	}, s)
 }
 
 // check says whether e has only what its type has: a tree has one description, not several.

@@ -40,6 +40,10 @@
 // bits of a Unix mode. Times are not part of it. The root folder itself has no entry. A folder of a site has uid = gid = 0 throughout, mode 0755
 // for folders and executable files, 0644 for other files.
 //
+// A path is UTF-8, relative and clean, at most 4096 bytes, without control characters; each is there once, and only below folders. In a folder of
+// a site no path has a backslash and no two are equal under case folding: sites are checked out on laptops. Images are unpacked on Linux, where
+// both are plain names that real images have.
+//
 // The text form of a root is "kmo1:sha3-256:" and 64 lower-case hex digits.
 //
 // # Example

@@ -320,13 +320,16 @@ func TestContentRefusals(t *testing.T) {
 	file := func(path string) Entry { return Entry{Type: File, Path: path, Blob: BlobRoot(nil)} }
 	for name, entries := range map[string][]Entry{
 		"empty": {file("")}, "dot": {file(".")}, "dot dot": {file("a/../b")}, "above": {file("../a")}, "absolute": {file("/a")}, "empty part": {file("a//b")}, "slash at the end": {file("a/")},
-		"NUL": {file("a\x00")}, "backslash": {file(`a\b`)}, "control": {file("a\x1bb")}, "C1 control": {file("a\u0085")}, "not UTF-8": {file("a\xff")}, "4 KiB": {file(strings.Repeat("a", 4097))},
-		"twice": {file("a"), file("a")}, "case": {file("readme"), file("README")}, "case of a folder": {file("A/x"), file("a/y")}, "Kelvin": {file("k"), file("\u212a")},
+		"NUL": {file("a\x00")}, "control": {file("a\x1bb")}, "C1 control": {file("a\u0085")}, "not UTF-8": {file("a\xff")}, "4 KiB": {file(strings.Repeat("a", 4097))},
+		"twice":        {file("a"), file("a")},
 		"below a file": {file("a"), file("a/b")}, "below a link": {{Type: Symlink, Path: "a", Link: "/"}, file("a/b")},
 	} {
 		var path *PathError
 		if _, err := ContentRoot(entries); !errors.As(err, &path) {
 			t.Errorf("%s: got %v, want a *PathError", name, err)
+		}
+		if _, err := SiteRoot(entries); !errors.As(err, &path) {
+			t.Errorf("%s: in a site: got %v, want a *PathError", name, err)
 		}
 	}
 	for name, e := range map[string]Entry{
@@ -340,6 +343,31 @@ func TestContentRefusals(t *testing.T) {
 	}
 	if root, err := ContentRoot(nil); err != nil || root.Hex() != hex.EncodeToString(refContent(nil)) {
 		t.Errorf("no entries: got %v, %v", root, err)
+	}
+}
+
+func TestSiteRefusals(t *testing.T) {
+	for name, paths := range map[string][]string{
+		"U-03 T42 case": {"readme", "README"}, "T42 case of a folder": {"A/x", "a/y"}, "T42 Kelvin": {"k", "\u212a"}, "U-03 T42 backslash": {`a\b`},
+	} {
+		t.Run(name, func(t *testing.T) {
+			site := fstest.MapFS{}
+			var entries []Entry
+			for _, path := range paths {
+				site[path] = &fstest.MapFile{Mode: 0o644}
+				entries = append(entries, Entry{Type: File, Path: path, Mode: 0o644, Blob: BlobRoot(nil)})
+			}
+			var bad *PathError
+			if _, err := FolderRoot(site); !errors.As(err, &bad) {
+				t.Errorf("FolderRoot: got %v, want a *PathError", err)
+			}
+			if _, err := SiteRoot(entries); !errors.As(err, &bad) {
+				t.Errorf("SiteRoot: got %v, want a *PathError", err)
+			}
+			if got, err := ContentRoot(entries); err != nil || got.Hex() != hex.EncodeToString(refContent(entries)) {
+				t.Errorf("in an image: got %v, %v, want the root", got, err)
+			}
+		})
 	}
 }
 
