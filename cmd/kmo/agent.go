@@ -26,6 +26,16 @@ func agentCommand() *cobra.Command {
 		Long: `Keep this host as the branch says, until stopped. The branch is looked at when a push to a local repository is seen, when
 'kmo reconcile' asks, and at every poll. Workloads go on running when the agent stops, and are found again when it starts.
 
+Its file says which site and where; the last lines are as 'kmo site init' printed them:
+
+  site: north-sea
+  remote: ssh://git@git.example/north-sea.git
+  zone: edge-a
+  key: host.key
+  trust:
+    sha256: …
+    kmo1: kmo1:sha3-256:…
+
 Exit statuses: 0 stopped by a signal, 1 error, 3 refused (kMO's own state is not as it left it).`,
 		Example: "  kmo agent --config /etc/kmo/agent.yaml\n  kmo agent --config agent.yaml --state /tmp/kmo",
 		Args:    cobra.NoArgs,

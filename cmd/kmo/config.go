@@ -96,7 +96,7 @@ func loadConfig(path string) (Config, error) {
 	var c Config
 	text, err := os.ReadFile(path)
 	if errors.Is(err, os.ErrNotExist) {
-		return c, fmt.Errorf("the agent's file %s is not there; 'kmo site init' writes one, --config names another", path)
+		return c, fmt.Errorf("the agent's file %s is not there; 'kmo agent --help' shows one, --config names another", path)
 	}
 	if err != nil {
 		return c, err

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"slices"
 
 	"github.com/spf13/cobra"
 	"golang.org/x/crypto/ssh"
@@ -15,9 +16,7 @@ import (
 )
 
 func imageCommand() *cobra.Command {
-	cmd := &cobra.Command{Use: "image", Short: "Push, seal, verify and digest what units run", Args: cobra.NoArgs, RunE: func(cmd *cobra.Command, _ []string) error { return cmd.Help() }}
-	cmd.AddCommand(imageDigestCommand(), imagePushCommand(), imageSealCommand(), imageVerifyCommand())
-	return cmd
+	return group("image", "Push, seal, verify and digest what units run", imageDigestCommand(), imagePushCommand(), imageSealCommand(), imageVerifyCommand())
 }
 
 // withStore calls f with a store that is gone afterwards.
@@ -61,8 +60,16 @@ func imagePushCommand() *cobra.Command {
 
 Exit statuses: 0 pushed, 1 error, 2 usage, 3 refused.`,
 		Example: "  kmo image push relay.wasm reg.example/relay --as wasm",
-		Args:    cobra.ExactArgs(2),
+		Args: func(_ *cobra.Command, args []string) error {
+			if len(args) != 2 {
+				return fmt.Errorf("push takes two arguments, a file and a place; got %d", len(args))
+			}
+			return nil
+		},
 		RunE: func(cmd *cobra.Command, args []string) error {
+			if !slices.Contains([]string{"native", "wasm", "appimage"}, as) {
+				return usageError{fmt.Errorf("--as %s: want native, wasm or appimage", as)}
+			}
 			place, err := registry.ParsePlace(args[1])
 			if err != nil {
 				return err

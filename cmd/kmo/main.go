@@ -8,6 +8,7 @@ import (
 	"io"
 	"os"
 	"os/signal"
+	"strings"
 	"syscall"
 
 	"github.com/spf13/cobra"
@@ -59,7 +60,7 @@ func run(ctx context.Context, args []string, stdin io.Reader, stdout, stderr io.
 	root.SetIn(stdin)
 	root.SetOut(stdout)
 	root.SetErr(stderr)
-	err := root.ExecuteContext(ctx)
+	cmd, err := root.ExecuteContextC(ctx)
 	var exit status
 	var usage usageError
 	switch {
@@ -68,7 +69,7 @@ func run(ctx context.Context, args []string, stdin io.Reader, stdout, stderr io.
 	case errors.As(err, &exit):
 		return int(exit)
 	case errors.As(err, &usage):
-		_, _ = fmt.Fprintf(stderr, "kmo: %v\nSee '%s --help'.\n", err, "kmo")
+		_, _ = fmt.Fprintf(stderr, "kmo: %v\nSee '%s --help'.\n", err, cmd.CommandPath())
 		return exitUsage
 	}
 	for _, one := range refusal.All(err) {
@@ -100,7 +101,63 @@ func rootCommand() *cobra.Command {
 	root.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return usageError{err} })
 	root.AddCommand(
 		demoCommand(), agentCommand(), reconcileCommand(), planCommand(), statusCommand(), logsCommand(), explainCommand(),
-		approveCommand(), siteCommand(), keyCommand(), imageCommand(), policyCommand(), backendCommand(), versionCommand(),
+		approveCommand(), siteCommand(), keyCommand(), imageCommand(), policyCommand(), backendCommand(), versionCommand(), completionCommand(),
 	)
+	root.CompletionOptions.DisableDefaultCmd = true // there is ours
+	root.SetHelpCommand(helpCommand())
+	strictly(root)
 	return root
+}
+
+// strictly makes every mistake in a command's words a usage error.
+func strictly(cmd *cobra.Command) {
+	rule := cmd.Args
+	cmd.Args = func(cmd *cobra.Command, args []string) error {
+		if cmd.HasAvailableSubCommands() && len(args) > 0 {
+			return unknownCommand(cmd, args[0])
+		}
+		if err := rule(cmd, args); err != nil {
+			return usageError{err}
+		}
+		return nil
+	}
+	for _, sub := range cmd.Commands() {
+		strictly(sub)
+	}
+}
+
+// unknownCommand names the commands that word may have been meant for.
+func unknownCommand(cmd *cobra.Command, word string) error {
+	cmd.SuggestionsMinimumDistance = 2
+	if near := cmd.SuggestionsFor(word); len(near) > 0 {
+		return usageError{fmt.Errorf("%s has no command %q; did you mean %s?", cmd.CommandPath(), word, strings.Join(near, " or "))}
+	}
+	return usageError{fmt.Errorf("%s has no command %q", cmd.CommandPath(), word)}
+}
+
+// group is a command that only has others below it.
+func group(name, short string, below ...*cobra.Command) *cobra.Command {
+	cmd := &cobra.Command{Use: name, Short: short, Args: cobra.NoArgs, RunE: func(cmd *cobra.Command, _ []string) error { return cmd.Help() }}
+	cmd.AddCommand(below...)
+	return cmd
+}
+
+func helpCommand() *cobra.Command {
+	return &cobra.Command{
+		Use:     "help [COMMAND]",
+		Short:   "The help of a command",
+		Long:    "The help of a command.\n\nExit statuses: 0 good, 2 usage (there is no such command).",
+		Example: "  kmo help image push",
+		Args:    cobra.ArbitraryArgs,
+		RunE: func(cmd *cobra.Command, args []string) error {
+			found, rest, err := cmd.Root().Find(args)
+			if err != nil {
+				return usageError{err}
+			}
+			if len(rest) > 0 {
+				return unknownCommand(found, rest[0])
+			}
+			return found.Help()
+		},
+	}
 }

@@ -20,8 +20,7 @@ import (
 )
 
 func policyCommand() *cobra.Command {
-	cmd := &cobra.Command{Use: "policy", Short: "The rules that judge a change", Args: cobra.NoArgs, RunE: func(cmd *cobra.Command, _ []string) error { return cmd.Help() }}
-	cmd.AddCommand(&cobra.Command{
+	return group("policy", "The rules that judge a change", &cobra.Command{
 		Use:   "check [FOLDER]",
 		Short: "Load a site's rules as a host would: compile, run their tests, try every fixture",
 		Long: `Load a site's rules as a host would: compile them strictly, run their tests, and see that every forbidden input is still denied.
@@ -52,7 +51,6 @@ Exit statuses: 0 good, 1 error, 2 usage, 3 refused.`,
 			return err
 		},
 	})
-	return cmd
 }
 
 // builtIn opens the built-in backend of that name over its state folder. This list is every backend in this binary.
@@ -70,7 +68,6 @@ func builtIn(name, state string, stderr io.Writer) (backends.Backend, error) {
 func builtIns() []string { return []string{"native", "wasm"} }
 
 func backendCommand() *cobra.Command {
-	cmd := &cobra.Command{Use: "backend", Short: "What this host can run things with", Args: cobra.NoArgs, RunE: func(cmd *cobra.Command, _ []string) error { return cmd.Help() }}
 	var state string
 	serve := &cobra.Command{
 		Use:    "serve NAME",
@@ -106,8 +103,7 @@ func backendCommand() *cobra.Command {
 		},
 	}
 	out.add(list)
-	cmd.AddCommand(list, serve)
-	return cmd
+	return group("backend", "What this host can run things with", list, serve)
 }
 
 // fingerprints asks every built-in backend, over a state folder of its own that is gone afterwards.

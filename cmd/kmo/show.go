@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"io"
+	"maps"
 	"net/url"
 	"slices"
 	"strconv"
@@ -200,9 +201,11 @@ func logsCommand() *cobra.Command {
 	var follow bool
 	var tail int
 	cmd := &cobra.Command{
-		Use:     "logs UNIT|WORKLOAD",
-		Short:   "What a workload wrote, oldest first",
-		Long:    "What a workload wrote, stdout and stderr in one stream, oldest first. A unit's name stands for its newest workload.",
+		Use:   "logs UNIT|WORKLOAD",
+		Short: "What a workload wrote, oldest first",
+		Long: `What a workload wrote, stdout and stderr in one stream, oldest first. A unit's name stands for its newest workload.
+
+Exit statuses: 0 good, 1 error (there is no such workload), 2 usage.`,
 		Example: "  kmo logs camera-relay\n  kmo logs camera-relay --tail 20 --follow",
 		Args:    oneArg("the name of a unit or a workload"),
 		RunE: func(cmd *cobra.Command, args []string) error {
@@ -243,12 +246,39 @@ func oneArg(what string) cobra.PositionalArgs {
 
 func versionCommand() *cobra.Command {
 	return &cobra.Command{
-		Use:   "version",
-		Short: "The version of this binary",
-		Args:  cobra.NoArgs,
+		Use:     "version",
+		Short:   "The version of this binary",
+		Long:    "The version of this binary.\n\nExit statuses: 0 good, 2 usage.",
+		Example: "  kmo version",
+		Args:    cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			_, err := fmt.Fprintln(cmd.OutOrStdout(), "kmo", version)
 			return err
+		},
+	}
+}
+
+func completionCommand() *cobra.Command {
+	write := map[string]func(root *cobra.Command, w io.Writer) error{
+		"bash":       func(root *cobra.Command, w io.Writer) error { return root.GenBashCompletionV2(w, true) },
+		"fish":       func(root *cobra.Command, w io.Writer) error { return root.GenFishCompletion(w, true) },
+		"powershell": (*cobra.Command).GenPowerShellCompletionWithDesc,
+		"zsh":        (*cobra.Command).GenZshCompletion,
+	}
+	shells := slices.Sorted(maps.Keys(write))
+	return &cobra.Command{
+		Use:       "completion SHELL",
+		Short:     "Print what a shell needs to complete kmo's words",
+		Long:      "Print what a shell needs to complete kmo's words: " + strings.Join(shells, ", ") + ".\n\nExit statuses: 0 good, 2 usage.",
+		Example:   "  kmo completion bash > /etc/bash_completion.d/kmo\n  source <(kmo completion zsh)",
+		Args:      oneArg("a shell: " + strings.Join(shells, ", ")),
+		ValidArgs: shells,
+		RunE: func(cmd *cobra.Command, args []string) error {
+			one, ok := write[args[0]]
+			if !ok {
+				return usageError{fmt.Errorf("shell %q: want %s", args[0], strings.Join(shells, ", "))}
+			}
+			return one(cmd.Root(), cmd.OutOrStdout())
 		},
 	}
 }

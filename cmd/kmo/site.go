@@ -22,8 +22,7 @@ import (
 )
 
 func keyCommand() *cobra.Command {
-	cmd := &cobra.Command{Use: "key", Short: "Make and show signing keys", Args: cobra.NoArgs, RunE: func(cmd *cobra.Command, _ []string) error { return cmd.Help() }}
-	cmd.AddCommand(&cobra.Command{
+	return group("key", "Make and show signing keys", &cobra.Command{
 		Use:   "new FILE",
 		Short: "Make an Ed25519 SSH key: FILE and FILE.pub",
 		Long: `Make an Ed25519 SSH key without a passphrase: FILE, mode 0600, and FILE.pub. It is for hosts and tests; people use ssh-keygen, an
@@ -53,7 +52,6 @@ Exit statuses: 0 made, 1 error (a file that is there is never overwritten), 2 us
 			return err
 		},
 	})
-	return cmd
 }
 
 // newKey makes a key pair and returns its id.
@@ -93,7 +91,7 @@ func publicKey(path string) (ssh.PublicKey, error) {
 		return nil, err
 	}
 	if public, _, _, _, err := ssh.ParseAuthorizedKey(text); err == nil {
-		return public, nil
+		return public, trust.AllowedKey(public)
 	}
 	signer, err := trust.LoadKey(path, askPassphrase(path))
 	if err != nil {
@@ -141,9 +139,7 @@ func signer(path string) (ssh.Signer, func() error, error) {
 }
 
 func siteCommand() *cobra.Command {
-	cmd := &cobra.Command{Use: "site", Short: "Make and check a site's repository", Args: cobra.NoArgs, RunE: func(cmd *cobra.Command, _ []string) error { return cmd.Help() }}
-	cmd.AddCommand(siteInitCommand(), siteCheckCommand(), sitePinCommand())
-	return cmd
+	return group("site", "Make and check a site's repository", siteInitCommand(), siteCheckCommand(), sitePinCommand())
 }
 
 // founding is what `kmo site init` is told.

@@ -416,7 +416,7 @@ func parsePublic(line string) (ssh.PublicKey, error) {
 	if comment != "" || len(options) > 0 || len(rest) > 0 {
 		return nil, fmt.Errorf("public key %q: want a type and a key, nothing else", refusal.Clip(line, 60))
 	}
-	return key, allowedKey(key)
+	return key, AllowedKey(key)
 }
 
 // stronger is the more sensitive of two tiers; -1 is none.

@@ -54,7 +54,7 @@ func LoadKey(path string, ask func() ([]byte, error)) (ssh.Signer, error) {
 	if err != nil {
 		return nil, fmt.Errorf("signing key %s: %v", path, err)
 	}
-	return signer, allowedKey(signer.PublicKey())
+	return signer, AllowedKey(signer.PublicKey())
 }
 
 // Agent is a connection to an ssh-agent. Its signers work until it is closed.
@@ -87,7 +87,7 @@ func (a *Agent) Signer(id string) (ssh.Signer, error) {
 	var found []ssh.Signer
 	var ids []string
 	for _, signer := range signers {
-		if allowedKey(signer.PublicKey()) != nil {
+		if AllowedKey(signer.PublicKey()) != nil {
 			continue
 		}
 		ids = append(ids, KeyID(signer.PublicKey()))
@@ -138,7 +138,7 @@ func SignedBy(raw []byte, key ssh.PublicKey) bool {
 
 // sign makes the SSHSIG blob of a message.
 func sign(message []byte, signer ssh.Signer, namespace string) ([]byte, error) {
-	if err := allowedKey(signer.PublicKey()); err != nil {
+	if err := AllowedKey(signer.PublicKey()); err != nil {
 		return nil, err
 	}
 	signature, err := sshsig.Sign(bytes.NewReader(message), signer, sshsig.HashSHA512, namespace)
@@ -191,7 +191,7 @@ func parseSignature(blob []byte, namespace, subject string) (*sshsig.Signature, 
 	if err != nil {
 		return nil, forbidden(subject, "a key that does not parse")
 	}
-	if err := allowedKey(key); err != nil {
+	if err := AllowedKey(key); err != nil {
 		return nil, forbidden(subject, refusal.Of(err).Got)
 	}
 	if wire.Hash != "sha256" && wire.Hash != "sha512" || inner.Format == ssh.KeyAlgoRSA {
@@ -218,8 +218,8 @@ func verifySignature(message []byte, s *sshsig.Signature, subject string) error 
 	return nil
 }
 
-// allowedKey refuses every key type and size that is not in the package comment, certificates among them.
-func allowedKey(key ssh.PublicKey) error {
+// AllowedKey refuses every key type and size that is not in the package comment, certificates among them.
+func AllowedKey(key ssh.PublicKey) error {
 	got := key.Type()
 	switch got {
 	case ssh.KeyAlgoED25519, ssh.KeyAlgoECDSA256, ssh.KeyAlgoECDSA384, ssh.KeyAlgoSKED25519, ssh.KeyAlgoSKECDSA256:
