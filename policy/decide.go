@@ -25,7 +25,7 @@ type Decision struct {
 	Warned    []Denial        `json:"warned,omitempty"`
 	Evaluated []string        `json:"evaluated"` // ids of the shipped rules that looked, sorted
 	Policy    merkle.Digest   `json:"policy"`    // the set that judged
-	Input     json.RawMessage `json:"input"`     // the very bytes that were judged
+	Input     json.RawMessage `json:"input"`     // the very bytes that were judged; none of an input that was too large to be
 	Took      time.Duration   `json:"took"`      // ns
 }
 
@@ -96,7 +96,10 @@ func (s *Set) Decide(ctx context.Context, input Input) (decision Decision, err e
 // Replay judges an input document as Decide made it and the audit log keeps it: same set, same bytes, same decision.
 func (s *Set) Replay(ctx context.Context, input []byte) (decision Decision, err error) {
 	start := time.Now()
-	decision = Decision{Policy: s.digest, Input: input}
+	decision = Decision{Policy: s.digest}
+	if len(input) <= maxInput { // what is larger was not judged
+		decision.Input = input
+	}
 	defer func() {
 		if r := recover(); r != nil {
 			err = &refusal.Error{Code: codeError, Subject: "policy", Got: refusal.Clip(fmt.Sprintf("panic: %v", r), 200), Want: "a judgement"}

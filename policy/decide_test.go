@@ -272,6 +272,9 @@ deny contains {"id": "S4", "unit": "", "path": "", "text": "x"} if input.site.na
 			if len(decision.Denied) != 1 || decision.Evaluated != nil {
 				t.Errorf("got %+v, want the one denial", decision)
 			}
+			if len(decision.Input) > maxInput {
+				t.Errorf("the decision keeps %d bytes, which the audit log would have to", len(decision.Input))
+			}
 		})
 	}
 	t.Run("T65 100 MB input", func(t *testing.T) {

@@ -38,13 +38,16 @@ type DecisionEntry struct {
 // judge says whether a commit may run here, and fetches what it needs. The stage is where it was refused.
 func (r *Reconciler) judge(ctx context.Context, rec Record, head Commit) (next *desired, stage string, err error) {
 	next, stage, err = r.assess(ctx, rec, head)
-	if err != nil {
+	if next == nil {
 		return nil, stage, err
 	}
 	if err := r.recordDecision(rec, next); err != nil {
 		return nil, "policy", err
 	}
-	if err := next.decision.Refusal(); err != nil {
+	if err == nil {
+		err = next.decision.Refusal()
+	}
+	if err != nil {
 		return nil, "policy", err
 	}
 	if err := errors.Join(next.plan.Lacks...); err != nil {
@@ -63,7 +66,8 @@ func (r *Reconciler) judge(ctx context.Context, rec Record, head Commit) (next *
 	return next, "", nil
 }
 
-// assess establishes everything about a commit that can be known without fetching its images' bytes or touching the host.
+// assess establishes everything about a commit that can be known without fetching its images' bytes or touching the host. Where the rules
+// came to no judgement, next holds the decision that says so beside the error: it is a denial like others.
 func (r *Reconciler) assess(ctx context.Context, rec Record, head Commit) (next *desired, stage string, err error) {
 	good, err := r.goodPlan(ctx, rec)
 	if err != nil {
@@ -88,7 +92,10 @@ func (r *Reconciler) assess(ctx context.Context, rec Record, head Commit) (next 
 		return nil, "policy", err
 	}
 	next.decision, err = set.Decide(ctx, input)
-	if err != nil {
+	switch {
+	case refusal.Of(err) != nil:
+		return next, "policy", err
+	case err != nil: // nothing was judged
 		return nil, "policy", err
 	}
 	return next, "", nil

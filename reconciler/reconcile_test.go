@@ -3,6 +3,7 @@ package reconciler
 import (
 	"context"
 	"crypto/ed25519"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -13,6 +14,7 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"testing/fstest"
 	"testing/synctest"
 	"time"
 
@@ -368,6 +370,64 @@ func TestEveryCommitIsToldOf(t *testing.T) {
 	})
 }
 
+// TestNoJudgementIsOnRecord: rules that come to no judgement refuse, and the audit log has that decision once for each head.
+func TestNoJudgementIsOnRecord(t *testing.T) {
+	broken, err := policy.Load(rego.Rules(), fstest.MapFS{"broken.rego": {Data: []byte(`package site
+
+deny contains {"id": "S1", "unit": "", "path": "", "msg": sprintf("%v", [x])} if {
+	some unit in input.units
+	unit.after.run.args[0] == "two"
+	x := to_number(unit.after.run.args[0])
+}
+`)}, "broken_test.rego": {Data: []byte(`package site_test
+
+import data.site
+
+test_others_pass if count(site.deny) == 0 with input as {"units": []}
+`)}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	story(t, func(t *testing.T, w *world) {
+		w.r.Rules = func(fs.FS) (*policy.Set, error) { return broken, nil }
+		w.unit("relay", "1", "")
+		w.push("v1")
+		w.reconcile(Converged)
+		w.unit("relay", "two", "")
+		for _, head := range []string{w.push("U-33 a rule that fails"), w.push("the same again")} {
+			w.head = head
+			for range 3 {
+				if rec := w.reconcile(Refused); rec.Stage != "policy" || !strings.HasPrefix(rec.Reason, "E_POLICY_ERROR") {
+					t.Fatalf("refused at %s: %s; want E_POLICY_ERROR", rec.Stage, rec.Reason)
+				}
+			}
+			if got := w.decisions(head); len(got) != 1 || len(got[0].Denied) != 1 || got[0].Denied[0].ID != "E_POLICY_ERROR" || got[0].Policy != broken.Digest() || len(got[0].Input) == 0 {
+				t.Errorf("the audit log has %+v, want one decision, denied with E_POLICY_ERROR, and its input", got)
+			}
+		}
+	})
+}
+
+// decisions are those of a commit in the audit log.
+func (w *world) decisions(id string) (list []policy.Decision) {
+	w.t.Helper()
+	records, err := w.log.ByCommit(id)
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	for _, record := range records {
+		if record.Kind != "decision" {
+			continue
+		}
+		var entry DecisionEntry
+		if err := json.Unmarshal(record.Body, &entry); err != nil {
+			w.t.Fatal(err)
+		}
+		list = append(list, entry.Decision)
+	}
+	return list
+}
+
 func TestTheWorldDoesNotAnswer(t *testing.T) {
 	for _, call := range []string{"source.Head", "images.Describe", "images.Fetch", "backend.Observe", "backend.Apply"} {
 		t.Run(call, func(t *testing.T) {
@@ -560,12 +620,12 @@ func TestT56ChangedBase(t *testing.T) {
 func TestCrashTable(t *testing.T) {
 	calls := []string{"source.Head", "images.Describe", "images.Fetch", "backend.Observe", "journal.Save trying", "backend.Apply",
 		"backend.Remove", "journal.Save " + string(Converged), "journal.Save " + string(Reverted), "source.Revert"}
-	for _, bad := range []bool{false, true} {
+	for _, version := range []string{"good", "ends", "ill"} {
 		for _, call := range calls {
 			for _, after := range []bool{false, true} {
 				for nth := 1; nth <= 3; nth++ {
-					t.Run(fmt.Sprintf("bad=%v/%s/after=%v/%d", bad, call, after, nth), func(t *testing.T) {
-						story(t, func(t *testing.T, w *world) { crash(t, w, bad, fault{call: call, after: after, times: nth}) })
+					t.Run(fmt.Sprintf("%s/%s/after=%v/%d", version, call, after, nth), func(t *testing.T) {
+						story(t, func(t *testing.T, w *world) { crash(t, w, version, fault{call: call, after: after, times: nth}) })
 					})
 				}
 			}
@@ -573,17 +633,29 @@ func TestCrashTable(t *testing.T) {
 	}
 }
 
-func crash(t *testing.T, w *world, bad bool, at fault) {
-	w.unit("relay", "1", "")
-	w.unit("bus", "1", "")
+// crash plays one row: version 2 is good, or its programs end at once, or they run and answer that they are ill.
+func crash(t *testing.T, w *world, version string, at fault) {
+	unit := func(name, version, text string) {
+		w.unit(name, version, text)
+		path := "units/" + name + "/unit.yaml"
+		w.files[path] = strings.Replace(w.files[path], "process: {}", "exec: {argv: [/check]}", 1)
+	}
+	w.fake.Program = func(p *fake.Process) (int, bool) {
+		second := p.Workload.Run.Args[0] == "2"
+		if p.Argv[0] == "/check" {
+			return map[bool]int{true: 1}[second && version == "ill"], true
+		}
+		return 3, second && version == "ends"
+	}
+	unit("relay", "1", "")
+	unit("bus", "1", "")
 	w.push("v1")
 	w.reconcile(Converged)
-	w.unit("relay", "2", "needs: [bus]\n")
-	w.unit("bus", "2", "")
+	unit("relay", "2", "needs: [bus]\n")
+	unit("bus", "2", "")
 	w.push("v2")
-	want, outcome := "bus=2 relay=2", Converged
+	bad, want, outcome := version != "good", "bus=2 relay=2", Converged
 	if bad {
-		w.failing("2")
 		want, outcome = "bus=1 relay=1", Reverted
 	}
 	ctx, cancel := context.WithCancel(t.Context())
