@@ -91,7 +91,7 @@ func contentSum(b *bench) string {
 		if err != nil {
 			return err
 		}
-		fmt.Fprintln(sum, path, found.Mode(), found.Size())
+		_, _ = fmt.Fprintln(sum, path, found.Mode(), found.Size())
 		if !found.Mode().IsRegular() {
 			return nil
 		}

@@ -111,7 +111,7 @@ func Build(t *testing.T, goos, goarch string) string {
 	if output, err := build.CombinedOutput(); err != nil {
 		t.Fatalf("building the test program: %v\n%s", err, output)
 	}
-	if err := os.Chmod(path, 0o755); err != nil { //nolint:gosec // a program is to be executed
+	if err := os.Chmod(path, 0o755); err != nil { // a program is to be executed
 		t.Fatal(err)
 	}
 	return path

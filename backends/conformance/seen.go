@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"net"
+	"net/netip"
 	"slices"
 	"strings"
 	"time"
@@ -169,21 +170,21 @@ func chosenPort(b *bench) {
 	w := b.unit("relay", "serve http", "wait")
 	w.Run.Ports = []backends.Port{{Name: "http"}}
 	w = b.apply(w)
-	s := b.answers(w.Name, "http")
+	s := b.answers(w.Name)
 	address := s.Addresses[0].Address
 	b.kill(b.until(w.Name, "running", running))
 	b.until(w.Name, "running again", func(s backends.Status) bool { return running(s) && s.Restarts == 1 })
-	if again := b.answers(w.Name, "http"); again.Addresses[0].Address != address {
+	if again := b.answers(w.Name); again.Addresses[0].Address != address {
 		b.Errorf("after a restart the address is %s, it was %s", again.Addresses[0].Address, address)
 	}
 	b.reopen()
-	if again := b.answers(w.Name, "http"); again.Addresses[0].Address != address {
+	if again := b.answers(w.Name); again.Addresses[0].Address != address {
 		b.Errorf("a new process tells the address %s, it was %s", again.Addresses[0].Address, address)
 	}
 	other := b.unit("relay", "serve http", "say other", "wait")
 	other.Run.Ports = w.Run.Ports
 	other = b.apply(other)
-	if s := b.answers(other.Name, "http"); s.Addresses[0].Address == address {
+	if s := b.answers(other.Name); s.Addresses[0].Address == address {
 		b.Errorf("two workloads have the address %s", address)
 	}
 }
@@ -193,7 +194,7 @@ func fixedPort(b *bench) {
 	w := b.unit("relay", "serve http", "wait")
 	w.Run.Ports = []backends.Port{{Name: "http", Host: port}}
 	w = b.apply(w)
-	if s := b.answers(w.Name, "http"); !strings.HasSuffix(s.Addresses[0].Address, fmt.Sprint(":", port)) {
+	if s := b.answers(w.Name); !strings.HasSuffix(s.Addresses[0].Address, fmt.Sprint(":", port)) {
 		b.Errorf("address is %s, want port %d", s.Addresses[0].Address, port)
 	}
 }
@@ -206,18 +207,18 @@ func mappedPort(b *bench) {
 	w := b.unit("relay", "serve http", "wait")
 	w.Run.Ports = []backends.Port{{Name: "http", Port: inside, Host: outside}}
 	w = b.apply(w)
-	if s := b.answers(w.Name, "http"); !strings.HasSuffix(s.Addresses[0].Address, fmt.Sprint(":", outside)) {
+	if s := b.answers(w.Name); !strings.HasSuffix(s.Addresses[0].Address, fmt.Sprint(":", outside)) {
 		b.Errorf("address is %s, want port %d", s.Addresses[0].Address, outside)
 	}
 }
 
-// answers waits until the workload's one port answers, and returns its status.
-func (b *bench) answers(name, port string) (s backends.Status) {
+// answers waits until the workload's one port, http, answers, and returns its status.
+func (b *bench) answers(name string) (s backends.Status) {
 	b.Helper()
 	b.poll("an answer from "+name, func() (string, bool) {
 		s, _ = b.status(name)
-		if len(s.Addresses) != 1 || s.Addresses[0].Port != port {
-			return fmt.Sprintf("addresses %v, want one of port %s", s.Addresses, port), false
+		if len(s.Addresses) != 1 || s.Addresses[0].Port != "http" {
+			return fmt.Sprintf("addresses %v, want one of port http", s.Addresses), false
 		}
 		page, err := get(s.Addresses[0].Address)
 		return fmt.Sprint(page, err), err == nil && strings.Contains(page, "serve http")
@@ -227,12 +228,15 @@ func (b *bench) answers(name, port string) (s backends.Status) {
 
 func freePort(b *bench) int {
 	b.Helper()
-	l, err := net.Listen("tcp", "127.0.0.1:0")
+	l, err := net.ListenTCP("tcp", &net.TCPAddr{IP: net.IPv4(127, 0, 0, 1)})
 	if err != nil {
 		b.Fatal(err)
 	}
-	defer l.Close()
-	return l.Addr().(*net.TCPAddr).Port //nolint:forcetypeassert // listened as tcp
+	port := netip.MustParseAddrPort(l.Addr().String()).Port()
+	if err := l.Close(); err != nil {
+		b.Fatal(err)
+	}
+	return int(port)
 }
 
 func onlyOurs(b *bench) {

@@ -203,7 +203,7 @@ func (b *Backend) say(x *workload, text []byte) {
 // follower is a log that goes on.
 type follower struct {
 	backend *Backend
-	ctx     context.Context //nolint:containedctx // it is the reader's, and ends with Close
+	ctx     context.Context // it is the reader's, and ends with Close
 	cancel  context.CancelFunc
 	name    string
 	rest    []byte

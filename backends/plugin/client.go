@@ -318,7 +318,7 @@ func (c *Client) start(ctx context.Context) (_ *session, err error) {
 		return nil, err
 	}
 	if file != nil {
-		defer file.Close() //nolint:errcheck // only read
+		defer file.Close()
 	}
 	say := func(level slog.Level, line string) {
 		c.options.Logger.Log(context.Background(), level, line, "backend", c.options.Name)
@@ -355,7 +355,10 @@ func (c *Client) start(ctx context.Context) (_ *session, err error) {
 	if err != nil {
 		return nil, err
 	}
-	conn := raw.(grpc.ClientConnInterface) //nolint:forcetypeassert // it is what dispenser returns
+	conn, ok := raw.(grpc.ClientConnInterface)
+	if !ok {
+		return nil, fmt.Errorf("the dispenser gave %T, want a connection", raw)
+	}
 	s.remote = &remote{name: c.options.Name, wire: wire.NewBackendClient(conn)}
 	s.health = grpc_health_v1.NewHealthClient(conn)
 	_, err = s.health.Check(deadline, &grpc_health_v1.HealthCheckRequest{Service: goplugin.GRPCServiceName})
@@ -437,15 +440,15 @@ func (d *dispenser) GRPCClient(_ context.Context, _ *goplugin.GRPCBroker, conn *
 	return conn, nil
 }
 
-// clearOld removes what an agent that was killed has left: folders of an earlier hour whose socket nobody listens on.
+// clearOld removes what an agent that was killed has left: folders older than a minute whose socket nobody listens on.
 func clearOld(dir string) {
-	old, _ := filepath.Glob(filepath.Join(dir, "plugin-dir*")) //nolint:errcheck // the pattern is good
+	old, _ := filepath.Glob(filepath.Join(dir, "plugin-dir*")) // the pattern is good
 	for _, one := range old {
 		found, err := os.Lstat(one)
 		if err != nil || !found.IsDir() || time.Since(found.ModTime()) < time.Minute {
 			continue
 		}
-		sockets, _ := filepath.Glob(filepath.Join(one, "plugin*")) //nolint:errcheck // the pattern is good
+		sockets, _ := filepath.Glob(filepath.Join(one, "plugin*")) // the pattern is good
 		if !slices.ContainsFunc(sockets, answers) {
 			os.RemoveAll(one) //nolint:errcheck // it is only in the way
 		}
@@ -455,7 +458,7 @@ func clearOld(dir string) {
 func answers(socket string) bool {
 	conn, err := net.DialTimeout("unix", socket, time.Second)
 	if err == nil {
-		conn.Close() //nolint:errcheck // nothing was said
+		conn.Close()
 	}
 	return err == nil
 }

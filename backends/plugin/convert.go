@@ -62,7 +62,7 @@ func clipAll(list []string) []string {
 func fromFingerprint(p backends.Fingerprint) *wire.FingerprintAnswer {
 	return &wire.FingerprintAnswer{
 		Backend: p.Backend, Version: p.Version, Formats: names[backends.Format, string](p.Formats), Platforms: p.Platforms,
-		Isolation: int32(p.Isolation), Features: names[backends.Feature, string](p.Features), Missing: p.Missing, //nolint:gosec // five values
+		Isolation: int32(p.Isolation), Features: names[backends.Feature, string](p.Features), Missing: p.Missing, // five values
 	}
 }
 

@@ -56,7 +56,7 @@ func Find(dir string, pins map[string]string) ([]Found, error) {
 			faults = append(faults, err)
 			continue
 		}
-		file.Close() //nolint:errcheck // only read
+		file.Close()
 		found = append(found, one)
 	}
 	for name := range pins {
@@ -93,7 +93,7 @@ func (f *Found) open() (*os.File, error) {
 		return nil, fmt.Errorf("plugin %s: %v", f.Path, err)
 	}
 	if err := f.checkOpen(file, pin); err != nil {
-		file.Close() //nolint:errcheck // only read
+		file.Close()
 		return nil, err
 	}
 	return file, nil

@@ -58,7 +58,7 @@ func checkPeer(conn *net.UnixConn, pid int) error {
 	var peer *unix.Ucred
 	var asked error
 	if err := raw.Control(func(fd uintptr) {
-		peer, asked = unix.GetsockoptUcred(int(fd), unix.SOL_SOCKET, unix.SO_PEERCRED) //nolint:gosec // a descriptor
+		peer, asked = unix.GetsockoptUcred(int(fd), unix.SOL_SOCKET, unix.SO_PEERCRED)
 	}); err != nil {
 		return err
 	}
@@ -72,4 +72,4 @@ func checkPeer(conn *net.UnixConn, pid int) error {
 }
 
 // pathOf names an open file, so that what was checked is what is run, whatever has come to its path since.
-func pathOf(f *os.File) string { return "/proc/self/fd/" + strconv.Itoa(int(f.Fd())) } //nolint:gosec // a descriptor
+func pathOf(f *os.File) string { return "/proc/self/fd/" + strconv.Itoa(int(f.Fd())) }

@@ -65,7 +65,7 @@ func (p *process) Start(context.Context) error {
 		defer runtime.UnlockOSThread()
 		err := p.cmd.Start()
 		for _, end := range theirs {
-			end.Close() //nolint:errcheck // the child's ends
+			end.Close()
 		}
 		if err == nil {
 			p.begin()
@@ -147,7 +147,7 @@ func (p *process) watch() (stop func()) {
 func (p *process) forget() {
 	for _, pipe := range []*os.File{p.stdout, p.stderr} {
 		if pipe != nil {
-			pipe.Close() //nolint:errcheck // only read
+			pipe.Close()
 		}
 	}
 	if p.dir != "" {
@@ -225,12 +225,12 @@ func (p *process) HostToPlugin(network, address string) (string, string, error) 
 
 // dial connects to the plugin's socket and makes sure that it is this process which listens there.
 func (p *process) dial(ctx context.Context, address string) (net.Conn, error) {
-	conn, err := (&net.Dialer{}).DialContext(ctx, "unix", address)
+	conn, err := (&net.Dialer{}).DialUnix(ctx, "unix", nil, &net.UnixAddr{Name: address, Net: "unix"})
 	if err != nil {
 		return nil, err
 	}
-	if err := checkPeer(conn.(*net.UnixConn), p.cmd.Process.Pid); err != nil { //nolint:forcetypeassert // dialled as unix
-		conn.Close() //nolint:errcheck // never used
+	if err := checkPeer(conn, p.cmd.Process.Pid); err != nil {
+		_ = conn.Close()
 		return nil, err
 	}
 	return conn, nil

@@ -167,7 +167,7 @@ func awaitDeadline(ctx context.Context, code codes.Code) {
 // logStream is a log that arrives piece by piece.
 type logStream struct {
 	remote *remote
-	ctx    context.Context //nolint:containedctx // it is the stream's, and ends with Close
+	ctx    context.Context // it is the stream's, and ends with Close
 	cancel context.CancelFunc
 	id     uint64
 	stream grpc.ServerStreamingClient[wire.LogsAnswer]

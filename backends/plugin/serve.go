@@ -142,10 +142,10 @@ func (s *served) Logs(r *wire.LogsRequest, stream grpc.ServerStreamingServer[wir
 	if err != nil {
 		return toWire(err)
 	}
-	stop := context.AfterFunc(ctx, func() { log.Close() }) //nolint:errcheck // wakes a reader that waits for more
+	stop := context.AfterFunc(ctx, func() { log.Close() }) // wakes a reader that waits for more
 	defer func() {
 		if stop() {
-			log.Close() //nolint:errcheck // all was read
+			log.Close()
 		}
 	}()
 	if err := stream.Send(&wire.LogsAnswer{Id: r.Id}); err != nil {

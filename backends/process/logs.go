@@ -50,7 +50,7 @@ func trim(dir string, size int64) error {
 	return errors.Join(err, to.Close(), os.Truncate(now, 0))
 }
 
-// read returns both parts, or the last lines of them; with Follow it goes on until ctx ends or the log is gone.
+// readLog returns both parts, or the last lines of them; with Follow it goes on until ctx ends or the log is gone.
 func readLog(ctx context.Context, dir string, options backends.LogOptions) (io.ReadCloser, error) {
 	now, err := os.Open(filepath.Join(dir, logFile))
 	if errors.Is(err, os.ErrNotExist) {
@@ -122,7 +122,6 @@ func lastLines(f *os.File, n int) (section io.Reader, lines int, err error) {
 		return io.NewSectionReader(f, 0, found.Size()), 0, nil
 	}
 	buffer := make([]byte, 32<<10)
-	from := found.Size()
 	for end := found.Size(); end > 0; {
 		start := max(end-int64(len(buffer)), 0)
 		chunk := buffer[:end-start]
@@ -134,7 +133,8 @@ func lastLines(f *os.File, n int) (section io.Reader, lines int, err error) {
 			if at < 0 {
 				break
 			}
-			if from = start + int64(at) + 1; from == found.Size() {
+			from := start + int64(at) + 1
+			if from == found.Size() {
 				continue // the end of the last line, not of the one before it
 			}
 			if lines++; lines == n {

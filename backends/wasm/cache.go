@@ -34,8 +34,10 @@ const (
 // cache is a folder of machine code, one folder a module. It is written by this process alone: what runs guests only reads.
 type cache struct {
 	dir     string
-	program string   // compiles
-	sums    sync.Map // of string, a path's state, to string, the hex SHA-256 of what it held then
+	program string // compiles
+
+	mu   sync.Mutex
+	sums map[string]string // guarded by mu: of a path's state, the hex SHA-256 of what it held then
 }
 
 // code is one module's machine code.
@@ -61,7 +63,7 @@ func openCache(dir, program string) (*cache, error) {
 			return nil, err
 		}
 	}
-	return &cache{dir: dir, program: program}, nil
+	return &cache{dir: dir, program: program, sums: map[string]string{}}, nil
 }
 
 // ready compiles a module if that was not done before by this version of wazero. A module that cannot be compiled is a *moduleError.
@@ -98,8 +100,8 @@ func (c *cache) ready(ctx context.Context, module string, user int) (code, error
 	return code{dir, string(whole), machine + 2*size}, err
 }
 
-// total hashes the machine code in a folder.
-func total(dir string) (string, error) {
+// codeSum hashes the machine code in a folder.
+func codeSum(dir string) (string, error) {
 	files, err := filepath.Glob(filepath.Join(dir, "wazero-*", "*"))
 	if err != nil {
 		return "", err
@@ -125,8 +127,11 @@ func (c *cache) sum(f *os.File) (sum string, size int64, err error) {
 		return "", 0, err
 	}
 	state := fmt.Sprint(f.Name(), " ", found.Size(), " ", found.ModTime().UnixNano())
-	if known, ok := c.sums.Load(state); ok {
-		return known.(string), found.Size(), nil //nolint:forcetypeassert // stored below
+	c.mu.Lock()
+	sum, known := c.sums[state]
+	c.mu.Unlock()
+	if known {
+		return sum, found.Size(), nil
 	}
 	hash := sha256.New()
 	if _, err := io.Copy(hash, f); err != nil {
@@ -136,7 +141,9 @@ func (c *cache) sum(f *os.File) (sum string, size int64, err error) {
 		return "", 0, err
 	}
 	sum = hex.EncodeToString(hash.Sum(nil))
-	c.sums.Store(state, sum)
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.sums[state] = sum
 	return sum, found.Size(), nil
 }
 
@@ -146,7 +153,7 @@ func (c *cache) compile(ctx context.Context, module *os.File, dir string, user i
 	if err != nil {
 		return err
 	}
-	defer os.RemoveAll(half)
+	defer func() { _ = os.RemoveAll(half) }() // not there any more when all went well
 	folder, err := os.Open(half)
 	if err != nil {
 		return err
@@ -158,7 +165,7 @@ func (c *cache) compile(ctx context.Context, module *os.File, dir string, user i
 	limited, cancel := context.WithTimeout(ctx, compileTime)
 	defer cancel()
 	said := &bytes.Buffer{}
-	command := exec.CommandContext(limited, c.program, GuestArg, compileArg) //nolint:gosec // this very program
+	command := exec.CommandContext(limited, c.program, GuestArg, compileArg)
 	command.Stdin, command.Stdout, command.Stderr = module, said, said
 	command.Env = []string{"GOTRACEBACK=none"}
 	command.ExtraFiles = []*os.File{folder}
@@ -176,14 +183,14 @@ func (c *cache) compile(ctx context.Context, module *os.File, dir string, user i
 		}
 		return fmt.Errorf("compiling: %v", err)
 	}
-	whole, err := total(half)
+	whole, err := codeSum(half)
 	if err != nil {
 		return err
 	}
 	if err := os.WriteFile(filepath.Join(half, sumFile), []byte(whole), 0o600); err != nil {
 		return err
 	}
-	if err := open(half); err != nil {
+	if err := publish(half); err != nil {
 		return err
 	}
 	if err := os.Rename(half, dir); err != nil && !errors.Is(err, os.ErrExist) {
@@ -192,8 +199,8 @@ func (c *cache) compile(ctx context.Context, module *os.File, dir string, user i
 	return nil // or another call was quicker, with the same result
 }
 
-// open takes the folder from the user who filled it and lets everybody read it.
-func open(dir string) error {
+// publish takes the folder from the user who filled it and lets everybody read it.
+func publish(dir string) error {
 	return filepath.WalkDir(dir, func(path string, entry os.DirEntry, err error) error {
 		if err != nil {
 			return err
@@ -278,7 +285,7 @@ func static(program string) error {
 		}
 		return err
 	}
-	defer file.Close()
+	defer func() { _ = file.Close() }() // only read
 	for _, part := range file.Progs {
 		if part.Type == elf.PT_INTERP {
 			return fmt.Errorf("%s is linked dynamically; want a static binary, as CGO_ENABLED=0 builds it", program)

@@ -78,7 +78,11 @@ func runGuest(listening bool, args []string) (int, error) {
 		if err != nil {
 			return 0, err
 		}
-		config = config.WithFSConfig(wazero.NewFSConfig().(sysfs.FSConfig).WithSysFSMount(root, "/"))
+		files, ok := wazero.NewFSConfig().(sysfs.FSConfig)
+		if !ok {
+			return 0, errors.New("this wazero mounts no file system but its own")
+		}
+		config = config.WithFSConfig(files.WithSysFSMount(root, "/"))
 	}
 	debug.FreeOSMemory()
 	_, err = runtime.InstantiateModule(ctx, module, config)
@@ -127,7 +131,7 @@ func load(ctx context.Context, p plan) (wazero.CompiledModule, wazero.Runtime, e
 	if err != nil {
 		return nil, nil, err
 	}
-	sum, err := total(p.Code)
+	sum, err := codeSum(p.Code)
 	if err == nil && sum != p.Sum {
 		err = fmt.Errorf("SHA-256 of %s is %s, want %s", p.Code, sum, p.Sum)
 	}
@@ -200,7 +204,7 @@ func (l *linear) Allocate(_, most uint64) experimental.LinearMemory {
 	if l.bound == 0 || l.bound > most {
 		l.bound = most
 	}
-	memory, err := unix.Mmap(-1, 0, int(l.bound), unix.PROT_READ|unix.PROT_WRITE, unix.MAP_ANON|unix.MAP_PRIVATE|unix.MAP_NORESERVE) //nolint:gosec // at most 4 GiB
+	memory, err := unix.Mmap(-1, 0, int(l.bound), unix.PROT_READ|unix.PROT_WRITE, unix.MAP_ANON|unix.MAP_PRIVATE|unix.MAP_NORESERVE) // at most 4 GiB
 	if err != nil {
 		panic(fmt.Errorf("reserving %d bytes: %w", l.bound, err)) // wazero lets an allocator say nothing else
 	}
@@ -232,7 +236,7 @@ func withoutRights(command *exec.Cmd, folder string, user int) error {
 		user = nobody
 	}
 	command.SysProcAttr = &syscall.SysProcAttr{
-		Credential: &syscall.Credential{Uid: uint32(user), Gid: uint32(user)}, //nolint:gosec // a uid
+		Credential: &syscall.Credential{Uid: uint32(user), Gid: uint32(user)},
 		Setsid:     true,
 	}
 	return os.Chown(folder, user, user)

@@ -35,7 +35,7 @@ func TestMain(m *testing.M) {
 	}
 	binaries = built{filepath.Join(dir, "runner"), filepath.Join(dir, "program.wasm"), filepath.Join(dir, "web.wasm"), filepath.Join(dir, "modules")}
 	status := 1
-	if err := os.Chmod(dir, 0o755); err != nil { //nolint:gosec // guests of other users are to reach it
+	if err := os.Chmod(dir, 0o755); err != nil { // guests of other users are to reach it
 		fmt.Fprintln(os.Stderr, err)
 	} else if err := buildAll(); err != nil {
 		fmt.Fprintln(os.Stderr, err)
@@ -170,7 +170,7 @@ func tiny(t *testing.T, body ...byte) string {
 	path := filepath.Join(t.TempDir(), "tiny.wasm")
 	function := append([]byte{byte(len(body) + 2), 0}, append(body, 0x0b)...) // no locals; end
 	whole := module([]byte{1, 1, 0x60, 0, 0}, []byte{3, 1, 0}, section(sectionExport, exported(startFunction, 0)), append([]byte{10, 1}, function...))
-	if err := os.WriteFile(path, whole, 0o644); err != nil { //nolint:gosec // others run it
+	if err := os.WriteFile(path, whole, 0o644); err != nil { // others run it
 		t.Fatal(err)
 	}
 	return path

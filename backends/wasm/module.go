@@ -78,7 +78,7 @@ func (m *moduleReader) inspect() error {
 	}
 	for {
 		id, err := m.ReadByte()
-		if err == io.EOF {
+		if errors.Is(err, io.EOF) {
 			return &moduleError{"it has no exports, want a function " + startFunction}
 		}
 		if err != nil {

@@ -109,7 +109,7 @@ func subscribe(mod api.Module, record []byte, sockets *[]unix.PollFd) (s subscri
 	default:
 		return s, 0, errnoInval
 	}
-	fd := int32(binary.LittleEndian.Uint32(record[16:])) //nolint:gosec // a descriptor is a signed number
+	fd := int32(binary.LittleEndian.Uint32(record[16:])) // a descriptor is a signed number
 	if fd >= 0 && fd <= 2 {
 		s.ready = true // the null device or the log: never waits
 		return s, 0, 0
@@ -227,7 +227,7 @@ func descriptor(field reflect.Value) int32 {
 		return -1
 	}
 	socket := int32(-1)
-	if raw.Control(func(fd uintptr) { socket = int32(fd) }) != nil { //nolint:gosec // a descriptor fits
+	if raw.Control(func(fd uintptr) { socket = int32(fd) }) != nil {
 		return -1
 	}
 	return socket

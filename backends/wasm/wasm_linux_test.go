@@ -258,7 +258,7 @@ func plugin(t *testing.T, state string, w backends.Workload, as *syscall.Credent
 		t.Fatal(err)
 	}
 	path := state + ".json"
-	if err := os.WriteFile(path, text, 0o644); err != nil { //nolint:gosec // the plugin may be another user's
+	if err := os.WriteFile(path, text, 0o644); err != nil { // the plugin may be another user's
 		t.Fatal(err)
 	}
 	plugin := exec.Command(binaries.runner, "apply", state, path)
@@ -308,7 +308,7 @@ func TestWithoutRoot(t *testing.T) {
 	}
 	t.Cleanup(func() { os.RemoveAll(open) })
 	state := filepath.Join(open, "state")
-	if err := errors.Join(os.Chmod(open, 0o755), os.Mkdir(state, 0o700), os.Chown(state, nobody, nobody)); err != nil { //nolint:gosec // on purpose
+	if err := errors.Join(os.Chmod(open, 0o755), os.Mkdir(state, 0o700), os.Chown(state, nobody, nobody)); err != nil { // on purpose
 		t.Fatal(err)
 	}
 	w := workload(binaries.program, "say up", "cat /etc/passwd", "serve http", "wait")

@@ -188,7 +188,7 @@ func answer(conn net.Conn) {
 		return
 	}
 	body := strings.TrimSpace(request) + "\n" + os.Args[1] + "\n"
-	fmt.Fprintf(conn, "HTTP/1.1 200 OK\r\nContent-Type: text/plain\r\nContent-Length: %d\r\nConnection: close\r\n\r\n%s", len(body), body)
+	_, _ = fmt.Fprintf(conn, "HTTP/1.1 200 OK\r\nContent-Type: text/plain\r\nContent-Length: %d\r\nConnection: close\r\n\r\n%s", len(body), body)
 	time.Sleep(10 * time.Millisecond) // a close with unread input would reset the connection before the answer is read
 }
 

@@ -103,7 +103,7 @@ func (c Groups) Make(name string, r backends.Resources) (unapplied []string, err
 // makeAll is MkdirAll against another process that removes an empty parent at the same time.
 func makeAll(at string) (err error) {
 	for range 5 {
-		if err = os.MkdirAll(at, 0o755); !errors.Is(err, os.ErrNotExist) { //nolint:gosec // cgroups are read by all
+		if err = os.MkdirAll(at, 0o755); !errors.Is(err, os.ErrNotExist) { // cgroups are read by all
 			return err
 		}
 	}
@@ -117,7 +117,7 @@ func (c Groups) delegate(base string) {
 		at = filepath.Join(at, part)
 		for _, one := range c.controllers {
 			if one.base == base {
-				_ = os.WriteFile(filepath.Join(at, "cgroup.subtree_control"), []byte("+"+one.name), 0o644) //nolint:gosec // exists already
+				_ = os.WriteFile(filepath.Join(at, "cgroup.subtree_control"), []byte("+"+one.name), 0o644)
 			}
 		}
 	}
@@ -126,7 +126,7 @@ func (c Groups) delegate(base string) {
 func (c Groups) bound(at controller, name string, want int64, r backends.Resources) error {
 	dir := filepath.Join(at.base, c.folder, name)
 	put := func(file string, value any) error {
-		return os.WriteFile(filepath.Join(dir, file), fmt.Append(nil, value), 0o644) //nolint:gosec // exists already
+		return os.WriteFile(filepath.Join(dir, file), fmt.Append(nil, value), 0o644)
 	}
 	switch {
 	case at.name == "memory" && at.v2:

@@ -31,7 +31,7 @@ func (r *Root) build() error {
 		return fmt.Errorf("mounting a tmpfs: %v", err)
 	}
 	layer, merged := filepath.Join(r.Scratch, "layer"), filepath.Join(r.Scratch, "merged")
-	if err := errors.Join(os.Mkdir(layer, 0o755), os.Mkdir(merged, 0o755)); err != nil { //nolint:gosec // it is the program's /
+	if err := errors.Join(os.Mkdir(layer, 0o755), os.Mkdir(merged, 0o755)); err != nil { // it is the program's /
 		return err
 	}
 	if r.Content != "" {
@@ -113,7 +113,7 @@ func (r *Root) writable(layer string) error {
 	for _, dir := range []string{"/tmp", "/dev/shm"} {
 		to, err := r.point(layer, dir, true)
 		if err == nil {
-			err = os.Chmod(filepath.Join(layer, to), 0o777|os.ModeSticky) //nolint:gosec // as everywhere
+			err = os.Chmod(filepath.Join(layer, to), 0o777|os.ModeSticky)
 		}
 		if err != nil {
 			return err
@@ -151,13 +151,13 @@ func (r *Root) point(layer, to string, folder bool) (string, error) {
 		dir = path.Join(dir, part)
 		at := filepath.Join(layer, dir)
 		if i == len(parts)-1 && !folder {
-			f, err := os.OpenFile(at, os.O_CREATE|os.O_WRONLY, 0o644) //nolint:gosec // a mount point
+			f, err := os.OpenFile(at, os.O_CREATE|os.O_WRONLY, 0o644)
 			if err != nil {
 				return "", blame{err}
 			}
 			return to, f.Close()
 		}
-		if err := os.Mkdir(at, 0o755); errors.Is(err, os.ErrExist) { //nolint:gosec // a mount point
+		if err := os.Mkdir(at, 0o755); errors.Is(err, os.ErrExist) {
 			continue
 		} else if err != nil {
 			return "", blame{err}

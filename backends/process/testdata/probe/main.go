@@ -133,7 +133,7 @@ func try(verb, rest string) (string, error) {
 	case "bomb":
 		for range 1000 {
 			if err := exec.Command("/app", "wait").Start(); err != nil {
-				return "ok stopped", nil //nolint:nilerr // it is what should be
+				return "ok stopped", nil // it is what should be
 			}
 		}
 		return "1000 processes", nil
