@@ -192,10 +192,15 @@ func (r *Reconciler) try(ctx context.Context, rec Record, next *desired) (Record
 
 // resume goes on with a try that was interrupted. What it tries was judged and accepted before the commit point.
 func (r *Reconciler) resume(ctx context.Context, rec Record) (Record, error) {
+	good, err := r.goodPlan(ctx, rec)
+	if err != nil {
+		return r.end(ctx, rec, rec.Trying, Waiting, "resume", "the good commit: "+err.Error())
+	}
 	next, err := r.load(ctx, rec.Trying)
 	if err != nil {
 		return r.end(ctx, rec, rec.Trying, Waiting, "resume", err.Error())
 	}
+	next.compare(good) // what the try changed is what the gate judges, also where it runs already
 	return r.finish(ctx, rec, next)
 }
 

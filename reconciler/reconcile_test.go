@@ -633,7 +633,7 @@ func TestCrashTable(t *testing.T) {
 	}
 }
 
-// crash plays one row: version 2 is good, or its programs end at once, or they run and answer that they are ill.
+// crash plays one row: version 2 is good, or its programs end at once, or all of it runs and the last answers that it is ill.
 func crash(t *testing.T, w *world, version string, at fault) {
 	unit := func(name, version, text string) {
 		w.unit(name, version, text)
@@ -642,8 +642,8 @@ func crash(t *testing.T, w *world, version string, at fault) {
 	}
 	w.fake.Program = func(p *fake.Process) (int, bool) {
 		second := p.Workload.Run.Args[0] == "2"
-		if p.Argv[0] == "/check" {
-			return map[bool]int{true: 1}[second && version == "ill"], true
+		if slices.Equal(p.Argv, []string{"/check"}) {
+			return map[bool]int{true: 1}[second && version == "ill" && p.Workload.Unit == "relay"], true
 		}
 		return 3, second && version == "ends"
 	}

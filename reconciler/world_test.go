@@ -18,6 +18,7 @@ import (
 	"golang.org/x/crypto/ssh"
 
 	"github.com/kindos/kmo/backends"
+	"github.com/kindos/kmo/backends/fake"
 	"github.com/kindos/kmo/policy/refusal"
 	"github.com/kindos/kmo/policy/trust"
 	"github.com/kindos/kmo/registry/merkle"
@@ -271,7 +272,7 @@ func (j *memJournal) Save(rec Record) error {
 
 // faulty puts faults around a backend.
 type faulty struct {
-	backends.Backend
+	*fake.Backend
 	faults *faults
 }
 
