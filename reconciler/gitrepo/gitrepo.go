@@ -87,7 +87,7 @@ type state struct {
 	checked map[plumbing.Hash]extent // guarded by mu: folders whose paths were found good
 }
 
-// Limits bound what a remote may send. Zero fields are the defaults of DefaultLimits.
+// Limits bound what a remote may send. Zero fields are the defaults of defaultLimits.
 type Limits struct {
 	Bytes    int64         // of a pack
 	Objects  int           // of a fetch, and files of a commit
@@ -102,8 +102,8 @@ type Limits struct {
 	Idle     time.Duration // without a byte from the remote
 }
 
-// DefaultLimits are the bounds of a Repository that sets none.
-func DefaultLimits() Limits {
+// defaultLimits are the bounds of a Repository that sets none.
+func defaultLimits() Limits {
 	return Limits{
 		Bytes: 2 << 30, Objects: 500_000, Object: 64 << 20, Ratio: 1000, Delta: 50, Depth: 32, Path: 4096, Refs: 10_000,
 		Commits: 100_000, Duration: 10 * time.Minute, Idle: time.Minute,
@@ -196,7 +196,7 @@ func (r *Repository) validate(s *state) error {
 }
 
 func (l *Limits) fill() {
-	d := DefaultLimits()
+	d := defaultLimits()
 	for _, p := range []struct{ field, other *int }{
 		{&l.Objects, &d.Objects}, {&l.Delta, &d.Delta}, {&l.Depth, &d.Depth}, {&l.Path, &d.Path}, {&l.Refs, &d.Refs}, {&l.Commits, &d.Commits},
 	} {

@@ -75,16 +75,11 @@ func (r *Repository) tipCommit() (reconciler.Commit, error) {
 // fetch brings what the copy lacks into quarantine and has it admitted.
 func (r *Repository) fetch(ctx context.Context, idle context.CancelCauseFunc) (reconciler.Commit, error) {
 	whole := r.own.damaged.Load()
-	dir, err := os.MkdirTemp(r.Dir, "quarantine-")
+	f, done, err := r.quarantine()
 	if err != nil {
 		return reconciler.Commit{}, err
 	}
-	defer func() { _ = os.RemoveAll(dir) }()
-	f, err := os.OpenFile(filepath.Join(dir, "new.pack"), os.O_RDWR|os.O_CREATE|os.O_EXCL, 0o400)
-	if err != nil {
-		return reconciler.Commit{}, err
-	}
-	defer f.Close()
+	defer done()
 	bring := r.receive
 	if r.remote.scheme == "" {
 		if bring = r.collect; whole || r.tip.IsZero() {

@@ -393,16 +393,16 @@ func TestForeignBytes(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	lying, err := newPack(dir+"/pack/pack-1", idx, DefaultLimits())
+	lying, err := newPack(dir+"/pack/pack-1", idx, defaultLimits())
 	if err != nil {
 		t.Fatal(err)
 	}
-	s := &store{limits: DefaultLimits(), packs: []*pack{lying}}
+	s := &store{limits: defaultLimits(), packs: []*pack{lying}}
 	defer s.close()
 	if _, content, err := s.read(want); code(err) != "E_PACK" || content != nil {
 		t.Errorf("T40 %q, %v; want E_PACK", content, err)
 	}
-	above := &store{limits: DefaultLimits(), base: s}
+	above := &store{limits: defaultLimits(), base: s}
 	if !above.has(want) {
 		t.Error("T40 what is held below is not asked first")
 	}

@@ -28,6 +28,19 @@ const (
 	smallPack = 4096
 )
 
+// quarantine makes an empty pack file in a folder of its own. done closes it and clears what was not promoted.
+func (r *Repository) quarantine() (f *os.File, done func(), err error) {
+	dir, err := os.MkdirTemp(r.Dir, "quarantine-")
+	if err != nil {
+		return nil, nil, err
+	}
+	f, err = os.OpenFile(filepath.Join(dir, "new.pack"), os.O_RDWR|os.O_CREATE|os.O_EXCL, 0o400)
+	if err != nil {
+		return nil, nil, errors.Join(err, os.RemoveAll(dir))
+	}
+	return f, func() { f.Close(); _ = os.RemoveAll(dir) }, nil
+}
+
 // admit judges the pack in quarantine and promotes it with the branch's new commit. After an error the copy is as it was.
 // whole means that the copy is damaged: the pack must stand alone, and the damaged packs go once it is in.
 func (r *Repository) admit(ctx context.Context, f *os.File, tip plumbing.Hash, whole bool) (reconciler.Commit, error) {
@@ -76,7 +89,7 @@ func (r *Repository) admit(ctx context.Context, f *os.File, tip plumbing.Hash, w
 	if err != nil {
 		return commit, fmt.Errorf("promoting: %v", err)
 	}
-	if len(r.own.snapshot()) > mergeAt {
+	if len(r.own.present()) > mergeAt {
 		_ = r.locked(func() error { return r.merge(ctx) }) // the next fetch tries again
 	}
 	return r.commit(r.own, tip)
@@ -227,7 +240,7 @@ func (r *Repository) merge(ctx context.Context) error {
 	var small []*pack
 	var ids []plumbing.Hash
 	seen := map[plumbing.Hash]bool{}
-	for _, p := range r.own.snapshot() {
+	for _, p := range r.own.present() {
 		if n, err := p.idx.Count(); err != nil || n >= smallPack {
 			continue
 		}
@@ -241,16 +254,11 @@ func (r *Repository) merge(ctx context.Context) error {
 		}
 		small = append(small, p)
 	}
-	dir, err := os.MkdirTemp(r.Dir, "quarantine-")
+	f, done, err := r.quarantine()
 	if err != nil {
 		return err
 	}
-	defer func() { _ = os.RemoveAll(dir) }()
-	f, err := os.OpenFile(filepath.Join(dir, "new.pack"), os.O_RDWR|os.O_CREATE|os.O_EXCL, 0o400)
-	if err != nil {
-		return err
-	}
-	defer f.Close()
+	defer done()
 	all := filesystem.NewStorage(osfs.New(r.Dir), cache.NewObjectLRU(16<<20))
 	if _, err := packfile.NewEncoder(f, all, false).Encode(ids, 10); err != nil {
 		return err

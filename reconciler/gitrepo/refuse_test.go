@@ -406,7 +406,7 @@ func TestEveryBitAndPrefix(t *testing.T) {
 		defer f.Close()
 		defer os.Remove(f.Name())
 		f.Write(pack)
-		_, err = index(context.Background(), f, DefaultLimits(), func(plumbing.Hash) bool { return false })
+		_, err = index(context.Background(), f, defaultLimits(), func(plumbing.Hash) bool { return false })
 		return err
 	}
 	if err := judge(whole); err != nil {
@@ -671,7 +671,7 @@ func FuzzCommit(f *testing.F) {
 func FuzzPack(f *testing.F) {
 	p, _ := goodPack()
 	f.Add(p.done())
-	limits := DefaultLimits()
+	limits := defaultLimits()
 	limits.Object, limits.Objects = 1<<16, 100
 	f.Fuzz(func(t *testing.T, pack []byte) {
 		file, err := os.CreateTemp(t.TempDir(), "")

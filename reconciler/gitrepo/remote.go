@@ -2,6 +2,7 @@ package gitrepo
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"crypto/tls"
 	"crypto/x509"
@@ -99,14 +100,14 @@ func parseURL(text, path string) (remote, error) {
 		if strings.HasPrefix(r.path, "-") {
 			return remote{}, errors.New("remote: its path begins with a dash")
 		}
-		r.port = cmpOr(r.port, "22")
+		r.port = cmp.Or(r.port, "22")
 	case "https":
-		r.port = cmpOr(r.port, "443")
+		r.port = cmp.Or(r.port, "443")
 	case "http":
 		if ip, err := netip.ParseAddr(r.host); r.host != "localhost" && (err != nil || !ip.IsLoopback()) {
 			return remote{}, errors.New("remote: http to another machine; want https")
 		}
-		r.port = cmpOr(r.port, "80")
+		r.port = cmp.Or(r.port, "80")
 	default:
 		return remote{}, fmt.Errorf("remote: scheme %q; want ssh, https, file, or a path", refusal.Clip(u.Scheme, 20))
 	}
@@ -115,13 +116,6 @@ func parseURL(text, path string) (remote, error) {
 	}
 	r.base = &url.URL{Scheme: u.Scheme, Host: u.Host, Path: strings.TrimSuffix(u.Path, "/")}
 	return r, nil
-}
-
-func cmpOr(a, b string) string {
-	if a != "" {
-		return a
-	}
-	return b
 }
 
 // talk is one conversation with a git service.
@@ -307,7 +301,7 @@ type web struct {
 
 // dialHTTP asks for the list of references, following redirects there only, and talks to where that ended.
 func (r *Repository) dialHTTP(ctx context.Context, service string) (*talk, error) {
-	w := &web{remote: r.remote, user: cmpOr(r.Auth.User, "git")}
+	w := &web{remote: r.remote, user: cmp.Or(r.Auth.User, "git")}
 	var err error
 	if w.password, err = r.password(); err != nil {
 		return nil, err
@@ -426,7 +420,7 @@ func (w *web) redirect(request *http.Request, via []*http.Request) error {
 
 // origin says whether a URL is the remote's own: the same scheme, host and port.
 func (w *web) origin(u *url.URL) bool {
-	port := cmpOr(u.Port(), map[string]string{"http": "80", "https": "443"}[u.Scheme])
+	port := cmp.Or(u.Port(), map[string]string{"http": "80", "https": "443"}[u.Scheme])
 	return w.password != "" && u.Scheme == w.remote.scheme && strings.EqualFold(u.Hostname(), w.remote.host) && port == w.remote.port
 }
 

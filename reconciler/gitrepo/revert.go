@@ -2,12 +2,12 @@ package gitrepo
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
 	"io"
 	"os"
-	"path/filepath"
 	"strings"
 
 	"github.com/go-git/go-git/v5/plumbing"
@@ -45,16 +45,11 @@ func (r *Repository) Revert(ctx context.Context, v reconciler.Revert) (reconcile
 		return reconciler.Commit{}, fmt.Errorf("reverting: %v", err)
 	}
 	id := plumbing.ComputeHash(plumbing.CommitObject, raw)
-	dir, err := os.MkdirTemp(r.Dir, "quarantine-")
+	f, done, err := r.quarantine()
 	if err != nil {
 		return reconciler.Commit{}, err
 	}
-	defer func() { _ = os.RemoveAll(dir) }()
-	f, err := os.OpenFile(filepath.Join(dir, "new.pack"), os.O_RDWR|os.O_CREATE|os.O_EXCL, 0o400)
-	if err != nil {
-		return reconciler.Commit{}, err
-	}
-	defer f.Close()
+	defer done()
 	out, err := newPacker(f, r.Limits.Bytes)
 	if err == nil {
 		err = errors.Join(out.add(plumbing.CommitObject, raw), out.finish())
@@ -116,7 +111,7 @@ func (r *Repository) already(ctx context.Context, v reconciler.Revert, good comm
 func (r *Repository) revertCommit(v reconciler.Revert, good commitHead) ([]byte, error) {
 	line := func(text string, n int) string {
 		text = strings.TrimSpace(refusal.Clip(strings.ToValidUTF8(text, "?"), n))
-		return cmpOr(text, "-")
+		return cmp.Or(text, "-")
 	}
 	var b bytes.Buffer
 	who := fmt.Sprintf("%s <%s> %d +0000", r.Name, r.Email, r.Now().Unix())

@@ -3,6 +3,7 @@ package gitrepo
 import (
 	"bufio"
 	"bytes"
+	"cmp"
 	"compress/zlib"
 	"encoding/binary"
 	"errors"
@@ -16,6 +17,7 @@ import (
 	"sync"
 	"sync/atomic"
 	"syscall"
+	"time"
 
 	"github.com/go-git/go-git/v5/plumbing"
 	"github.com/go-git/go-git/v5/plumbing/format/idxfile"
@@ -102,7 +104,7 @@ func (s *store) refresh() error {
 		}
 		found = append(found, p)
 	}
-	slices.SortFunc(found, func(a, b *pack) int { return a.made.Compare(b.made) })
+	slices.SortFunc(found, func(a, b *pack) int { return cmp.Or(a.made.Compare(b.made), strings.Compare(a.name, b.name)) })
 	s.packs = slices.DeleteFunc(s.packs, func(p *pack) bool {
 		if !there[p.name] {
 			p.close()
@@ -125,7 +127,7 @@ func (s *store) close() {
 	s.packs, s.borrow = nil, nil
 }
 
-func (s *store) snapshot() []*pack {
+func (s *store) present() []*pack {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	return slices.Clone(s.packs)
@@ -136,7 +138,7 @@ func (s *store) has(h plumbing.Hash) bool {
 	if s.base != nil && s.base.has(h) {
 		return true
 	}
-	for _, p := range s.snapshot() {
+	for _, p := range s.present() {
 		if ok, _ := p.idx.Contains(h); ok {
 			return true
 		}
@@ -187,7 +189,7 @@ func (s *store) readAs(want plumbing.ObjectType, h plumbing.Hash) ([]byte, error
 }
 
 func (s *store) find(h plumbing.Hash) (plumbing.ObjectType, []byte, error) {
-	for _, p := range s.snapshot() {
+	for _, p := range s.present() {
 		if t, content, err := p.read(h); !errors.Is(err, errAbsent) {
 			return t, content, err
 		}
@@ -246,26 +248,13 @@ type pack struct {
 	name   string // without folder and suffix
 	idx    *idxfile.MemoryIndex
 	limits Limits
-	made   timeOrder
+	made   time.Time
 
 	mu    sync.Mutex // held while the file is read
 	file  *os.File
 	scan  *packfile.Scanner
 	bases map[int64]packed // bases of deltas lately read
 	kept  int              // bytes in bases
-}
-
-// timeOrder is a file's age and name: packs are asked oldest first.
-type timeOrder struct {
-	nanos int64
-	name  string
-}
-
-func (t timeOrder) Compare(o timeOrder) int {
-	if t.nanos != o.nanos {
-		return int(min(max(t.nanos-o.nanos, -1), 1))
-	}
-	return strings.Compare(t.name, o.name)
 }
 
 type packed struct {
@@ -297,10 +286,9 @@ func newPack(path string, idx *idxfile.MemoryIndex, limits Limits) (*pack, error
 		file.Close()
 		return nil, err
 	}
-	name := filepath.Base(path)
 	return &pack{
-		name: name, idx: idx, limits: limits, file: file, scan: packfile.NewScanner(file), bases: map[int64]packed{},
-		made: timeOrder{stat.ModTime().UnixNano(), name},
+		name: filepath.Base(path), idx: idx, limits: limits, made: stat.ModTime(),
+		file: file, scan: packfile.NewScanner(file), bases: map[int64]packed{},
 	}, nil
 }
 
