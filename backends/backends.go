@@ -9,6 +9,8 @@ import (
 	"context"
 	"errors"
 	"io"
+	"slices"
+	"strings"
 	"time"
 
 	"github.com/kindos/kmo/registry/merkle"
@@ -84,7 +86,7 @@ const (
 	Exec          Feature = "exec"           // the backend is an Execer
 	Mounts        Feature = "mounts"         // folders of the host can be mounted
 	Devices       Feature = "devices"        // named devices can be given
-	Capabilities  Feature = "capabilities"   // single capabilities can be given
+	Capabilities  Feature = "capabilities"   // single capabilities can be given, and Escalation
 	HostNamespace Feature = "host-namespace" // namespaces can be shared with the host
 	Privileged    Feature = "privileged"     // all of the host can be given
 	WritableBase  Feature = "writable-base"  // the base can be made writable
@@ -104,12 +106,7 @@ type Fingerprint struct {
 
 // Has says whether the fingerprint has feature f.
 func (p Fingerprint) Has(f Feature) bool {
-	for _, have := range p.Features {
-		if have == f {
-			return true
-		}
-	}
-	return false
+	return slices.Contains(p.Features, f)
 }
 
 // Isolation orders backends by how strongly they separate a workload from the host; more is stronger.
@@ -182,6 +179,11 @@ type Port struct {
 	Name string `json:"name"`
 	Port int    `json:"port,omitempty"`
 	Host int    `json:"host,omitempty"`
+}
+
+// Variable is the environment variable that tells the program the port's number.
+func (p Port) Variable() string {
+	return "KMO_PORT_" + strings.ToUpper(strings.ReplaceAll(p.Name, "-", "_"))
 }
 
 // Resources bounds a workload. 0 means not bounded, which policy refuses.

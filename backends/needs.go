@@ -24,7 +24,7 @@ func (w *Workload) Needs() []Feature {
 		{HostNetwork, host("network")},
 		{Mounts, len(w.Mounts) > 0},
 		{Devices, len(w.Resources.Devices) > 0},
-		{Capabilities, len(w.Security.Capabilities) > 0},
+		{Capabilities, len(w.Security.Capabilities) > 0 || w.Security.Escalation},
 		{HostNamespace, slices.ContainsFunc(w.Security.Host, func(n string) bool { return n != "network" })},
 		{Privileged, w.Security.Privileged},
 		{WritableBase, w.Security.WritableBase},

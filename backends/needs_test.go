@@ -39,6 +39,9 @@ func TestAdmit(t *testing.T) {
 	if needs := modest.Needs(); len(needs) != 0 {
 		t.Errorf("a workload that asks for nothing needs %v", needs)
 	}
+	if needs := (&Workload{Security: Security{Escalation: true}}).Needs(); !slices.Equal(needs, []Feature{Capabilities}) {
+		t.Errorf("a workload that asks for escalation needs %v, want %s", needs, Capabilities)
+	}
 	modest.Format = OCI
 	var got *FeatureError
 	if err := able.Admit(modest); !errors.As(err, &got) || got.Feature != Feature(OCI) {

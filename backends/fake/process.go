@@ -2,12 +2,14 @@ package fake
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
 	"hash/fnv"
 	"io"
 	"io/fs"
+	"maps"
 	"slices"
 	"strings"
 	"time"
@@ -153,12 +155,12 @@ func (b *Backend) run(x *workload, argv []string) (code int, output []byte, ende
 func (b *Backend) process(x *workload, argv []string) *Process {
 	p := &Process{Workload: x.Workload, Argv: argv, Addresses: x.Status.Addresses, backend: b, x: x}
 	p.Env = slices.Clone(x.Workload.Image.Config.Env)
-	for name, value := range x.Workload.Run.Env {
-		p.Env = append(p.Env, name+"="+value)
+	for _, name := range slices.Sorted(maps.Keys(x.Workload.Run.Env)) {
+		p.Env = append(p.Env, name+"="+x.Workload.Run.Env[name])
 	}
 	for i, port := range x.Workload.Run.Ports {
 		_, number, _ := strings.Cut(x.Status.Addresses[i].Address, ":")
-		p.Env = append(p.Env, "KMO_PORT_"+strings.ToUpper(strings.ReplaceAll(port.Name, "-", "_"))+"="+number)
+		p.Env = append(p.Env, port.Variable()+"="+number)
 	}
 	return p
 }
@@ -167,10 +169,7 @@ func (b *Backend) process(x *workload, argv []string) *Process {
 func (b *Backend) addresses(w backends.Workload) []backends.Address {
 	var all []backends.Address
 	for _, port := range w.Run.Ports {
-		number := max(port.Host, port.Port)
-		if port.Host != 0 {
-			number = port.Host
-		}
+		number := cmp.Or(port.Host, port.Port)
 		if number == 0 {
 			h := fnv.New32a()
 			io.WriteString(h, w.Name+"/"+port.Name) //nolint:errcheck // a hash takes everything

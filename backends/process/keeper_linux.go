@@ -56,8 +56,8 @@ type entry struct {
 	read    time.Time // of usage
 }
 
-// Open takes the state folder, which no other process may have, and finds what an earlier process left in the state folder and goes on with it: programs that run are kept, programs that
-// are gone are started again, half-made ones are undone, removals are finished.
+// Open takes the state folder, which no other process may have, and goes on with what an earlier one left there: programs that run are
+// kept, programs that are gone are started again, half-made ones are undone, removals are finished.
 func Open(o Options) (*Keeper, error) {
 	if o.Logger == nil {
 		o.Logger = slog.New(slog.DiscardHandler)
@@ -67,9 +67,6 @@ func Open(o Options) (*Keeper, error) {
 	}
 	if o.LogSize == 0 {
 		o.LogSize = 8 << 20
-	}
-	if o.Cgroups == "" {
-		o.Cgroups = "/sys/fs/cgroup"
 	}
 	state, err := filepath.Abs(o.State)
 	if err != nil {
@@ -96,7 +93,7 @@ func Open(o Options) (*Keeper, error) {
 		return nil, errors.Join(err, k.lock.Close())
 	}
 	if k.support.Mounts {
-		k.groups = cgroup.Find(o.Cgroups, fmt.Sprintf("kmo/%s-%x", o.Backend, sha256.Sum256([]byte(state)))[:len(o.Backend)+13])
+		k.groups = cgroup.Find("/sys/fs/cgroup", fmt.Sprintf("kmo/%s-%x", o.Backend, sha256.Sum256([]byte(state)))[:len(o.Backend)+13])
 	}
 	k.ctx, k.cancel = context.WithCancel(context.Background())
 	if err := k.find(); err != nil {
@@ -195,7 +192,6 @@ func (k *Keeper) Features() []backends.Feature {
 			list = append(list, feature)
 		}
 	}
-	list = slices.DeleteFunc(list, func(f backends.Feature) bool { return slices.Contains(k.options.Refuses, f) })
 	slices.Sort(list)
 	return list
 }

@@ -1,6 +1,6 @@
 // Package process keeps confined programs that outlive whoever started them. The backends native and wasm stand on it.
 //
-// A [Keeper] owns one state folder. Its process is the only supervisor; there is no helper beside a program. A start is a
+// A [Keeper] owns one state folder. Its process is the only supervisor; nothing stands beside a program. A start is a
 // re-execution of this very binary with [StageArg] as its first argument: a command's main must call [Stage] then, before
 // anything else.
 //
@@ -13,12 +13,13 @@
 //  1. the stage is cloned into its own mount, pid, ipc and uts namespaces, and waits for its orders on a pipe;
 //  2. the record is written: workload, boot id, pid, start time;
 //  3. the orders are sent. A stage that reads end of file instead ends itself;
-//  4. the stage builds the root, runs the preInit hooks, joins the cgroups, gives everything up and executes the program.
+//  4. the stage builds the root, waits while the keeper runs the preInit hooks in it, joins the cgroups, gives everything up and
+//     executes the program.
 //
 // A record needs to outlive this process, not the machine: the programs it speaks of die with the kernel whose page cache
 // holds it. So it is renamed into place but never synced. A record that cannot be read is cleared away, never obeyed.
 //
-// The folder, trusted, mode 0700, root's own:
+// The folder, trusted, mode 0700, this user's own:
 //
 //	work/<workload>/record.json   what was asked, and proof of the process that answers it
 //	work/<workload>/log, log.1    stdout and stderr, appended by the program itself; log.1 is the older part
@@ -35,7 +36,6 @@
 package process
 
 import (
-	"fmt"
 	"log/slog"
 	"maps"
 	"path"
@@ -61,13 +61,11 @@ type Options struct {
 	// Plan turns a workload into the program to run, and is asked again at each restart. The ports of the workload it is
 	// given are resolved: Port is the number the program listens on. It must return a *backends.FeatureError for what it
 	// cannot give, and change nothing.
-	Plan    func(backends.Workload) (Program, error)
-	Refuses []backends.Feature // features of the Keeper that this backend does not pass on: backends.Hooking, …
-	Logger  *slog.Logger       // nil is silent
+	Plan   func(backends.Workload) (Program, error)
+	Logger *slog.Logger // nil is silent
 
 	Backoff func(restarts int) time.Duration // pause before the next start; nil is 1 s doubling to 1 min
 	LogSize int64                            // bytes of log and of log.1 each; 0 is 8 MiB
-	Cgroups string                           // where cgroup hierarchies are mounted; "" is /sys/fs/cgroup
 }
 
 // Program is what a workload comes down to.
@@ -106,57 +104,22 @@ func Env(w backends.Workload) map[string]string {
 	}
 	maps.Copy(env, w.Run.Env)
 	for _, p := range w.Run.Ports {
-		env[PortVariable(p.Name)] = strconv.Itoa(p.Port)
+		env[p.Variable()] = strconv.Itoa(p.Port)
 	}
 	return env
 }
 
-// PortVariable is the environment variable that tells a program the number of its port.
-func PortVariable(name string) string {
-	return "KMO_PORT_" + strings.ToUpper(strings.ReplaceAll(name, "-", "_"))
-}
-
-// asked is one thing a workload may ask for.
-type asked struct {
-	feature backends.Feature
-	is      bool
-	why     string // not, where the feature is never there
-}
-
-func wishes(w backends.Workload) []asked {
-	host := slices.DeleteFunc(slices.Clone(w.Security.Host), func(ns string) bool { return ns == "network" })
-	never := func(what string) string { return "a program of this backend is never given " + what }
-	list := []asked{
-		{backends.Privileged, w.Security.Privileged, never("all of the host")},
-		{backends.Capabilities, w.Security.Escalation, never("more rights by set-uid")},
-		{backends.Capabilities, len(w.Security.Capabilities) > 0, never("capabilities")},
-		{backends.WritableBase, w.Security.WritableBase, never("a writable base")},
-		{backends.Unconfined, w.Security.Unconfined, never("a way round its filters")},
-		{backends.HostNamespace, len(host) > 0, never("the host's " + strings.Join(host, ", "))},
-		{backends.Devices, len(w.Resources.Devices) > 0, never("devices")},
-		{backends.Overlays, w.Overlay.Size > 0, ""},
-		{backends.Keep, len(w.Overlay.Keep) > 0, ""},
-		{backends.Mounts, len(w.Mounts) > 0, ""},
-		{backends.Hooking, len(w.Hooks.PreInit)+len(w.Hooks.PostInit)+len(w.Hooks.Exit) > 0, ""},
-	}
-	for _, p := range w.Run.Ports {
-		list = append(list, asked{backends.PortMap, p.Host != 0 && p.Port != 0 && p.Host != p.Port,
-			fmt.Sprintf("port %s is %d inside and %d outside, and the network is the host's; give one of them", p.Name, p.Port, p.Host)})
-	}
-	return list
-}
-
-// lacks returns what w asks for and have does not hold.
+// lacks refuses what w asks for and have does not hold. Bounds are no part of it: one that no cgroup can set is kept by the backend
+// itself, or told as not applied.
 func lacks(w backends.Workload, backend string, have []backends.Feature) error {
-	for _, wish := range wishes(w) {
-		if !wish.is || slices.Contains(have, wish.feature) {
+	for _, f := range w.Needs() {
+		switch f {
+		case backends.LimitCPU, backends.LimitMemory, backends.LimitPIDs, backends.LimitDisk:
 			continue
 		}
-		why := wish.why
-		if why == "" {
-			why = "this host does not let it, or this backend does not do it"
+		if !slices.Contains(have, f) {
+			return &backends.FeatureError{Backend: backend, Feature: f, Detail: "its programs are never given it, or this host does not let it"}
 		}
-		return &backends.FeatureError{Backend: backend, Feature: wish.feature, Detail: why}
 	}
 	return nil
 }

@@ -12,7 +12,7 @@ import (
 	"github.com/kindos/kmo/backends"
 )
 
-// record is what is known of a workload beyond the life of this process. It is trusted: only root can write it.
+// record is what is known of a workload beyond the life of this process. It is trusted: nobody else can write it.
 type record struct {
 	Workload  backends.Workload `json:"workload"`
 	Ports     []int             `json:"ports,omitempty"` // as chosen, in the order of Run.Ports

@@ -66,7 +66,7 @@ func (p *program) duplicate() (fd int, err error) {
 	return fd, err
 }
 
-// catches says whether the program has a handler for a signal, or ignores it: a signal it has neither for never reaches a process 1.
+// catches says whether the program catches a signal, true where that cannot be told: one that a process 1 does not catch does nothing to it.
 func (p *program) catches(s unix.Signal) bool {
 	text, err := os.ReadFile("/proc/" + strconv.Itoa(p.pid) + "/status")
 	if err != nil || p.bare {
@@ -201,7 +201,7 @@ func collect(pidfd, pid int) (known bool, exit int) {
 // exitOf asks the kernel for the status of a process that was not our child. Kernels since 6.15 know it, once it is reaped.
 func exitOf(pidfd int) (known bool, exit int) {
 	for range 20 {
-		info := struct {
+		state := struct {
 			mask, cgroup uint64
 			_            [12]uint32
 			exit         int32
@@ -209,9 +209,9 @@ func exitOf(pidfd int) (known bool, exit int) {
 		}{mask: unix.PIDFD_INFO_EXIT}
 		// PIDFD_GET_INFO with the size of the first version, which ends with the exit code.
 		const getInfo = 3<<30 | unix.PIDFD_INFO_SIZE_VER0<<16 | 0xff<<8 | 11
-		_, _, no := unix.Syscall(unix.SYS_IOCTL, uintptr(pidfd), getInfo, uintptr(unsafe.Pointer(&info)))
-		if no == 0 && info.mask&unix.PIDFD_INFO_EXIT != 0 {
-			return true, code(unix.WaitStatus(info.exit))
+		_, _, no := unix.Syscall(unix.SYS_IOCTL, uintptr(pidfd), getInfo, uintptr(unsafe.Pointer(&state)))
+		if no == 0 && state.mask&unix.PIDFD_INFO_EXIT != 0 {
+			return true, code(unix.WaitStatus(state.exit))
 		}
 		if no != 0 && no != unix.ESRCH {
 			return false, 0

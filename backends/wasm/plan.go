@@ -8,7 +8,6 @@ import (
 	"strings"
 
 	"github.com/kindos/kmo/backends"
-	"github.com/kindos/kmo/backends/process"
 )
 
 // What a runner is told by its arguments and its environment.
@@ -48,12 +47,12 @@ type listener struct {
 // fill reads the rest of a plan from what Backend.inner made of a workload.
 func (p *plan) fill(w backends.Workload) error {
 	for i, port := range w.Run.Ports {
-		variable := process.PortVariable(port.Name)
+		variable := port.Variable()
 		inside, public := w.Run.Env[variable]
 		if public {
 			p.Env[variable] = inside
 		}
-		p.Env[fdVariable(port.Name)] = strconv.Itoa(p.firstSocket() + i)
+		p.Env[fdVariable(port)] = strconv.Itoa(p.firstSocket() + i)
 		p.Listen = append(p.Listen, listener{public, port.Port})
 	}
 	if text, ok := w.Run.Env[memoryVariable]; ok {
@@ -85,6 +84,6 @@ func (p plan) encode() (string, error) {
 }
 
 // fdVariable tells a guest the descriptor of a port's listener.
-func fdVariable(port string) string {
-	return "KMO_FD_" + strings.ToUpper(strings.ReplaceAll(port, "-", "_"))
+func fdVariable(port backends.Port) string {
+	return "KMO_FD_" + strings.TrimPrefix(port.Variable(), "KMO_PORT_")
 }

@@ -250,7 +250,7 @@ func (b *Backend) inner(ctx context.Context, w backends.Workload) (backends.Work
 // innerPort makes a port one that the runner listens on, on the host. The number it has inside is recorded as the variable that
 // tells it; a port without that variable is on the loopback.
 func innerPort(p *backends.Port, env map[string]string) {
-	variable := process.PortVariable(p.Name)
+	variable := p.Variable()
 	delete(env, variable)
 	if inside := cmp.Or(p.Port, p.Host); inside != 0 {
 		env[variable] = strconv.Itoa(inside)

@@ -317,30 +317,19 @@ func missing(print backends.Fingerprint, asked []backends.Feature) []string {
 
 // features lists what a workload asks of a backend: what any may ask for, and what weakens the confinement, which the rules judge first.
 func (u *Unit) features(w *backends.Workload) (asked, guarded []backends.Feature) {
-	ask := func(list *[]backends.Feature, f backends.Feature, on bool) {
-		if on {
-			*list = append(*list, f)
+	bounded := *w
+	bounded.Resources.Disk = max(w.Resources.Disk, w.Overlay.Size) // an overlay's size is a bound on the disk too
+	for _, f := range bounded.Needs() {
+		switch f {
+		case backends.Mounts, backends.Capabilities, backends.HostNetwork, backends.HostNamespace, backends.Privileged, backends.WritableBase, backends.Unconfined:
+			guarded = append(guarded, f)
+		default:
+			asked = append(asked, f)
 		}
 	}
-	mapped := slices.ContainsFunc(w.Run.Ports, func(p backends.Port) bool { return p.Port != 0 && p.Host != 0 && p.Port != p.Host })
-	network := slices.Contains(w.Security.Host, "network")
-	ask(&asked, backends.PortMap, mapped)
-	ask(&asked, backends.LimitCPU, w.Resources.CPU != 0)
-	ask(&asked, backends.LimitMemory, w.Resources.Memory != 0)
-	ask(&asked, backends.LimitPIDs, w.Resources.PIDs != 0)
-	ask(&asked, backends.LimitDisk, w.Resources.Disk != 0 || w.Overlay.Size != 0)
-	ask(&asked, backends.Overlays, w.Overlay.Size != 0)
-	ask(&asked, backends.Keep, len(w.Overlay.Keep) > 0)
-	ask(&asked, backends.Hooking, len(w.Hooks.PreInit)+len(w.Hooks.PostInit)+len(w.Hooks.Exit) > 0)
-	ask(&asked, backends.Exec, u.Health.Exec != nil)
-	ask(&asked, backends.Devices, len(w.Resources.Devices) > 0)
-	ask(&guarded, backends.Mounts, len(w.Mounts) > 0)
-	ask(&guarded, backends.Capabilities, len(w.Security.Capabilities) > 0)
-	ask(&guarded, backends.HostNetwork, network)
-	ask(&guarded, backends.HostNamespace, len(w.Security.Host) > 1 || len(w.Security.Host) == 1 && !network)
-	ask(&guarded, backends.Privileged, w.Security.Privileged)
-	ask(&guarded, backends.WritableBase, w.Security.WritableBase)
-	ask(&guarded, backends.Unconfined, w.Security.Unconfined)
+	if u.Health.Exec != nil {
+		asked = append(asked, backends.Exec)
+	}
 	return asked, guarded
 }
 

@@ -261,6 +261,7 @@ func TestLacksAreForTheRulesFirst(t *testing.T) {
 		"security: {writableBase: true}\n":            backends.WritableBase,
 		"security: {unconfined: true}\n":              backends.Unconfined,
 		"security: {capabilities: [CAP_NET_RAW]}\n":   backends.Capabilities,
+		"security: {escalation: true}\n":              backends.Capabilities,
 		"security: {host: [pid]}\n":                   backends.HostNamespace,
 		"security: {host: [network]}\n":               backends.HostNetwork,
 		"mounts: [{from: /srv, to: /x}]\n":            backends.Mounts,

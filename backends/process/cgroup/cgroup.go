@@ -1,4 +1,4 @@
-// Package cgroup bounds and counts workloads in cgroups of version 1, 2 or a mixture, whichever hierarchy has the controller.
+// Package cgroup bounds and counts workloads in cgroups of version 1, 2 or a mixture, whichever hierarchy can bound what is to be bounded.
 //
 // It is plain file work, so that a tree on disk tests the version a machine has not. Only folders below its own are ever made,
 // written, counted or removed.
@@ -18,26 +18,26 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Groups are the cgroups of one keeper's workloads. The zero value has no controller, and bounds nothing.
+// Groups are the cgroups of one keeper's workloads. The zero value bounds nothing.
 type Groups struct {
-	folder      string // below each hierarchy: kmo/<backend>-<hash of the state folder>
-	controllers []controller
+	folder string // below each hierarchy: kmo/<backend>-<hash of the state folder>
+	kinds  []kind
 }
 
-// controller is one kind of bound and where its hierarchy is mounted.
-type controller struct {
+// kind is one kind of bound, the kernel's controller, and where its hierarchy is mounted.
+type kind struct {
 	name string // memory, cpu, pids, cpuacct
 	base string
 	v2   bool
 }
 
-// Find looks below root, usually /sys/fs/cgroup, for controllers that may be written.
+// Find looks below root, usually /sys/fs/cgroup, for hierarchies that may be written.
 func Find(root, folder string) Groups {
 	c := Groups{folder: folder}
 	for _, name := range []string{"memory", "cpu", "cpuacct", "pids"} {
-		for _, at := range []controller{{name, root, true}, {name, filepath.Join(root, "unified"), true}, {name, filepath.Join(root, name), false}} {
+		for _, at := range []kind{{name, root, true}, {name, filepath.Join(root, "unified"), true}, {name, filepath.Join(root, name), false}} {
 			if at.there() {
-				c.controllers = append(c.controllers, at)
+				c.kinds = append(c.kinds, at)
 				break
 			}
 		}
@@ -45,26 +45,26 @@ func Find(root, folder string) Groups {
 	return c
 }
 
-func (c controller) there() bool {
-	if !c.v2 {
-		_, err := os.Stat(filepath.Join(c.base, "tasks"))
-		return err == nil && writable(c.base)
+func (k kind) there() bool {
+	if !k.v2 {
+		_, err := os.Stat(filepath.Join(k.base, "tasks"))
+		return err == nil && writable(k.base)
 	}
-	list, err := os.ReadFile(filepath.Join(c.base, "cgroup.controllers"))
-	return err == nil && slices.Contains(strings.Fields(string(list)), c.name) && writable(c.base)
+	list, err := os.ReadFile(filepath.Join(k.base, "cgroup.controllers"))
+	return err == nil && slices.Contains(strings.Fields(string(list)), k.name) && writable(k.base)
 }
 
 func writable(dir string) bool { return unix.Access(dir, unix.W_OK) == nil }
 
-// Has says whether a controller may be used.
+// Has says whether a kind of bound can be set: "memory", "cpu" or "pids".
 func (c Groups) Has(name string) bool {
-	return slices.ContainsFunc(c.controllers, func(have controller) bool { return have.name == name })
+	return slices.ContainsFunc(c.kinds, func(have kind) bool { return have.name == name })
 }
 
-// bases lists each hierarchy once; the value is whether it is version 2.
-func (c Groups) bases() (list []controller) {
-	for _, one := range c.controllers {
-		if !slices.ContainsFunc(list, func(have controller) bool { return have.base == one.base }) {
+// bases lists each hierarchy once, as the first kind that it has.
+func (c Groups) bases() (list []kind) {
+	for _, one := range c.kinds {
+		if !slices.ContainsFunc(list, func(have kind) bool { return have.base == one.base }) {
 			list = append(list, one)
 		}
 	}
@@ -88,12 +88,12 @@ func (c Groups) Make(name string, r backends.Resources) (unapplied []string, err
 		if bound.want <= 0 {
 			continue
 		}
-		i := slices.IndexFunc(c.controllers, func(have controller) bool { return have.name == bound.name })
+		i := slices.IndexFunc(c.kinds, func(have kind) bool { return have.name == bound.name })
 		if i < 0 {
 			unapplied = append(unapplied, bound.name+" bound: no "+bound.name+" cgroup may be written on this host")
 			continue
 		}
-		if err := c.bound(c.controllers[i], name, bound.want, r); err != nil {
+		if err := c.bound(c.kinds[i], name, bound.want, r); err != nil {
 			unapplied = append(unapplied, fmt.Sprintf("%s bound: %v", bound.name, err))
 		}
 	}
@@ -115,7 +115,7 @@ func (c Groups) delegate(base string) {
 	at := base
 	for _, part := range append([]string{""}, strings.Split(c.folder, "/")...) {
 		at = filepath.Join(at, part)
-		for _, one := range c.controllers {
+		for _, one := range c.kinds {
 			if one.base == base {
 				_ = os.WriteFile(filepath.Join(at, "cgroup.subtree_control"), []byte("+"+one.name), 0o644)
 			}
@@ -123,7 +123,7 @@ func (c Groups) delegate(base string) {
 	}
 }
 
-func (c Groups) bound(at controller, name string, want int64, r backends.Resources) error {
+func (c Groups) bound(at kind, name string, want int64, r backends.Resources) error {
 	dir := filepath.Join(at.base, c.folder, name)
 	put := func(file string, value any) error {
 		return os.WriteFile(filepath.Join(dir, file), fmt.Append(nil, value), 0o644)
@@ -153,7 +153,7 @@ func ifThere(err error) error {
 
 // Usage reads what a workload uses. What cannot be read is 0.
 func (c Groups) Usage(name string) (u backends.Usage) {
-	for _, one := range c.controllers {
+	for _, one := range c.kinds {
 		dir := filepath.Join(one.base, c.folder, name)
 		switch {
 		case one.name == "memory" && one.v2:
@@ -173,7 +173,7 @@ func (c Groups) Usage(name string) (u backends.Usage) {
 
 // OOMs counts the processes of a workload that were killed for want of memory.
 func (c Groups) OOMs(name string) int64 {
-	for _, one := range c.controllers {
+	for _, one := range c.kinds {
 		if one.name != "memory" {
 			continue
 		}

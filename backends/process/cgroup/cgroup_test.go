@@ -54,7 +54,7 @@ func TestVersionTwo(t *testing.T) {
 	root := tree(t, map[string]string{"cgroup.controllers": "cpuset cpu io memory hugetlb pids\n", "cgroup.subtree_control": ""})
 	g := Find(root, folder)
 	if !g.Has("memory") || !g.Has("cpu") || !g.Has("pids") {
-		t.Fatalf("found %+v", g.controllers)
+		t.Fatalf("found %+v", g.kinds)
 	}
 	unapplied, err := g.Make("relay-1", wanted)
 	if err != nil || len(unapplied) > 0 {

@@ -98,11 +98,10 @@ func (c *Confine) fence() (int, error) {
 	if no != 0 {
 		return -1, no
 	}
-	read := uint64(llReadFile | llReadDir)
 	for _, rule := range []struct {
 		paths  []string
 		rights uint64
-	}{{c.Read, read}, {c.Execute, read | llExecute}, {c.Write, all &^ (llExecute | llMakeChar | llMakeBlock)}} {
+	}{{c.Execute, llReadFile | llReadDir | llExecute}, {c.Write, all &^ (llExecute | llMakeChar | llMakeBlock)}} {
 		for _, path := range rule.paths {
 			if err := allow(int(fd), path, rule.rights&all); err != nil {
 				return -1, fmt.Errorf("%s: %v", path, err)

@@ -71,7 +71,6 @@ type Confine struct {
 	User    int      `json:"user"` // uid and gid; with Bare it is who we are already
 	Bare    bool     `json:"bare"` // no root and no namespaces: it may not leave its process group nor signal others
 	Write   []string `json:"write,omitempty"`
-	Read    []string `json:"read,omitempty"`
 	Execute []string `json:"execute,omitempty"`
 }
 
