@@ -9,8 +9,8 @@ import (
 	"slices"
 
 	"github.com/spf13/cobra"
-	"golang.org/x/crypto/ssh"
 
+	"github.com/kindos/kmo/policy/trust"
 	"github.com/kindos/kmo/registry"
 	"github.com/kindos/kmo/registry/merkle"
 )
@@ -134,27 +134,7 @@ func sealingKey(path string) (crypto.Signer, error) {
 	if path == "" {
 		return nil, usageError{errors.New("image seal needs --key FILE")}
 	}
-	text, err := os.ReadFile(path)
-	if err != nil {
-		return nil, err
-	}
-	raw, err := ssh.ParseRawPrivateKey(text)
-	var locked *ssh.PassphraseMissingError
-	if errors.As(err, &locked) {
-		passphrase, askErr := askPassphrase(path)()
-		if askErr != nil {
-			return nil, askErr
-		}
-		raw, err = ssh.ParseRawPrivateKeyWithPassphrase(text, passphrase)
-	}
-	if err != nil {
-		return nil, fmt.Errorf("key %s: %v", path, err)
-	}
-	signer, ok := raw.(crypto.Signer)
-	if !ok {
-		return nil, fmt.Errorf("key %s: a %T cannot sign", path, raw)
-	}
-	return signer, nil
+	return trust.LoadPrivateKey(path, askPassphrase(path))
 }
 
 func imageVerifyCommand() *cobra.Command {

@@ -2,6 +2,7 @@ package trust
 
 import (
 	"bytes"
+	"crypto"
 	"crypto/rsa"
 	"encoding/base64"
 	"errors"
@@ -36,25 +37,46 @@ const (
 // KeyID is a key's OpenSSH fingerprint, "SHA256:…".
 func KeyID(key ssh.PublicKey) string { return ssh.FingerprintSHA256(key) }
 
-// LoadKey reads an SSH private key file. ask is called for the passphrase of an encrypted one; nil means that there is nobody to ask.
+// LoadKey reads an SSH private key file as LoadPrivateKey does, for SSH signatures.
 func LoadKey(path string, ask func() ([]byte, error)) (ssh.Signer, error) {
+	key, err := LoadPrivateKey(path, ask)
+	if err != nil {
+		return nil, err
+	}
+	return ssh.NewSignerFromSigner(key)
+}
+
+// LoadPrivateKey reads an SSH private key file, of an allowed type and size. ask is called for the passphrase of an encrypted one; nil means
+// that there is nobody to ask.
+func LoadPrivateKey(path string, ask func() ([]byte, error)) (crypto.Signer, error) {
 	file, err := os.ReadFile(path)
 	if err != nil {
 		return nil, fmt.Errorf("signing key: %w", err)
 	}
-	signer, err := ssh.ParsePrivateKey(file)
+	raw, err := ssh.ParseRawPrivateKey(file)
 	var locked *ssh.PassphraseMissingError
 	if errors.As(err, &locked) && ask != nil {
 		passphrase, askErr := ask()
 		if askErr != nil {
 			return nil, fmt.Errorf("signing key %s: passphrase: %v", path, askErr)
 		}
-		signer, err = ssh.ParsePrivateKeyWithPassphrase(file, passphrase)
+		raw, err = ssh.ParseRawPrivateKeyWithPassphrase(file, passphrase)
 	}
 	if err != nil {
 		return nil, fmt.Errorf("signing key %s: %v", path, err)
 	}
-	return signer, AllowedKey(signer.PublicKey())
+	key, ok := raw.(crypto.Signer)
+	if !ok {
+		return nil, forbidden("signing key "+path, fmt.Sprintf("a %T", raw))
+	}
+	public, err := ssh.NewPublicKey(key.Public())
+	if err != nil {
+		return nil, fmt.Errorf("signing key %s: %v", path, err)
+	}
+	if err := AllowedKey(public); err != nil {
+		return nil, err
+	}
+	return key, nil
 }
 
 // Agent is a connection to an ssh-agent. Its signers work until it is closed.
@@ -225,8 +247,8 @@ func AllowedKey(key ssh.PublicKey) error {
 	case ssh.KeyAlgoED25519, ssh.KeyAlgoECDSA256, ssh.KeyAlgoECDSA384, ssh.KeyAlgoSKED25519, ssh.KeyAlgoSKECDSA256:
 		return nil
 	case ssh.KeyAlgoRSA:
-		if crypto, ok := key.(ssh.CryptoPublicKey); ok {
-			if public, ok := crypto.CryptoPublicKey().(*rsa.PublicKey); ok {
+		if inner, ok := key.(ssh.CryptoPublicKey); ok {
+			if public, ok := inner.CryptoPublicKey().(*rsa.PublicKey); ok {
 				if bits := public.N.BitLen(); bits >= minRSA && bits <= maxRSA {
 					return nil
 				}
