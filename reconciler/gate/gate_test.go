@@ -107,6 +107,19 @@ func TestCancelledContextJudgesNothing(t *testing.T) {
 	}
 }
 
+func TestCancelledProbeJudgesNothing(t *testing.T) {
+	ctx, cancel := context.WithCancel(t.Context())
+	exec := func(ctx context.Context, _ string, _ []string) (int, []byte, error) {
+		cancel()
+		<-ctx.Done()
+		return 0, nil, ctx.Err()
+	}
+	got := Gate{Observe: script("r"), Exec: exec}.Once(ctx, []Target{{Workload: "relay-1", Probe: Probe{Kind: Exec, Argv: []string{"/app"}}}})
+	if len(got) != 1 || got[0].Verdict != NoData {
+		t.Errorf("got %+v, want no data", got)
+	}
+}
+
 func TestProbes(t *testing.T) {
 	mux := http.NewServeMux()
 	mux.HandleFunc("/good", func(http.ResponseWriter, *http.Request) {})

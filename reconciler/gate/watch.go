@@ -107,10 +107,18 @@ func (a answer) String() string {
 	return strings.TrimSuffix(string(a.verdict)+": "+a.evidence, ": ")
 }
 
-// ask makes one probe.
+// ask makes one probe. If ctx has ended meanwhile it says nothing about the workload.
 func (g Gate) ask(ctx context.Context, target Target) answer {
-	ctx, cancel := context.WithTimeout(ctx, target.Probe.Timeout)
+	bounded, cancel := context.WithTimeout(ctx, target.Probe.Timeout)
 	defer cancel()
+	a := g.probe(bounded, target)
+	if ctx.Err() != nil {
+		return answer{verdict: NoData, evidence: context.Cause(ctx).Error()}
+	}
+	return a
+}
+
+func (g Gate) probe(ctx context.Context, target Target) answer {
 	all, err := g.Observe(ctx)
 	if err != nil {
 		return answer{verdict: NoData, evidence: refusal.Clip(err.Error(), 200)}
@@ -162,7 +170,7 @@ func address(s backends.Status, port string) string {
 // client follows no redirect: what is asked is what is judged. It keeps no connection, so that a probe proves a new one.
 func client() *http.Client {
 	return &http.Client{
-		Transport:     &http.Transport{DisableKeepAlives: true, Proxy: nil, MaxResponseHeaderBytes: 64 << 10},
+		Transport:     &http.Transport{DisableKeepAlives: true, MaxResponseHeaderBytes: 64 << 10},
 		CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
 	}
 }
