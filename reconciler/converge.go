@@ -67,49 +67,71 @@ func (r *Reconciler) exec(ctx context.Context, workload string, argv []string) (
 
 // converge does the steps and returns the gate's verdict on what they changed. A unit is started when those it needs have passed their
 // probes. Going forward, an old copy goes when everything new has passed its gate, or first where the two cannot stand side by
-// side; going back, what is not wanted goes whatever the gate says. An error means that a backend did not answer.
+// side; going back, everything that can be done is done, whatever else fails. An error means that a backend did not answer.
 func (r *Reconciler) converge(ctx context.Context, want *desired, steps []Step, forward bool) (gate.Finding, error) {
 	finding, err := r.start(ctx, want, steps, forward)
-	if err != nil || forward && finding.Verdict != gate.Pass {
+	if forward && (err != nil || finding.Verdict != gate.Pass) {
 		return finding, err
 	}
 	for _, step := range steps {
-		if step.Op != Remove {
-			continue
-		}
-		if err := r.remove(ctx, step.Backend, step.Name, step.Reason); err != nil {
-			return gate.Finding{}, err
+		if step.Op == Remove && ctx.Err() == nil {
+			err = errors.Join(err, r.remove(ctx, step.Backend, step.Name, step.Reason))
 		}
 	}
-	return finding, nil
+	return finding, err
 }
 
-// start does the Apply steps, in order, and watches what they started.
+// start does the Apply steps, in order, and watches what they started. Going forward the first that does not pass ends it; going back
+// the others are started all the same, but those that need it.
 func (r *Reconciler) start(ctx context.Context, want *desired, steps []Step, forward bool) (gate.Finding, error) {
-	started := make(map[string]bool) // units
+	started, down := make(map[string]bool), make(map[string]bool) // units
+	first := gate.Finding{Verdict: gate.Pass}                     // of what is not as it should be
+	var silent error
 	for _, step := range steps {
-		if step.Op != Apply {
+		if step.Op != Apply || ctx.Err() != nil {
 			continue
 		}
-		needs := want.needs(step.Name)
-		needed := want.targets(func(unit string) bool { return slices.Contains(needs, unit) }, false)
-		if finding := r.gate().Watch(ctx, needed); finding.Verdict != gate.Pass {
-			return finding, nil
+		finding, err := r.begin(ctx, want, step, down)
+		if err == nil && finding.Verdict == gate.Pass {
+			started[step.Unit] = true
+			continue
 		}
-		if err := r.apply(ctx, step); err != nil {
-			finding, blamed := blame(step, err)
-			if !blamed {
-				err = fmt.Errorf("applying %s: %w", step.Name, err)
-			} else {
-				err = nil
-			}
+		if forward {
 			return finding, err
 		}
-		started[step.Unit] = true
+		down[step.Unit], down[finding.Unit] = true, true
+		silent = errors.Join(silent, err)
+		if err == nil && first.Verdict == gate.Pass {
+			first = finding
+		}
 	}
 	// What a try changed is watched even if nothing is left to start: a try that was cut short has no verdict yet.
 	targets := want.targets(func(unit string) bool { return started[unit] || forward && want.changed[unit] }, forward)
-	return r.gate().Watch(ctx, targets), nil
+	finding := r.gate().Watch(ctx, targets)
+	if first.Verdict != gate.Pass {
+		finding = first
+	}
+	return finding, silent
+}
+
+// begin does one Apply step once the units that it needs have passed their probes. What needs a unit that is down is down itself.
+func (r *Reconciler) begin(ctx context.Context, want *desired, step Step, down map[string]bool) (gate.Finding, error) {
+	needs := want.needs(step.Name)
+	if at := slices.IndexFunc(needs, func(unit string) bool { return down[unit] }); at >= 0 {
+		return gate.Finding{Verdict: gate.Fail, Workload: step.Name, Unit: step.Unit, Gate: "needs", Evidence: needs[at] + " is down"}, nil
+	}
+	needed := want.targets(func(unit string) bool { return slices.Contains(needs, unit) }, false)
+	if finding := r.gate().Watch(ctx, needed); finding.Verdict != gate.Pass {
+		return finding, nil
+	}
+	err := r.apply(ctx, step)
+	if err == nil {
+		return gate.Finding{Verdict: gate.Pass}, nil
+	}
+	if finding, blamed := blame(step, err); blamed {
+		return finding, nil
+	}
+	return gate.Finding{}, fmt.Errorf("applying %s: %w", step.Name, err)
 }
 
 // blame tells a workload that is itself at fault from a backend that did not answer.

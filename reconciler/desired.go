@@ -2,6 +2,7 @@ package reconciler
 
 import (
 	"context"
+	"fmt"
 	"io/fs"
 	"sync"
 	"time"
@@ -182,12 +183,18 @@ func totals(good, next *desired) policy.Totals {
 	return sums
 }
 
-// recordDecision writes the decision to the audit log, unless it is the one written last: a refused head is judged at every look.
+// recordDecision writes the decision to the audit log, unless it is the one written last: a head that is refused, or waits for its images,
+// is judged at every look.
 func (r *Reconciler) recordDecision(rec Record, next *desired) error {
-	if rec.Head == next.commit.ID && rec.Outcome == Refused && rec.Stage == "policy" {
+	said := fmt.Sprintln(next.commit.ID, next.decision.Policy, next.decision.Denied, next.decision.Warned)
+	if said == r.decided || rec.Head == next.commit.ID && rec.Outcome == Refused && rec.Stage == "policy" {
 		return nil
 	}
-	return r.record("decision", DecisionEntry{Commit: next.commit.ID, Host: rec.Host, Decision: next.decision})
+	if err := r.record("decision", DecisionEntry{Commit: next.commit.ID, Host: rec.Host, Decision: next.decision}); err != nil {
+		return err
+	}
+	r.decided = said
+	return nil
 }
 
 // Declare tells trust what units say of themselves, read by the one decoder that also renders them. The site that was asked for last is

@@ -56,6 +56,7 @@ type memory struct {
 	good         *desired // the good commit as it was last rendered; nil until it is asked for
 	sets         ruleCache
 	vitals       vitals
+	decided      string // the decision last written to the audit log, in short
 	saved        Record // as it is in the journal
 }
 
@@ -71,7 +72,7 @@ func (r *Reconciler) Reconcile(ctx context.Context) (Record, error) {
 	r.fingerprints = nil
 	if rec.Trying != "" {
 		rec, err = r.resume(ctx, rec)
-		if err != nil || rec.Outcome != Waiting {
+		if err != nil || rec.Trying == "" {
 			return rec, err
 		}
 	}
@@ -84,13 +85,14 @@ func (r *Reconciler) follow(ctx context.Context, rec Record) (Record, error) {
 	if err != nil {
 		return r.hold(ctx, rec, rec.Head, "source", err)
 	}
-	if rec.Trying == head.ID {
-		return rec, nil // it waits for data; resume has said so
-	}
-	if rec.Good == head.ID {
+	bad := rec.bad(head.ID)
+	switch {
+	case rec.Trying == head.ID:
+		return rec, nil // it goes on at the next look; resume has said why
+	case rec.Trying != "": // only a head that may run ends a try: what is judged next is whether this one may
+	case rec.Good == head.ID:
 		return r.keep(ctx, rec)
-	}
-	if bad := rec.bad(head.ID); bad != nil {
+	case bad != nil:
 		return r.keepReverted(ctx, rec, bad)
 	}
 	next, stage, err := r.judge(ctx, rec, head)
@@ -100,8 +102,11 @@ func (r *Reconciler) follow(ctx context.Context, rec Record) (Record, error) {
 	return r.try(ctx, rec, next)
 }
 
-// hold keeps the good commit running and records why the head does not run.
+// hold keeps the good commit running and records why the head does not run. While a commit is being tried its copies are left alone.
 func (r *Reconciler) hold(ctx context.Context, rec Record, head, stage string, cause error) (Record, error) {
+	if rec.Trying != "" {
+		return r.end(ctx, rec, head, meaning(cause), stage, cause.Error())
+	}
 	trouble, err := r.repair(ctx, rec)
 	switch {
 	case err != nil:
@@ -137,13 +142,14 @@ func (r *Reconciler) keep(ctx context.Context, rec Record) (Record, error) {
 	return r.end(ctx, rec, rec.Good, Converged, "", "")
 }
 
-// keepReverted keeps the good commit while the head is one that failed here, and goes on trying to take that back in Git.
+// keepReverted keeps the good commit while the head is one that failed here, and goes on trying to take that back in Git. Where the
+// good commit does not pass either, the fault may be the host's, and nothing is taken back.
 func (r *Reconciler) keepReverted(ctx context.Context, rec Record, bad *Bad) (Record, error) {
 	trouble, err := r.repair(ctx, rec)
 	if err != nil {
 		return rec, err
 	}
-	if bad.Revert == "" && rec.Good != "" {
+	if bad.Revert == "" && rec.Good != "" && trouble.outcome != Stuck {
 		if err := r.takeBack(ctx, &rec, bad); err != nil {
 			return rec, err
 		}
@@ -224,6 +230,9 @@ func (r *Reconciler) finish(ctx context.Context, rec Record, next *desired) (Rec
 	case gate.Pass:
 		return r.promote(ctx, rec, next)
 	case gate.Fail:
+		if !next.changed[finding.Unit] { // it ran before: no reason to go back, and none to call its workload bad
+			return r.end(ctx, rec, rec.Trying, Stuck, "gate", fmt.Sprintf("%s, which the commit does not change, does not pass: %s: %s", finding.Unit, finding.Gate, finding.Evidence))
+		}
 		return r.goBack(ctx, rec, next, finding)
 	}
 	return r.end(ctx, rec, rec.Trying, Waiting, "gate", fmt.Sprintf("no data from %s %s: %s", finding.Unit, finding.Gate, finding.Evidence))

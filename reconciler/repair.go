@@ -12,7 +12,7 @@ import (
 )
 
 const (
-	maxRepairs   = 5                // of one workload for one reason, in a row
+	maxRepairs   = 5                // of one workload, in a row
 	calmAfter    = 10 * time.Minute // without a repair, after which the count begins anew
 	checkPerPass = time.Minute      // between two checks of a base's bytes, unless Reconciler.Every says otherwise
 )
@@ -38,9 +38,8 @@ type failing struct {
 }
 
 type repairs struct {
-	reason string
-	count  int
-	last   time.Time
+	count int
+	last  time.Time
 }
 
 func newVitals() vitals {
@@ -50,8 +49,8 @@ func newVitals() vitals {
 // again counts one more repair and says whether it is one too many.
 func (v *vitals) again(step Step, now time.Time) bool {
 	seen := v.repairs[step.Name]
-	if seen.reason != step.Reason || now.Sub(seen.last) > calmAfter {
-		seen = repairs{reason: step.Reason}
+	if now.Sub(seen.last) > calmAfter {
+		seen = repairs{}
 	}
 	if seen.count >= maxRepairs {
 		return true
@@ -142,6 +141,9 @@ func (r *Reconciler) health(ctx context.Context, good *desired, have []Have) tro
 	for _, finding := range g.Once(ctx, due) {
 		failed[finding.Workload] = finding
 	}
+	if ctx.Err() != nil {
+		return trouble{} // probes that were cut short count for nothing
+	}
 	worst := trouble{}
 	for _, target := range due {
 		finding, bad := failed[target.Workload]
@@ -160,7 +162,8 @@ func (r *Reconciler) health(ctx context.Context, good *desired, have []Have) tro
 	return worst
 }
 
-// checkBase reads the base of one workload again, each time another one's, and makes it good if a byte has changed.
+// checkBase reads the base of one workload again, each time another one's, and makes it good if a byte has changed. One that could not be
+// read or made good is the next one too.
 func (r *Reconciler) checkBase(ctx context.Context, good *desired) error {
 	every := r.Every
 	if every == 0 {
@@ -170,9 +173,12 @@ func (r *Reconciler) checkBase(ctx context.Context, good *desired) error {
 	if len(list) == 0 || time.Since(r.vitals.when) < every {
 		return nil
 	}
-	r.vitals.when, r.vitals.checked = time.Now(), (r.vitals.checked+1)%len(list)
-	workload := &list[r.vitals.checked]
+	next := (r.vitals.checked + 1) % len(list)
+	workload := &list[next]
 	err := r.Images.Check(ctx, workload.Image)
+	if err == nil {
+		r.vitals.when, r.vitals.checked = time.Now(), next
+	}
 	if refusal.Of(err) == nil {
 		return err
 	}
@@ -186,5 +192,9 @@ func (r *Reconciler) checkBase(ctx context.Context, good *desired) error {
 		return err
 	}
 	workload.Image = image
-	return r.remove(ctx, workload.Backend, workload.Name, step.Reason) // and the difference starts it again from good bytes
+	if err := r.remove(ctx, workload.Backend, workload.Name, step.Reason); err != nil { // and the difference starts it again from good bytes
+		return err
+	}
+	r.vitals.when, r.vitals.checked = time.Now(), next
+	return nil
 }

@@ -242,8 +242,11 @@ func (m *memImages) Check(_ context.Context, image backends.Image) error {
 }
 
 func (m *memImages) Repair(ctx context.Context, image backends.Image, format backends.Format) (backends.Image, error) {
-	delete(m.drift, image.Ref)
-	return m.Fetch(ctx, image, format)
+	image, err := m.Fetch(ctx, image, format)
+	if err == nil {
+		delete(m.drift, image.Ref)
+	}
+	return image, err
 }
 
 // memJournal keeps the record in memory, as a file would.
