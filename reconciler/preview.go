@@ -107,14 +107,14 @@ func plain(value any) (any, error) {
 	return out, json.Unmarshal(text, &out)
 }
 
-// walk calls report for every leaf that differs, in the order of paths.
+// walk calls report for every leaf that differs, in the order of paths; of what is new or gone, too.
 func walk(path string, before, after any, report func(path string, before, after any)) {
 	if reflect.DeepEqual(before, after) {
 		return
 	}
 	left, leftIs := before.(map[string]any)
 	right, rightIs := after.(map[string]any)
-	if !leftIs || !rightIs {
+	if !(leftIs || before == nil) || !(rightIs || after == nil) || len(left)+len(right) == 0 {
 		report(path, before, after)
 		return
 	}

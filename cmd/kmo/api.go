@@ -126,7 +126,7 @@ func dialOnce(ctx context.Context, flags *hostFlags) (*client, error) {
 		}}
 		return &client{http: http.Client{Transport: transport}, close: func() error { transport.CloseIdleConnections(); return nil }, agent: true}, nil
 	}
-	h, err := openHost(ctx, flags, os.Stderr)
+	h, err := openHost(ctx, &hostFlags{config: flags.config, state: flags.state, command: true}, os.Stderr)
 	if err != nil {
 		return nil, err
 	}

@@ -60,7 +60,10 @@ type Plugins struct {
 }
 
 // hostFlags are the flags of every command that speaks of this host.
-type hostFlags struct{ config, state string }
+type hostFlags struct {
+	config, state string
+	command       bool // the host is opened for one command
+}
 
 func (f *hostFlags) add(cmd *cobra.Command) {
 	cmd.Flags().StringVar(&f.config, "config", defaultConfig(), "the agent's file")

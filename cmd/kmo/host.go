@@ -77,6 +77,9 @@ func openHost(ctx context.Context, flags *hostFlags, stderr io.Writer) (h *host,
 		return h, err
 	}
 	level := slog.LevelInfo
+	if flags.command {
+		level = slog.LevelWarn // it says itself how it ended
+	}
 	if h.config.Log != "" {
 		if level, err = slogLevel(h.config.Log); err != nil {
 			return h, err
@@ -163,11 +166,15 @@ func (h *host) openSource(context.Context) error {
 	if err != nil {
 		return fmt.Errorf("this host's key: %w", err)
 	}
-	h.source = &gitrepo.Repository{
+	source := &gitrepo.Repository{
 		Dir: filepath.Join(h.dir, "site"), Remote: h.config.Remote, Branch: string(h.config.Branch), Auth: gitrepo.Auth(h.config.Git),
 		Poll: time.Duration(h.config.Poll), Signer: signer, Name: "kMO on " + string(h.config.Host), Email: "kmo@" + string(h.config.Host),
 	}
-	return h.source.Open()
+	if err := source.Open(); err != nil {
+		return err
+	}
+	h.source = source
+	return nil
 }
 
 // openBackends starts a plugin process for each built-in backend of this host and each plugin found.
@@ -230,6 +237,9 @@ func (h *host) openReconciler(context.Context) error {
 	verifier := &trust.Verifier{Site: string(h.config.Site), Branch: string(h.config.Branch), Pin: pin, State: state, Clock: time.Now,
 		Describe: reconciler.Declare(), MustExist: rec.Good != "" || rec.Trying != "", MinSeq: rec.Trust,
 		RevertsPerDay: h.config.Trust.Reverts}
+	if _, err := verifier.Seq(); err != nil { // an alarm, also when no new commit asks for the state
+		return err
+	}
 	store := &registry.Store{Dir: filepath.Join(h.dir, "images"), Mirror: h.config.Images.Mirror}
 	facts, err := hostFacts(h.config, h.dir)
 	if err != nil {

@@ -32,6 +32,9 @@ Exit statuses: 0 good, 1 error, 2 usage, 3 refused.`,
 		RunE: func(cmd *cobra.Command, args []string) error {
 			set, err := rules(nil)
 			if len(args) == 1 {
+				if _, err := os.ReadDir(args[0]); err != nil {
+					return err
+				}
 				set, err = rules(os.DirFS(args[0]))
 			}
 			if err != nil {

@@ -24,20 +24,23 @@ type output struct{ format string }
 
 func (o *output) add(cmd *cobra.Command) {
 	cmd.Flags().StringVarP(&o.format, "output", "o", "text", "text or json")
+	cmd.PreRunE = func(*cobra.Command, []string) error {
+		if o.format != "text" && o.format != "json" {
+			return usageError{fmt.Errorf("output %q: want text or json", o.format)}
+		}
+		return nil
+	}
 }
 
 // print writes value as JSON, or with text for people.
 func (o *output) print(w io.Writer, value any, text func(io.Writer)) error {
-	switch o.format {
-	case "json":
+	if o.format == "json" {
 		encoder := json.NewEncoder(w)
 		encoder.SetIndent("", "  ")
 		return encoder.Encode(value)
-	case "text":
-		text(w)
-		return nil
 	}
-	return usageError{fmt.Errorf("output %q: want text or json", o.format)}
+	text(w)
+	return nil
 }
 
 // ask makes a command that gets one value of a host and prints it; the value's own outcome may become the exit status.
@@ -344,7 +347,7 @@ func printPlan(w io.Writer, p reconciler.Preview) {
 		_, _ = fmt.Fprintf(w, "\nunit %s (%s, tier %d)\n", unit.Unit, unit.Action, unit.Tier)
 		for _, change := range p.Changes {
 			if change.Unit == unit.Unit {
-				_, _ = fmt.Fprintf(w, "  %s: %s -> %s\n", strings.TrimPrefix(change.Path+" ", " "), compact(change.Before), compact(change.After))
+				_, _ = fmt.Fprintf(w, "  %s: %s -> %s\n", change.Path, compact(change.Before), compact(change.After))
 			}
 		}
 		for _, line := range approvalsInWords(unit) {

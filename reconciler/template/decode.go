@@ -216,7 +216,7 @@ func (s *shape) hint(key string) string {
 	}
 	want := "one of " + words(names)
 	if best != "" {
-		want = "did you mean " + best + "? There is " + words(names)
+		want += "; did you mean " + best + "?"
 	}
 	return want
 }
