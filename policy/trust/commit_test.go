@@ -7,8 +7,10 @@ import (
 	"crypto/sha256"
 	"encoding/base64"
 	"encoding/pem"
+	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -373,8 +375,12 @@ func TestLoadKey(t *testing.T) {
 	if _, err := LoadKey(w.keyFile("locked"), func() ([]byte, error) { return []byte("secret"), nil }); err != nil {
 		t.Error(err)
 	}
-	if _, err := LoadKey(filepath.Join(t.TempDir(), "none"), nil); !os.IsNotExist(err) && err == nil {
+	if _, err := LoadKey(filepath.Join(t.TempDir(), "none"), nil); !errors.Is(err, fs.ErrNotExist) {
 		t.Error("a key file that is not there:", err)
+	}
+	w.keygen("weak", "-t", "ecdsa", "-b", "521")
+	if _, err := LoadPrivateKey(w.keyFile("weak"), nil); codeOf(err) != "E_ALG_FORBIDDEN" {
+		t.Error("a key that is not allowed:", err)
 	}
 }
 
