@@ -64,7 +64,11 @@ func newWorld(t testing.TB, extra string) *world {
 // end stops the agent and removes what it ran, by this process as the host: see TestMain.
 func (w *world) end() {
 	if w.agent != nil && w.agent.ProcessState == nil {
-		_ = w.agent.Process.Signal(syscall.SIGTERM)
+		ending := syscall.SIGTERM
+		if w.t.Failed() {
+			ending = syscall.SIGQUIT // and say what it was doing
+		}
+		_ = w.agent.Process.Signal(ending)
 		_ = w.agent.Wait() // however it ended
 	}
 	if _, err := os.Stat(filepath.Join(w.state(), "journal.json")); err == nil {
@@ -74,7 +78,7 @@ func (w *world) end() {
 	}
 	if w.t.Failed() {
 		log, _ := os.ReadFile(filepath.Join(w.dir, "agent.log"))
-		w.t.Logf("the agent's log:\n%s", log[max(0, len(log)-20000):])
+		w.t.Logf("the agent's log:\n%s", log[max(0, len(log)-50000):])
 	}
 	if err := os.RemoveAll(w.dir); err != nil {
 		w.t.Error(err)
