@@ -30,9 +30,10 @@
 // # Limits and ends
 //
 // Resources.Memory bounds the guest's linear memory; the cgroup's bound is larger by what running it costs, and a hook or Exec
-// beside it: twice the sum of its machine code, twice its module, and 32 MiB. A guest that asks for more is told so by memory.grow; if it ends
-// then, the status says OOM and 137, as for one that the kernel killed. Resources.PIDs is always kept: a guest has one
-// thread, and those of its runner are not its own. WASI has no signals: a guest is told nothing before its end, so exit hooks are the place for last things.
+// beside it: twice the sum of its machine code, twice its module, and 32 MiB. A guest that asks for more is told so by memory.grow; if
+// it ends then, the status says OOM and 137, as for one that the kernel killed. Resources.PIDs is always kept: a guest has one thread,
+// and those of its runner are not its own. WASI has no signals: a guest is told nothing before its end, so exit hooks are the place for
+// last things.
 //
 // A status is the guest's own, but 247 is told as 246. 134 is a trap, told in the log, 70 an error of the runner.
 //

@@ -208,17 +208,21 @@ func (s *shape) hint(key string) string {
 	if len(names) == 0 {
 		return "no key"
 	}
-	best, least := "", 1+len(key)/3
+	return "one of " + words(names) + meant(key, names)
+}
+
+// meant asks after the name that is nearest to what was written, "" if none is near.
+func meant(wrote string, names []string) string {
+	best, least := "", 1+len(wrote)/3
 	for _, name := range names {
-		if n := distance(strings.ToLower(key), strings.ToLower(name)); n <= least && (best == "" || n < least) {
+		if n := distance(strings.ToLower(wrote), strings.ToLower(name)); n <= least && (best == "" || n < least) {
 			best, least = name, n
 		}
 	}
-	want := "one of " + words(names)
-	if best != "" {
-		want += "; did you mean " + best + "?"
+	if best == "" {
+		return ""
 	}
-	return want
+	return "; did you mean " + best + "?"
 }
 
 // distance is the number of letters to change, add, drop or swap that turns a into b.

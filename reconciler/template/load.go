@@ -212,9 +212,6 @@ func texts[T ~string](names []T) []string {
 	return all
 }
 
-// splitPath cuts a path of keys.
-func splitPath(path string) []string { return strings.Split(path, ".") }
-
 // maxCycles bounds how many faults of the graph one refusal names.
 const maxCycles = 10
 
@@ -240,7 +237,7 @@ func order(entries []*entry) ([]*entry, error) {
 		for i, need := range e.unit.Needs {
 			if g.units[string(need)] == nil && len(g.errs) < maxCycles {
 				g.errs = append(g.errs, &refusal.Error{Code: "E_GRAPH", Subject: e.needsAt[i], Got: show(string(need)) + ", which is no unit of the site",
-					Want: nearest(string(need), names)})
+					Want: "a folder under units/" + meant(string(need), names)})
 			}
 		}
 	}
@@ -289,18 +286,4 @@ func (g *graph) cycle(name string) {
 	}
 	g.errs = append(g.errs, &refusal.Error{Code: "E_GRAPH", Subject: at, Got: "the cycle " + strings.Join(append(shown, ring[0]), " → "),
 		Want: "units that need each other in one direction"})
-}
-
-// nearest says which name was meant.
-func nearest(name string, names []string) string {
-	best, least := "", 1+len(name)/3
-	for _, other := range names {
-		if n := distance(name, other); n <= least && (best == "" || n < least) {
-			best, least = other, n
-		}
-	}
-	if best == "" {
-		return "a folder under units/"
-	}
-	return "a folder under units/: did you mean " + best + "?"
 }

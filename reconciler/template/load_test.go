@@ -15,6 +15,8 @@ import (
 	"syscall"
 	"testing"
 	"testing/fstest"
+
+	"github.com/kindos/kmo/policy/refusal"
 )
 
 // objectTree is a tree with object ids, as Git has them.
@@ -176,7 +178,7 @@ func (b brokenDisk) Stat(name string) (fs.FileInfo, error) { return b.MapFS.Stat
 func TestAnUnreadableTreeIsNoRefusal(t *testing.T) {
 	for _, name := range []string{"site.yaml", "profiles/edge-small.yaml", "units/camera-relay/unit.yaml", "units/camera-relay/relay.toml"} {
 		_, err := Load(brokenDisk{northSea("units/a/unit.yaml", "teir: 1\n"), name})
-		if !errors.Is(err, syscall.EIO) || len(refusals(err)) != 0 || !strings.Contains(err.Error(), name) {
+		if !errors.Is(err, syscall.EIO) || len(refusal.All(err)) != 0 || !strings.Contains(err.Error(), name) {
 			t.Errorf("%s: got %v, want the disk's error alone", name, err)
 		}
 	}
@@ -281,7 +283,7 @@ func TestGraph(t *testing.T) {
 		{map[string]string{"a": "b", "b": "a"}, []string{"units/a/unit.yaml:3:9 needs[0]: the cycle a → b → a; want"}},
 		{map[string]string{"z": "b", "b": "x, c", "c": "d", "d": "b", "x": ""}, []string{"units/b/unit.yaml:3:12 needs[1]: the cycle b → c → d → b"}},
 		{map[string]string{"a": "b", "b": "a", "c": "d", "d": "c"}, []string{"a → b → a", "c → d → c"}},
-		{map[string]string{"message-bus": "", "a": "mesage-bus, nothing-near"}, []string{`units/a/unit.yaml:3:9 needs[0]: "mesage-bus", which is no unit of the site; want a folder under units/: did you mean message-bus?`,
+		{map[string]string{"message-bus": "", "a": "mesage-bus, nothing-near"}, []string{`units/a/unit.yaml:3:9 needs[0]: "mesage-bus", which is no unit of the site; want a folder under units/; did you mean message-bus?`,
 			`units/a/unit.yaml:3:21 needs[1]: "nothing-near"`}},
 	}
 	for _, test := range bad {

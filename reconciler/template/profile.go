@@ -3,6 +3,7 @@ package template
 import (
 	"fmt"
 	"reflect"
+	"strings"
 
 	"github.com/kindos/kmo/policy/refusal"
 )
@@ -34,7 +35,7 @@ func refuseNotYet(file string, top *node) error {
 			continue
 		}
 		n := top
-		for _, key := range splitPath(row.path) {
+		for _, key := range strings.Split(row.path, ".") {
 			n = n.get(key)
 		}
 		if n == nil || row.but != "" && n.text == row.but {

@@ -154,20 +154,13 @@ func (l *loading) refuse(err error) error {
 	if refusal.Of(err) == nil {
 		return err
 	}
-	l.errs = append(l.errs, refusals(err)...)
+	for _, one := range refusal.All(err) {
+		l.errs = append(l.errs, one)
+	}
 	if len(l.errs) >= maxRefusals {
 		return errors.Join(l.errs...)
 	}
 	return nil
-}
-
-// refusals flattens a joined error.
-func refusals(err error) []error {
-	var all []error
-	for _, one := range refusal.All(err) {
-		all = append(all, one)
-	}
-	return all
 }
 
 // site reads site.yaml. Nothing else is looked at if it is wrong.
