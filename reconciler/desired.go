@@ -2,8 +2,11 @@ package reconciler
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io/fs"
+	"maps"
+	"slices"
 	"sync"
 	"time"
 
@@ -51,14 +54,42 @@ func (d *desired) runs(name string) bool {
 	return d.wanted[name]
 }
 
-// compare notes the units whose workload is not the good commit's.
-func (d *desired) compare(good *desired) {
+// compare notes the units whose workload is not one that the good commit runs here.
+func (d *desired) compare(rec Record) {
 	d.changed = make(map[string]bool)
 	for _, workload := range d.plan.Workloads {
-		if !good.runs(workload.Name) {
+		if _, ok := rec.Allowed[workload.Name]; !ok {
 			d.changed[workload.Unit] = true
 		}
 	}
+}
+
+// permitted are the workloads with their backends, as the record keeps them.
+func (d *desired) permitted() map[string]string {
+	list := make(map[string]string, len(d.plan.Workloads))
+	for _, workload := range d.plan.Workloads {
+		list[workload.Name] = workload.Backend
+	}
+	return list
+}
+
+// withhold takes a unit out of the plan.
+func (d *desired) withhold(unit string, why error) {
+	if d.withheld == nil {
+		d.withheld = make(map[string]error)
+	}
+	d.withheld[unit] = why
+	d.plan.Workloads = slices.DeleteFunc(d.plan.Workloads, func(w backends.Workload) bool { return w.Unit == unit })
+	d.plan.Checks = slices.DeleteFunc(d.plan.Checks, func(c template.Check) bool { return c.Unit == unit })
+}
+
+// left says which units are withheld, and why.
+func (d *desired) left() error {
+	var all []error
+	for _, unit := range slices.Sorted(maps.Keys(d.withheld)) {
+		all = append(all, fmt.Errorf("%s: %w", unit, d.withheld[unit]))
+	}
+	return errors.Join(all...)
 }
 
 // all are the targets of every workload, made once.
@@ -101,12 +132,9 @@ func probe(h template.Health) gate.Probe {
 
 // exclusive says what a copy that exists and one that is wanted cannot both have. Of a copy that neither commit knows it assumes
 // that it has all that the new one wants.
-func (r *Reconciler) exclusive(want *desired) func(old, new string) []string {
+func exclusive(good, want *desired) func(old, new string) []string {
 	known := make(map[string]backends.Workload)
-	for _, d := range []*desired{r.good, want} {
-		if d == nil {
-			continue
-		}
+	for _, d := range []*desired{good, want} {
 		for _, workload := range d.plan.Workloads {
 			known[workload.Name] = workload
 		}
@@ -116,12 +144,12 @@ func (r *Reconciler) exclusive(want *desired) func(old, new string) []string {
 		if !ok {
 			before = known[new]
 		}
-		return template.Exclusive(before, known[new], r.fingerprints)
+		return template.Exclusive(before, known[new], want.prints)
 	}
 }
 
 // input is the document that the rules judge.
-func (r *Reconciler) input(ctx context.Context, good, next *desired) (policy.Input, error) {
+func (r *Reconciler) input(ctx context.Context, rec Record, good, next *desired) (policy.Input, error) {
 	judged := next.site
 	if good.site != nil {
 		judged = good.site // the base's lists judge the next commit
@@ -139,19 +167,28 @@ func (r *Reconciler) input(ctx context.Context, good, next *desired) (policy.Inp
 	for _, registry := range judged.Config.Registries {
 		input.Site.Registries = append(input.Site.Registries, string(registry))
 	}
+	differ := make(map[string]bool)
 	for _, facts := range next.facts.Units {
-		unit := policy.Unit{Name: facts.Unit}
-		if before := good.unit(facts.Unit); before != nil {
+		differ[facts.Unit] = true
+	}
+	for _, workload := range next.plan.Workloads {
+		if !rec.permits(workload) { // nobody changed it, but here it is new
+			differ[workload.Unit] = true
+		}
+	}
+	for _, name := range slices.Sorted(maps.Keys(differ)) {
+		unit := policy.Unit{Name: name}
+		if before := good.unit(name); before != nil {
 			unit.Before = before
 		}
-		if after := next.unit(facts.Unit); after != nil {
+		if after := next.unit(name); after != nil {
 			unit.After = after
 		}
 		if unit.Before == nil && unit.After == nil {
 			continue // trust, policy or the site file
 		}
 		for _, workload := range next.plan.Workloads {
-			if workload.Unit != facts.Unit {
+			if workload.Unit != name {
 				continue
 			}
 			unit.Workloads = append(unit.Workloads, workload)
@@ -186,14 +223,17 @@ func totals(good, next *desired) policy.Totals {
 // recordDecision writes the decision to the audit log, unless it is the one written last: a head that is refused, or waits for its images,
 // is judged at every look.
 func (r *Reconciler) recordDecision(rec Record, next *desired) error {
-	said := fmt.Sprintln(next.commit.ID, next.decision.Policy, next.decision.Denied, next.decision.Warned)
-	if said == r.decided || rec.Head == next.commit.ID && rec.Outcome == Refused && rec.Stage == "policy" {
+	said := fmt.Sprintln(next.decision.Policy, next.decision.Denied, next.decision.Warned)
+	if r.decided[next.commit.ID] == said || rec.Head == next.commit.ID && rec.Outcome == Refused && rec.Stage == "policy" {
 		return nil
 	}
 	if err := r.record("decision", DecisionEntry{Commit: next.commit.ID, Host: rec.Host, Decision: next.decision}); err != nil {
 		return err
 	}
-	r.decided = said
+	if r.decided == nil || len(r.decided) >= maxBad {
+		r.decided = make(map[string]string)
+	}
+	r.decided[next.commit.ID] = said
 	return nil
 }
 

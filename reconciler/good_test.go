@@ -198,3 +198,160 @@ func TestADecisionIsOnRecordOnce(t *testing.T) {
 		}
 	})
 }
+
+// placed gives the host a label, as an operator does: with a new agent.
+func (w *world) placed(site string) {
+	w.start()
+	w.r.Host.Labels = map[string]string{"site": site}
+}
+
+func TestWhatTheHostNewlyPlacesIsJudged(t *testing.T) {
+	const north = "place: {on: {labels: {site: north}}}\n"
+	large := func(w *world) { // more cores than the host has
+		w.unit("cam", "1", north)
+		w.files["units/cam/unit.yaml"] = strings.Replace(w.files["units/cam/unit.yaml"], "cpu: {max: 100m}", "cpu: {max: 9}", 1)
+	}
+	t.Run("allowed", func(t *testing.T) {
+		story(t, func(t *testing.T, w *world) {
+			w.unit("relay", "1", "")
+			w.unit("cam", "1", north)
+			w.push("v1")
+			w.reconcile(Converged)
+			w.wantRunning("relay=1")
+			before := w.records()
+			w.placed("north")
+			w.reconcile(Converged)
+			w.wantRunning("cam=1 relay=1")
+			if got := w.records() - before; got != 2 {
+				t.Errorf("%d records, want the decision and the repair", got)
+			}
+			before = w.records()
+			w.placed("north")
+			w.reconcile(Converged)
+			if got := w.records() - before; got != 0 {
+				t.Errorf("%d records of a host that did not change", got)
+			}
+		})
+	})
+	t.Run("denied", func(t *testing.T) {
+		story(t, func(t *testing.T, w *world) {
+			w.unit("relay", "1", "")
+			large(w)
+			w.push("v1")
+			w.reconcile(Converged)
+			w.placed("north")
+			for range 2 {
+				if rec := w.reconcile(Stuck); !strings.Contains(rec.Reason, "KT013") {
+					t.Errorf("reason %q, want KT013", rec.Reason)
+				}
+				w.wantRunning("relay=1")
+			}
+			w.fake.Damage(w.only("relay"), "test")
+			w.reconcile(Stuck)
+			if list, err := w.fake.Observe(t.Context()); err != nil || list[0].State != backends.Running {
+				t.Errorf("what may run is not repaired: %+v (%v)", list, err)
+			}
+			w.placed("south")
+			w.reconcile(Converged)
+		})
+	})
+	t.Run("denied with a new head", func(t *testing.T) {
+		story(t, func(t *testing.T, w *world) {
+			w.unit("relay", "1", "")
+			large(w)
+			w.push("v1")
+			w.reconcile(Converged)
+			w.placed("north")
+			w.unit("relay", "2", "")
+			w.push("v2")
+			w.reconcile(Stuck)
+			w.wantRunning("relay=1")
+		})
+	})
+	t.Run("denied in the middle of a try", func(t *testing.T) {
+		story(t, func(t *testing.T, w *world) {
+			w.unit("relay", "1", "")
+			large(w)
+			w.push("v1")
+			w.reconcile(Converged)
+			w.unit("relay", "2", "")
+			v2 := w.push("v2")
+			w.faults.armed = &fault{call: "backend.Apply", after: true}
+			w.reconcile(Waiting)
+			w.placed("north")
+			w.reconcile(Stuck)
+			w.wantRunning("relay=1")
+			w.placed("south")
+			if rec := w.reconcile(Converged); rec.Good != v2 {
+				t.Errorf("good %s, want v2", rec.Good)
+			}
+			w.wantRunning("relay=2")
+		})
+	})
+}
+
+func TestAGoodCommitWithoutItsImagesStopsNobody(t *testing.T) {
+	story(t, func(t *testing.T, w *world) {
+		w.unit("relay", "1", "")
+		w.unit("web", "1", "")
+		w.push("v1")
+		w.reconcile(Converged)
+		for _, workload := range w.fake.Workloads() {
+			if workload.Unit == "relay" {
+				w.images.broken[workload.Image.Ref] = errFault
+			} else if err := w.fake.Remove(t.Context(), workload.Name); err != nil {
+				t.Fatal(err)
+			}
+		}
+		w.start()
+		if rec := w.reconcile(Waiting); !strings.Contains(rec.Reason, errFault.Error()) {
+			t.Errorf("reason %q", rec.Reason)
+		}
+		w.wantRunning("relay=1 web=1")
+
+		w.start()
+		w.unit("relay", "2", "")
+		w.files["units/relay/unit.yaml"] = strings.Replace(w.files["units/relay/unit.yaml"], fmt.Sprintf("%064x", 7), fmt.Sprintf("%064x", 9), 1)
+		w.push("v2")
+		w.reconcile(Converged)
+		w.wantRunning("relay=2 web=1")
+	})
+}
+
+func TestAGoodCommitThatFitsNoMoreStopsNoOther(t *testing.T) {
+	story(t, func(t *testing.T, w *world) {
+		on := func(version, backend string) {
+			w.unit("relay", version, "")
+			w.files["units/relay/unit.yaml"] = strings.Replace(w.files["units/relay/unit.yaml"], "resources:", "    backends: ["+backend+"]\nresources:", 1)
+		}
+		other := &fake.Backend{}
+		w.r.Backends["other"] = other
+		on("1", "other")
+		w.push("v1")
+		w.reconcile(Converged)
+		w.start() // without the other backend
+		if rec := w.reconcile(Stuck); !strings.Contains(rec.Reason, "E_FIT") {
+			t.Errorf("reason %q", rec.Reason)
+		}
+		on("2", "fake")
+		w.push("v2")
+		w.reconcile(Converged)
+		w.wantRunning("relay=2")
+	})
+}
+
+func TestPreviewSaysWhatQuarantineRefuses(t *testing.T) {
+	story(t, func(t *testing.T, w *world) {
+		w.unit("relay", "1", "")
+		w.push("v1")
+		w.reconcile(Converged)
+		w.failing("2")
+		w.unit("relay", "2", "")
+		v2 := w.push("v2")
+		w.reconcile(Reverted)
+		preview, err := w.r.Preview(t.Context(), v2)
+		if err != nil || preview.Stage != "quarantine" || len(preview.Refusals) != 1 || preview.Refusals[0].Code != "E_FAILED_BEFORE" {
+			t.Errorf("preview at %q: %v (%v), want E_FAILED_BEFORE", preview.Stage, preview.Refusals, err)
+		}
+	})
+}

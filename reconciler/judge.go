@@ -26,6 +26,9 @@ type desired struct {
 	changed  map[string]bool // units whose workload is not the good commit's
 	probes   []gate.Target   // of every workload; made by all
 	wanted   map[string]bool // names of the workloads; made by runs
+	prints   map[string]backends.Fingerprint
+	withheld map[string]error // units that are not in the plan although they are placed, and why; their copies are left as they are
+	ready    bool             // judged, fetched, and nothing withheld
 }
 
 // DecisionEntry is what the audit log keeps of a decision: enough to decide again.
@@ -41,24 +44,11 @@ func (r *Reconciler) judge(ctx context.Context, rec Record, head Commit) (next *
 	if next == nil {
 		return nil, stage, err
 	}
-	if err := r.recordDecision(rec, next); err != nil {
+	if err := r.ruling(rec, next, err); err != nil {
 		return nil, "policy", err
 	}
-	if err == nil {
-		err = next.decision.Refusal()
-	}
-	if err != nil {
-		return nil, "policy", err
-	}
-	if err := errors.Join(next.plan.Lacks...); err != nil {
-		return nil, "render", err
-	}
-	for _, bad := range rec.Bad {
-		if next.runs(bad.Workload) {
-			return nil, "quarantine", &refusal.Error{Code: "E_FAILED_BEFORE", Subject: "unit " + bad.Unit,
-				Got:  fmt.Sprintf("%s, which failed here in %s: %s: %s", bad.Workload, bad.Commit, bad.Gate, bad.Evidence),
-				Want: "a commit that changes the unit"}
-		}
+	if stage, err := rec.obstacle(next); err != nil {
+		return nil, stage, err
 	}
 	if err := r.fetch(ctx, next); err != nil {
 		return nil, "fetch", err
@@ -69,7 +59,7 @@ func (r *Reconciler) judge(ctx context.Context, rec Record, head Commit) (next *
 // assess establishes everything about a commit that can be known without fetching its images' bytes or touching the host. Where the rules
 // came to no judgement, next holds the decision that says so beside the error: it is a denial like others.
 func (r *Reconciler) assess(ctx context.Context, rec Record, head Commit) (next *desired, stage string, err error) {
-	good, err := r.goodPlan(ctx, rec)
+	good, err := r.goodCommit(ctx, rec)
 	if err != nil {
 		return nil, "render", fmt.Errorf("the good commit: %w", err)
 	}
@@ -82,23 +72,55 @@ func (r *Reconciler) assess(ctx context.Context, rec Record, head Commit) (next 
 		return nil, "render", err
 	}
 	next.facts = facts
-	next.compare(good)
-	input, err := r.input(ctx, good, next)
-	if err != nil {
-		return nil, "describe", err
+	next.compare(rec)
+	stage, err = r.decide(ctx, rec, good, next)
+	if err != nil && next.decision.Denied == nil {
+		return nil, stage, err
 	}
-	set, err := r.rules(ctx, facts.Base, head)
+	return next, stage, err
+}
+
+// decide has the rules judge the change from good to next. The stage is where it ended.
+func (r *Reconciler) decide(ctx context.Context, rec Record, good, next *desired) (stage string, err error) {
+	input, err := r.input(ctx, rec, good, next)
 	if err != nil {
-		return nil, "policy", err
+		return "describe", err
+	}
+	set, err := r.rules(ctx, next.facts.Base, next.commit)
+	if err != nil {
+		return "policy", err
 	}
 	next.decision, err = set.Decide(ctx, input)
-	switch {
-	case refusal.Of(err) != nil:
-		return next, "policy", err
-	case err != nil: // nothing was judged
-		return nil, "policy", err
+	if err != nil {
+		return "policy", err
 	}
-	return next, "", nil
+	return "", nil
+}
+
+// ruling puts a decision on record and says what it comes to; err is why the rules came to none.
+func (r *Reconciler) ruling(rec Record, next *desired, err error) error {
+	if err := r.recordDecision(rec, next); err != nil {
+		return err
+	}
+	if err != nil {
+		return err
+	}
+	return next.decision.Refusal()
+}
+
+// obstacle is what keeps a commit that the rules let pass from running here. The stage is where it is refused.
+func (rec *Record) obstacle(next *desired) (stage string, err error) {
+	if err := errors.Join(next.plan.Lacks...); err != nil {
+		return "render", err
+	}
+	for _, bad := range rec.Bad {
+		if next.runs(bad.Workload) {
+			return "quarantine", &refusal.Error{Code: "E_FAILED_BEFORE", Subject: "unit " + bad.Unit,
+				Got:  fmt.Sprintf("%s, which failed here in %s: %s: %s", bad.Workload, bad.Commit, bad.Gate, bad.Evidence),
+				Want: "a commit that changes the unit"}
+		}
+	}
+	return "", nil
 }
 
 // rules returns the rules of the last accepted commit, which judge the next; where none was accepted yet, the new commit's own.
@@ -162,7 +184,7 @@ func (r *Reconciler) render(ctx context.Context, commit Commit) (*desired, error
 	if err != nil {
 		return nil, err
 	}
-	return &desired{commit: commit, site: site, plan: plan}, nil
+	return &desired{commit: commit, site: site, plan: plan, prints: host.Fingerprints}, nil
 }
 
 // host is the facts of this host with what its backends can do now.
@@ -183,32 +205,91 @@ func (r *Reconciler) host(ctx context.Context) (template.Host, error) {
 	return host, nil
 }
 
-// load renders a commit that was accepted earlier and fetches what it needs; nothing about it is judged again.
-func (r *Reconciler) load(ctx context.Context, id string) (*desired, error) {
-	commit, err := r.Source.At(ctx, id)
-	if err != nil {
-		return nil, err
-	}
-	next, err := r.render(ctx, commit)
-	if err != nil {
-		return nil, err
-	}
-	return next, r.fetch(ctx, next)
-}
-
-// goodPlan returns the good commit as it must run here: nothing, before there is one.
-func (r *Reconciler) goodPlan(ctx context.Context, rec Record) (*desired, error) {
+// goodCommit returns the good commit, as far as it can be rendered here; nothing of it is judged or fetched for that. Before there is a
+// good commit it has no site.
+func (r *Reconciler) goodCommit(ctx context.Context, rec Record) (*desired, error) {
 	if rec.Good == "" {
 		return &desired{}, nil
 	}
-	if r.good == nil || r.good.commit.ID != rec.Good {
-		good, err := r.load(ctx, rec.Good)
-		if err != nil {
-			return nil, err
-		}
-		r.good, r.vitals = good, newVitals()
+	if r.good != nil && r.good.commit.ID == rec.Good {
+		return r.good, nil
 	}
-	return r.good, nil
+	commit, err := r.Source.At(ctx, rec.Good)
+	if err != nil {
+		return nil, err
+	}
+	good, err := r.render(ctx, commit)
+	if refusal.Of(err) != nil { // it fits this host no more: what comes next can be judged all the same
+		good = &desired{commit: commit}
+		good.site, err = r.loader.Load(commit.Tree)
+	}
+	if err != nil {
+		return nil, err
+	}
+	r.good, r.vitals = good, newVitals()
+	return good, nil
+}
+
+// goodPlan returns the good commit as it must run here, with its images: nothing, before there is one. What cannot run now is withheld.
+func (r *Reconciler) goodPlan(ctx context.Context, rec *Record) (*desired, error) {
+	good, err := r.goodCommit(ctx, *rec)
+	if err != nil || rec.Good == "" || good.ready {
+		return good, err
+	}
+	if good, err = r.render(ctx, good.commit); err != nil {
+		return nil, err
+	}
+	r.permit(ctx, rec, good)
+	missing := make(map[string]error)
+	for i := range good.plan.Workloads {
+		workload := &good.plan.Workloads[i]
+		if image, err := r.Images.Fetch(ctx, workload.Image, workload.Format); err != nil {
+			missing[workload.Unit] = err
+		} else {
+			workload.Image = image
+		}
+	}
+	for unit, why := range missing {
+		good.withhold(unit, why)
+	}
+	good.ready = len(good.withheld) == 0
+	r.good = good
+	return good, nil
+}
+
+// permit has the rules judge what the good commit would run here and they have not let run yet: a label, a zone or a backend of this host
+// changed. What they do not let run is withheld.
+func (r *Reconciler) permit(ctx context.Context, rec *Record, good *desired) {
+	var placed []string // units
+	for _, workload := range good.plan.Workloads {
+		if !rec.permits(workload) {
+			placed = append(placed, workload.Unit)
+		}
+	}
+	if len(placed) == 0 {
+		return
+	}
+	var err error
+	if good.facts, err = r.Trust.Verify(ctx, good.commit, good.commit, r.Source); err == nil {
+		_, err = r.decide(ctx, *rec, good, good)
+		if err == nil || good.decision.Denied != nil {
+			err = r.ruling(*rec, good, err)
+		}
+	}
+	if err == nil {
+		rec.Allowed = good.permitted()
+		return
+	}
+	for _, unit := range placed {
+		good.withhold(unit, fmt.Errorf("newly placed by a change of this host: %w", err))
+	}
+}
+
+// permits says whether the rules have let a workload run on this host, on that backend.
+func (rec *Record) permits(w backends.Workload) bool {
+	allowed, known := rec.Allowed[w.Name]
+	tried, trial := rec.Trial[w.Name]
+	return known && allowed == w.Backend || trial && tried == w.Backend
 }
 
 // fetch sets every workload's image content.

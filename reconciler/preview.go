@@ -43,6 +43,7 @@ func (r *Reconciler) Preview(ctx context.Context, id string) (Preview, error) {
 		return preview, err
 	}
 	preview.Good = rec.Good
+	r.fingerprints = nil
 	commit, err := r.Source.At(ctx, id)
 	if err != nil {
 		return preview, err
@@ -54,6 +55,9 @@ func (r *Reconciler) Preview(ctx context.Context, id string) (Preview, error) {
 	if err == nil {
 		stage, err = "policy", next.decision.Refusal()
 	}
+	if err == nil {
+		stage, err = rec.obstacle(next)
+	}
 	if err != nil {
 		preview.Stage, preview.Refusals = stage, refusal.All(err)
 		if len(preview.Refusals) == 0 {
@@ -63,7 +67,7 @@ func (r *Reconciler) Preview(ctx context.Context, id string) (Preview, error) {
 	if next == nil {
 		return preview, nil
 	}
-	good, err := r.goodPlan(ctx, rec)
+	good, err := r.goodCommit(ctx, rec)
 	if err != nil {
 		return preview, err
 	}
@@ -71,7 +75,7 @@ func (r *Reconciler) Preview(ctx context.Context, id string) (Preview, error) {
 	if err != nil {
 		return preview, err
 	}
-	preview.Steps = Diff(next.plan.Workloads, have, r.exclusive(next))
+	preview.Steps = Diff(next.plan.Workloads, have, exclusive(good, next))
 	preview.Changes, err = changes(good, next)
 	return preview, err
 }

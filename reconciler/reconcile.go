@@ -56,8 +56,8 @@ type memory struct {
 	good         *desired // the good commit as it was last rendered; nil until it is asked for
 	sets         ruleCache
 	vitals       vitals
-	decided      string // the decision last written to the audit log, in short
-	saved        Record // as it is in the journal
+	decided      map[string]string // by commit, the decision last written to the audit log, in short
+	saved        Record            // as it is in the journal
 }
 
 // Reconcile looks once and does what is to be done. The record says how it ended; the error is for what keeps kMO itself from going
@@ -71,8 +71,9 @@ func (r *Reconciler) Reconcile(ctx context.Context) (Record, error) {
 	r.saved.Bad = slices.Clone(rec.Bad)
 	r.fingerprints = nil
 	if rec.Trying != "" {
-		rec, err = r.resume(ctx, rec)
-		if err != nil || rec.Trying == "" {
+		var ended bool
+		rec, ended, err = r.resume(ctx, rec)
+		if err != nil || ended {
 			return rec, err
 		}
 	}
@@ -107,7 +108,7 @@ func (r *Reconciler) hold(ctx context.Context, rec Record, head, stage string, c
 	if rec.Trying != "" {
 		return r.end(ctx, rec, head, meaning(cause), stage, cause.Error())
 	}
-	trouble, err := r.repair(ctx, rec)
+	trouble, err := r.repair(ctx, &rec)
 	switch {
 	case err != nil:
 		return rec, err
@@ -127,7 +128,7 @@ func meaning(err error) Outcome {
 
 // keep repairs the good commit, which is the head.
 func (r *Reconciler) keep(ctx context.Context, rec Record) (Record, error) {
-	trouble, err := r.repair(ctx, rec)
+	trouble, err := r.repair(ctx, &rec)
 	switch {
 	case err != nil:
 		return rec, err
@@ -145,7 +146,7 @@ func (r *Reconciler) keep(ctx context.Context, rec Record) (Record, error) {
 // keepReverted keeps the good commit while the head is one that failed here, and goes on trying to take that back in Git. Where the
 // good commit does not pass either, the fault may be the host's, and nothing is taken back.
 func (r *Reconciler) keepReverted(ctx context.Context, rec Record, bad *Bad) (Record, error) {
-	trouble, err := r.repair(ctx, rec)
+	trouble, err := r.repair(ctx, &rec)
 	if err != nil {
 		return rec, err
 	}
@@ -189,34 +190,50 @@ func (r *Reconciler) try(ctx context.Context, rec Record, next *desired) (Record
 		return rec, fmt.Errorf("trust state: %w", err)
 	}
 	// Head stays: the last outcome speaks of it.
-	rec.Trust, rec.Trying = seen, next.commit.ID
+	rec.Trust, rec.Trying, rec.Trial = seen, next.commit.ID, next.permitted()
 	if err := r.save(&rec); err != nil { // commit point: from here the host may change
 		return rec, err
 	}
 	return r.finish(ctx, rec, next)
 }
 
-// resume goes on with a try that was interrupted. What it tries was judged and accepted before the commit point.
-func (r *Reconciler) resume(ctx context.Context, rec Record) (Record, error) {
-	good, err := r.goodPlan(ctx, rec)
-	if err != nil {
-		return r.end(ctx, rec, rec.Trying, Waiting, "resume", "the good commit: "+err.Error())
+// resume goes on with a try that was interrupted. What it tries was judged and accepted before the commit point; where the host has
+// changed since, so that the commit would run something else here, the try is given up, and its commit is judged like any head. ended
+// says that there is nothing more to do.
+func (r *Reconciler) resume(ctx context.Context, rec Record) (_ Record, ended bool, err error) {
+	commit, err := r.Source.At(ctx, rec.Trying)
+	var next *desired
+	if err == nil {
+		next, err = r.render(ctx, commit)
 	}
-	next, err := r.load(ctx, rec.Trying)
-	if err != nil {
-		return r.end(ctx, rec, rec.Trying, Waiting, "resume", err.Error())
+	other := func(w backends.Workload) bool { return !rec.permits(w) }
+	if refusal.Of(err) != nil || err == nil && slices.ContainsFunc(next.plan.Workloads, other) {
+		rec.Trying, rec.Trial = "", nil
+		return rec, false, nil
 	}
-	next.compare(good) // what the try changed is what the gate judges, also where it runs already
-	return r.finish(ctx, rec, next)
+	if err == nil {
+		err = r.fetch(ctx, next)
+	}
+	if err != nil {
+		rec, err = r.end(ctx, rec, rec.Trying, Waiting, "resume", err.Error())
+		return rec, false, err
+	}
+	next.compare(rec) // what the try changed is what the gate judges, also where it runs already
+	rec, err = r.finish(ctx, rec, next)
+	return rec, rec.Trying == "", err
 }
 
 // finish converges the host to next and does what the gate's verdict asks for.
 func (r *Reconciler) finish(ctx context.Context, rec Record, next *desired) (Record, error) {
+	good, err := r.goodCommit(ctx, rec)
+	if err != nil {
+		return r.end(ctx, rec, rec.Trying, Waiting, "render", "the good commit: "+err.Error())
+	}
 	have, err := r.observe(ctx)
 	if err != nil {
 		return r.end(ctx, rec, rec.Trying, Waiting, "observe", err.Error())
 	}
-	finding, err := r.converge(ctx, next, Diff(next.plan.Workloads, have, r.exclusive(next)), true)
+	finding, err := r.converge(ctx, next, Diff(next.plan.Workloads, have, exclusive(good, next)), true)
 	if ctx.Err() != nil {
 		return rec, context.Cause(ctx) // judges nothing: the next Reconcile goes on
 	}
@@ -243,7 +260,8 @@ func (r *Reconciler) promote(ctx context.Context, rec Record, next *desired) (Re
 	if err := r.Trust.Passed(ctx, next.commit.ID); err != nil {
 		return rec, fmt.Errorf("remembering what passed: %w", err)
 	}
-	rec.Good, rec.Trying = next.commit.ID, ""
+	rec.Good, rec.Allowed, rec.Trying, rec.Trial = next.commit.ID, next.permitted(), "", nil
+	next.ready = true
 	r.good, r.vitals = next, newVitals()
 	if bad := rec.settle(next.commit); bad != nil {
 		return r.end(ctx, rec, next.commit.ID, Reverted, "gate", bad.reason())

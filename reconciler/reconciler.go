@@ -78,17 +78,21 @@ const (
 
 // Record is what a host knows of itself: what was good, what was being tried, how the last reconcile ended.
 type Record struct {
-	Seq     uint64    `json:"seq"` // grows by one with each save
-	Host    string    `json:"host"`
-	Trust   uint64    `json:"trust,omitempty"`  // number of the trust state that was there; an older one is an alarm
-	Good    string    `json:"good,omitempty"`   // the last commit that passed its gate
-	Trying  string    `json:"trying,omitempty"` // set at the commit point, cleared by a verdict
-	Bad     []Bad     `json:"bad,omitempty"`    // commits that failed here, newest first; never tried again by themselves
-	Head    string    `json:"head,omitempty"`   // the commit the outcome speaks of
-	Outcome Outcome   `json:"outcome,omitempty"`
-	Stage   string    `json:"stage,omitempty"`  // where it ended: "trust", "policy", "gate"
-	Reason  string    `json:"reason,omitempty"` // one line a person can act on
-	When    time.Time `json:"when,omitzero"`
+	Seq    uint64 `json:"seq"` // grows by one with each save
+	Host   string `json:"host"`
+	Trust  uint64 `json:"trust,omitempty"`  // number of the trust state that was there; an older one is an alarm
+	Good   string `json:"good,omitempty"`   // the last commit that passed its gate
+	Trying string `json:"trying,omitempty"` // set at the commit point, cleared by a verdict
+	Bad    []Bad  `json:"bad,omitempty"`    // commits that failed here, newest first; never tried again by themselves
+	Head   string `json:"head,omitempty"`   // the commit the outcome speaks of
+	// Allowed are Good's workloads that the rules have let run on this host, with their backends; Trial are Trying's. What a change of the
+	// host places besides is judged before it is started.
+	Allowed map[string]string `json:"allowed,omitempty"`
+	Trial   map[string]string `json:"trial,omitempty"`
+	Outcome Outcome           `json:"outcome,omitempty"`
+	Stage   string            `json:"stage,omitempty"`  // where it ended: "trust", "policy", "gate"
+	Reason  string            `json:"reason,omitempty"` // one line a person can act on
+	When    time.Time         `json:"when,omitzero"`
 }
 
 // Bad is a commit that ran on this host and was not healthy.

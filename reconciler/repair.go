@@ -2,6 +2,7 @@ package reconciler
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"slices"
 	"time"
@@ -61,20 +62,30 @@ func (v *vitals) again(step Step, now time.Time) bool {
 }
 
 // repair makes the host run the good commit, whatever it runs now, and says what is wrong with it. When nothing is, it changes
-// nothing and costs one look at each backend.
-func (r *Reconciler) repair(ctx context.Context, rec Record) (trouble, error) {
+// nothing and costs one look at each backend. Of a unit that cannot run as it should, what runs is left as it is.
+func (r *Reconciler) repair(ctx context.Context, rec *Record) (trouble, error) {
 	good, err := r.goodPlan(ctx, rec)
 	if err != nil {
 		return r.noAnswer(ctx, "rendering the good commit", err)
 	}
+	left := good.left()
 	if err := r.checkBase(ctx, good); err != nil {
-		return r.noAnswer(ctx, "checking what runs", err)
+		left = errors.Join(left, fmt.Errorf("checking what runs: %w", err))
 	}
+	found, err := r.mend(ctx, *rec, good)
+	if err != nil || found.reason != "" || left == nil {
+		return found, err
+	}
+	return r.noAnswer(ctx, "keep", left)
+}
+
+// mend does what makes the host what the good plan says.
+func (r *Reconciler) mend(ctx context.Context, rec Record, good *desired) (trouble, error) {
 	have, err := r.observe(ctx)
 	if err != nil {
 		return r.noAnswer(ctx, "keep", err)
 	}
-	steps := Diff(good.plan.Workloads, have, r.exclusive(good))
+	steps := slices.DeleteFunc(Diff(good.plan.Workloads, have, exclusive(good, good)), func(step Step) bool { return good.withheld[step.Unit] != nil })
 	if len(steps) == 0 {
 		return r.health(ctx, good, have), nil
 	}

@@ -66,7 +66,7 @@ func (r *Reconciler) goBack(ctx context.Context, rec Record, next *desired, find
 		bad.Why = "there is no earlier good commit"
 	}
 	rec.Bad = append([]Bad{bad}, rec.Bad[:min(len(rec.Bad), maxBad-1)]...)
-	rec.Trying = ""
+	rec.Trying, rec.Trial = "", nil
 	if err := r.save(&rec); err != nil {
 		return rec, err
 	}
