@@ -75,7 +75,7 @@ func (r *Repository) admit(ctx context.Context, f *os.File, tip plumbing.Hash, w
 		known = map[plumbing.Hash]extent{}
 	}
 	if err := checkTree(ctx, quarantine, head.tree, r.Limits, known); err != nil {
-		return commit, err
+		return commit, fmt.Errorf("commit %s: %w", tip, err)
 	}
 	err = r.locked(func() error {
 		if err := r.promote(f, idx); err != nil {
