@@ -118,7 +118,7 @@ func walk(path string, before, after any, report func(path string, before, after
 	}
 	left, leftIs := before.(map[string]any)
 	right, rightIs := after.(map[string]any)
-	if !(leftIs || before == nil) || !(rightIs || after == nil) || len(left)+len(right) == 0 {
+	if !leftIs && before != nil || !rightIs && after != nil || len(left)+len(right) == 0 {
 		report(path, before, after)
 		return
 	}
