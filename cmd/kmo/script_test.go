@@ -60,6 +60,7 @@ func TestScripts(t *testing.T) {
 	}
 	testscript.Run(t, testscript.Params{
 		Dir:                "testdata",
+		WorkdirRoot:        t.TempDir(),
 		RequireUniqueNames: true,
 		Setup:              func(env *testscript.Env) error { return setUp(env, b, bin) },
 		Cmds: map[string]func(*testscript.TestScript, bool, []string){
