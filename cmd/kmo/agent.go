@@ -70,8 +70,12 @@ func (h *host) serve(ctx context.Context) error {
 	})
 	h.logger.Info("agent", "site", h.config.Site, "branch", h.config.Branch, "zone", h.config.Zone, "version", version)
 	err = h.loop(ctx)
-	stop()
-	_ = server.Close() // requests see their context end
+	stop() // requests see their context end
+	ended, cancel := background()
+	defer cancel()
+	if late := server.Shutdown(ended); late != nil { // until then they work with what the caller closes next
+		h.logger.Error("requests that do not end", "err", errors.Join(late, server.Close()))
+	}
 	group.Wait()
 	return err
 }
@@ -116,8 +120,9 @@ func (h *host) loop(ctx context.Context) error {
 
 // delay spaces the looks: the poll with jitter, sooner and then ever later while the world does not answer.
 type delay struct {
-	poll time.Duration
-	next time.Duration
+	poll   time.Duration
+	next   time.Duration
+	revert string // the newest that was looked for at once
 }
 
 func newDelay(poll time.Duration) *delay { return &delay{poll: poll} }
@@ -130,8 +135,9 @@ func (d *delay) after(rec reconciler.Record, err error) time.Duration {
 		wait = d.next
 	} else {
 		d.next = 0
-		if rec.Outcome == reconciler.Reverted && rec.Head != rec.Good && len(rec.Bad) > 0 && rec.Bad[0].Revert != "" {
-			return 0 // the revert is the head now
+		if rec.Outcome == reconciler.Reverted && rec.Head != rec.Good && len(rec.Bad) > 0 && rec.Bad[0].Revert != d.revert {
+			d.revert = rec.Bad[0].Revert
+			return 0 // the revert is the head now, unless the remote is slow to show it
 		}
 	}
 	return wait*9/10 + rand.N(wait/5+1)

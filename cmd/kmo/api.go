@@ -13,6 +13,7 @@ import (
 	"os"
 	"path/filepath"
 	"strconv"
+	"sync"
 	"time"
 
 	"github.com/kindos/kmo/backends"
@@ -130,28 +131,36 @@ func dialOnce(ctx context.Context, flags *hostFlags) (*client, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &client{http: http.Client{Transport: local{h.api()}}, close: h.close}, nil
+	transport := &local{handler: h.api()}
+	return &client{http: http.Client{Transport: transport}, close: func() error {
+		transport.running.Wait() // it works with what is closed next
+		return h.close()
+	}}, nil
 }
 
 // local answers requests by calling the handler.
-type local struct{ handler http.Handler }
+type local struct {
+	handler http.Handler
+	running sync.WaitGroup // requests
+}
 
 // RoundTrip runs the handler and streams what it writes.
-func (l local) RoundTrip(request *http.Request) (*http.Response, error) {
+func (l *local) RoundTrip(request *http.Request) (*http.Response, error) {
 	reader, writer := io.Pipe()
 	started := make(chan *http.Response, 1)
 	w := &pipeResponse{header: http.Header{}, body: writer, started: started, response: &http.Response{
 		Proto: "HTTP/1.1", ProtoMajor: 1, ProtoMinor: 1, Request: request, Body: reader, ContentLength: -1,
 	}}
-	go func() {
+	l.running.Go(func() {
 		l.handler.ServeHTTP(w, request)
 		w.WriteHeader(http.StatusOK)
 		_ = writer.Close()
-	}()
+	})
 	select {
 	case response := <-started:
 		return response, nil
 	case <-request.Context().Done():
+		_ = reader.Close() // nobody reads what the handler still writes
 		return nil, context.Cause(request.Context())
 	}
 }

@@ -15,6 +15,7 @@ import (
 	"sync"
 	"time"
 
+	"github.com/google/renameio/v2"
 	"golang.org/x/sys/unix"
 
 	"github.com/kindos/kmo/backends"
@@ -149,7 +150,7 @@ func auditKey(path string) (ed25519.PrivateKey, error) {
 		if _, err := rand.Read(seed); err != nil {
 			return nil, err
 		}
-		if err := os.WriteFile(path, seed, 0o600); err != nil {
+		if err := renameio.WriteFile(path, seed, 0o600); err != nil { // half a key would be an alarm for ever
 			return nil, err
 		}
 	} else if err != nil {
@@ -211,7 +212,23 @@ func (h *host) openBackends(ctx context.Context) error {
 		h.plugins = append(h.plugins, client)
 		h.backends[options.Name] = client
 	}
-	return nil
+	return h.orphans()
+}
+
+// orphans warns of backends that this host had: what they started goes on running, and nothing here sees it.
+func (h *host) orphans() error {
+	folder := filepath.Join(h.dir, "backends")
+	entries, err := os.ReadDir(folder)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	for _, entry := range entries {
+		if h.backends[entry.Name()] == nil {
+			h.logger.Warn("a backend that is not configured any more: what it runs is neither seen nor stopped", "backend", entry.Name(),
+				"want", "it in the agent's file until the site asks nothing of it, or no folder "+filepath.Join(folder, entry.Name()))
+		}
+	}
+	return err
 }
 
 func (h *host) openReconciler(context.Context) error {

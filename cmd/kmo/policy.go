@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"os"
 	"path/filepath"
 	"slices"
@@ -30,13 +31,14 @@ Exit statuses: 0 good, 1 error, 2 usage, 3 refused.`,
 		Example: "  kmo policy check policy/",
 		Args:    cobra.MaximumNArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
-			set, err := rules(nil)
+			var site fs.FS
 			if len(args) == 1 {
 				if _, err := os.ReadDir(args[0]); err != nil {
 					return err
 				}
-				set, err = rules(os.DirFS(args[0]))
+				site = os.DirFS(args[0])
 			}
+			set, err := rules(site)
 			if err != nil {
 				return err
 			}

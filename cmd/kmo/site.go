@@ -160,7 +160,7 @@ root; hosts sign reverts and nothing else.
 Exit statuses: 0 written, 1 error (a file that is there is never overwritten), 2 usage, 3 refused (a root that nothing would accept).`,
 		Example: `  git init site
   kmo site init site --name north-sea --zone canary --zone edge-a --sign ~/.ssh/id_ed25519 \
-      --person alice=alice@example.org=~/.ssh/id_ed25519.pub --host edge-1=/etc/kmo/host.key.pub`,
+      --person alice=alice@example.org=$HOME/.ssh/id_ed25519.pub --host edge-1=/etc/kmo/host.key.pub`,
 		Args: oneArg("the site's folder"),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			if err := f.write(cmd.OutOrStdout(), args[0]); err != nil {
