@@ -12,6 +12,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/kindos/kmo/reconciler"
 	"github.com/kindos/kmo/registry"
 )
 
@@ -121,4 +122,96 @@ func (w *world) another(n int) string {
 		w.t.Fatal(err)
 	}
 	return strings.Clone(pin)
+}
+
+// many is a host over a site of n units, converged, in this process; its backend is a plugin process that starts nothing.
+func many(b *testing.B, n int) (*world, *host) {
+	b.Helper()
+	w := newWorld(b, "backends: [fake]\nlog: error\n")
+	files := map[string]string{}
+	for i := range n {
+		name := fmt.Sprintf("unit-%d", i)
+		files[filepath.Join("units", name, "unit.yaml")] = w.idle(name, 0)
+	}
+	w.write("many", files)
+	w.push()
+	commit := w.accept()
+	h, err := openHost(b.Context(), &hostFlags{config: filepath.Join(w.dir, "agent.yaml"), state: w.state()}, os.Stderr)
+	if err != nil {
+		b.Fatal(err)
+	}
+	b.Cleanup(func() { _ = h.close() })
+	h.reconciler.Host.CPU, h.reconciler.Host.Memory, h.reconciler.Host.PIDs, h.reconciler.Host.Disk = 1<<40, 1<<50, 1<<40, 1<<50
+	w.reconciled(h, commit)
+	return w, h
+}
+
+// idle is a unit whose one probe is due at each look.
+func (w *world) idle(name string, n int) string {
+	return fmt.Sprintf(`unit: %s
+tier: 3
+intent: {kind: feature, summary: "bench"}
+variants:
+%sresources: {cpu: {max: 100m}, memory: {max: 16Mi}, pids: {max: 16}, disk: {max: 16Mi}}
+run: {user: 65532, env: {N: "%d"}}
+health: {process: {}, every: 1ms, timeout: 1s}
+`, name, w.pins["relay-1"], n)
+}
+
+// reconciled reconciles once, and the host must then run the commit.
+func (w *world) reconciled(h *host, commit string) {
+	w.t.Helper()
+	rec, err := h.reconcileNow(w.t.Context())
+	if err != nil || rec.Good != commit || rec.Outcome != reconciler.Converged {
+		w.t.Fatalf("%+v, %v; want convergence to %s", rec, err, commit)
+	}
+}
+
+// BenchmarkReconcile is one look at a branch that has not moved, on a host on which nothing has: a real repository on disk, a real
+// journal, trust, policy and store, a real plugin process. Every unit's probe is due each time.
+func BenchmarkReconcile(b *testing.B) {
+	for _, n := range []int{10, 100, 1000} {
+		b.Run(fmt.Sprintf("units=%d", n), func(b *testing.B) {
+			w, h := many(b, n)
+			before := w.records(h)
+			rec, err := h.journal.Load()
+			if err != nil {
+				b.Fatal(err)
+			}
+			for b.Loop() {
+				w.reconciled(h, rec.Good)
+			}
+			b.StopTimer()
+			if after, err := h.journal.Load(); err != nil || after.Seq != rec.Seq || w.records(h) != before {
+				b.Errorf("looking again saved the journal %d times and wrote %d audit records, want none (%v)", after.Seq-rec.Seq, w.records(h)-before, err)
+			}
+		})
+	}
+}
+
+func (w *world) records(h *host) int64 {
+	w.t.Helper()
+	tree, err := h.audit.Tree()
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	return tree.N
+}
+
+// BenchmarkChange is a push that changes one unit of many, from the look at the branch to the record that it is good; what a
+// program needs to start is not in it.
+func BenchmarkChange(b *testing.B) {
+	for _, n := range []int{10, 100, 1000} {
+		b.Run(fmt.Sprintf("units=%d", n), func(b *testing.B) {
+			w, h := many(b, n)
+			b.ResetTimer()
+			for i := range b.N {
+				b.StopTimer()
+				commit := w.write("one", map[string]string{"units/unit-3/unit.yaml": w.idle("unit-3", i+1)})
+				w.push()
+				b.StartTimer()
+				w.reconciled(h, commit)
+			}
+		})
+	}
 }

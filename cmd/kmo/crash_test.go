@@ -266,14 +266,16 @@ func (s *scene) kill() {
 	_ = s.agent.Wait()
 }
 
-// plugins are the agent's children.
+// plugins are the agent's children that are kmo: git, which pushes a revert, is the remote's, and a lock of its own that it left would be too.
 func (s *scene) plugins() (pids []int) {
 	lists, _ := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/children", s.agent.Process.Pid))
 	for _, list := range lists {
 		text, _ := os.ReadFile(list)
 		for _, field := range strings.Fields(string(text)) {
-			pid, _ := strconv.Atoi(field)
-			pids = append(pids, pid)
+			if exe, err := os.Readlink("/proc/" + field + "/exe"); err == nil && exe == s.self {
+				pid, _ := strconv.Atoi(field)
+				pids = append(pids, pid)
+			}
 		}
 	}
 	return pids

@@ -10,6 +10,8 @@ import (
 	"sync"
 	"testing"
 
+	"github.com/kindos/kmo/backends/fake"
+	"github.com/kindos/kmo/backends/plugin"
 	"github.com/kindos/kmo/backends/process"
 	"github.com/kindos/kmo/backends/wasm"
 )
@@ -66,8 +68,16 @@ func binaries(t testing.TB) built {
 	return b
 }
 
-// TestMain is kmo where a host that a test opened starts its plugins or a stage; else it runs the tests and removes what builds made.
+// fakeName is the backend that starts nothing.
+const fakeName = "fake"
+
+// TestMain is kmo where a host that a test opened starts its plugins or a stage, with a backend fake beside the built-in ones; else it
+// runs the tests and removes what builds made.
 func TestMain(m *testing.M) {
+	if len(os.Args) > 3 && slices.Equal(os.Args[1:4], []string{"backend", "serve", fakeName}) {
+		plugin.Serve(&fake.Backend{}, newLogger(os.Stderr))
+		return
+	}
 	if len(os.Args) > 1 && slices.Contains([]string{"backend", process.StageArg, wasm.GuestArg}, os.Args[1]) {
 		main()
 	}

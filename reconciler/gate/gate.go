@@ -132,6 +132,7 @@ func (g Gate) Watch(ctx context.Context, targets []Target) Finding {
 	watch, stop := context.WithTimeoutCause(ctx, deadline, errDeadline)
 	defer stop()
 	results := make(chan Finding, len(targets))
+	g.Observe = shared(watch, g.Observe)
 	for _, target := range targets {
 		target.Probe = target.Probe.WithDefaults()
 		go func() { results <- g.watchOne(watch, target) }()

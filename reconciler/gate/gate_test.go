@@ -74,6 +74,40 @@ func TestVerdicts(t *testing.T) {
 	}
 }
 
+// TestSharedLooks watches many targets whose host takes a while to look at: the looks must not be as many as the targets, and none that
+// was begun before a target asked may answer it.
+func TestSharedLooks(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		const n, took = 1000, 10 * time.Millisecond
+		looks, begun := 0, time.Now()
+		observe := func(context.Context) (map[string]backends.Status, error) {
+			state := backends.Running
+			if looks++; time.Since(begun) < time.Second {
+				state = backends.Starting
+			}
+			time.Sleep(took)
+			all := map[string]backends.Status{}
+			for i := range n {
+				all[fmt.Sprint(i)] = backends.Status{State: state}
+			}
+			return all, nil
+		}
+		var targets []Target
+		for i := range n {
+			targets = append(targets, Target{Workload: fmt.Sprint(i), Probe: Probe{Every: 100 * time.Millisecond}})
+		}
+		if got := (Gate{Observe: observe}).Watch(t.Context(), targets); got.Verdict != Pass {
+			t.Fatalf("got %+v, want a pass", got)
+		}
+		if least := time.Second + took; time.Since(begun) < least {
+			t.Errorf("passed after %v, before a look that began when all ran was over, %v", time.Since(begun), least)
+		}
+		if most := 60; looks > most {
+			t.Errorf("%d looks for %d targets, want at most %d", looks, n, most)
+		}
+	})
+}
+
 func TestOneFailureDecidesForAll(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		observe := func(context.Context) (map[string]backends.Status, error) {

@@ -8,6 +8,7 @@ import (
 	"net"
 	"net/http"
 	"strings"
+	"sync"
 	"time"
 
 	"github.com/kindos/kmo/backends"
@@ -24,6 +25,9 @@ type answer struct {
 	evidence string
 	restarts int
 }
+
+// observer looks at the workloads of every backend.
+type observer = func(context.Context) (map[string]backends.Status, error)
 
 // tally counts answers in a row; it is the whole of a target's memory.
 type tally struct {
@@ -67,6 +71,50 @@ func (t *tally) add(target Target, a answer, now time.Time) (Verdict, string) {
 		return Pass, ""
 	}
 	return "", ""
+}
+
+// shared makes one look at the host serve every target that asks while the look before it is under way: a thousand targets then cost as
+// many looks as one. Nobody is given a look that began before it asked. What a look returns is read only. Looks end with watch.
+func shared(watch context.Context, observe observer) observer {
+	type look struct {
+		all  map[string]backends.Status
+		err  error
+		done chan struct{}
+	}
+	var mu sync.Mutex // guards next and busy
+	var next *look    // the one that has not begun
+	busy := false     // somebody runs the looks
+	run := func() {
+		for {
+			mu.Lock()
+			now := next
+			next, busy = nil, now != nil
+			mu.Unlock()
+			if now == nil {
+				return
+			}
+			now.all, now.err = observe(watch)
+			close(now.done)
+		}
+	}
+	return func(ctx context.Context) (map[string]backends.Status, error) {
+		mu.Lock()
+		if next == nil {
+			next = &look{done: make(chan struct{})}
+		}
+		mine := next
+		if !busy {
+			busy = true
+			go run()
+		}
+		mu.Unlock()
+		select {
+		case <-mine.done:
+			return mine.all, mine.err
+		case <-ctx.Done():
+			return nil, ctx.Err()
+		}
+	}
 }
 
 // watchOne asks one target until it has passed, failed, or ctx ends.
