@@ -2,6 +2,7 @@ package reconciler
 
 import (
 	"context"
+	"crypto/sha256"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -41,6 +42,21 @@ func (d *desired) needs(workload string) []string {
 		}
 	}
 	return nil
+}
+
+// asked is a digest of what is asked of a workload: with other probes or another bake time, another verdict is possible.
+func (d *desired) asked(workload string) string {
+	for _, check := range d.plan.Checks {
+		if check.Workload == workload {
+			return fmt.Sprintf("%x", sha256.Sum256(fmt.Appendf(nil, "%+v %+v", probe(check.Health), check.Gate)))
+		}
+	}
+	return ""
+}
+
+// repeats says whether what failed before is wanted again: the same workload, of which the same is asked.
+func (d *desired) repeats(bad Bad) bool {
+	return d.runs(bad.Workload) && d.asked(bad.Workload) == bad.Asked
 }
 
 // runs says whether a workload of that name is wanted.

@@ -114,10 +114,10 @@ func (rec *Record) obstacle(next *desired) (stage string, err error) {
 		return "render", err
 	}
 	for _, bad := range rec.Bad {
-		if next.runs(bad.Workload) {
+		if next.repeats(bad) {
 			return "quarantine", &refusal.Error{Code: "E_FAILED_BEFORE", Subject: "unit " + bad.Unit,
 				Got:  fmt.Sprintf("%s, which failed here in %s: %s: %s", bad.Workload, bad.Commit, bad.Gate, bad.Evidence),
-				Want: "a commit that changes the unit"}
+				Want: "a commit that changes the unit, or what is asked of it"}
 		}
 	}
 	return "", nil

@@ -310,7 +310,11 @@ const maxReason = 2000
 
 // save makes rec durable.
 func (r *Reconciler) save(rec *Record) error {
-	rec.Seq++
+	tree, err := r.Audit.Tree()
+	if err != nil {
+		return fmt.Errorf("audit log: %w", err)
+	}
+	rec.Seq, rec.Audit = rec.Seq+1, tree
 	if err := r.Journal.Save(*rec); err != nil {
 		return fmt.Errorf("journal: %w", err)
 	}

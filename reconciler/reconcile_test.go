@@ -489,6 +489,27 @@ func TestP05AFailedVersionIsNeverPlacedAgain(t *testing.T) {
 	})
 }
 
+func TestAMendedProbeIsAnotherTry(t *testing.T) {
+	story(t, func(t *testing.T, w *world) {
+		w.unit("relay", "1", "")
+		w.push("v1")
+		w.reconcile(Converged)
+		w.fake.Program = func(p *fake.Process) (int, bool) { return 7, len(p.Argv) > 0 && p.Argv[0] == "/check" }
+		probe := func(text string) {
+			w.files["units/relay/unit.yaml"] = strings.Replace(w.files["units/relay/unit.yaml"], "health: {process: {},", "health: {"+text+",", 1)
+		}
+		w.unit("relay", "2", "")
+		probe("exec: {argv: [/check]}")
+		w.push("v2, asked wrongly")
+		w.reconcile(Reverted)
+		w.reconcile(Reverted)
+		w.unit("relay", "2", "")
+		w.push("v2, asked rightly")
+		w.reconcile(Converged)
+		w.wantRunning("relay=2")
+	})
+}
+
 func TestRevertWhileTheBranchMoves(t *testing.T) {
 	begin := func(w *world) string {
 		w.unit("relay", "1", "")

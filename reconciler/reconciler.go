@@ -27,6 +27,7 @@ import (
 
 	"github.com/google/renameio/v2"
 
+	"github.com/kindos/kmo/policy/audit"
 	"github.com/kindos/kmo/policy/refusal"
 	"github.com/kindos/kmo/policy/trust"
 )
@@ -78,13 +79,14 @@ const (
 
 // Record is what a host knows of itself: what was good, what was being tried, how the last reconcile ended.
 type Record struct {
-	Seq    uint64 `json:"seq"` // grows by one with each save
-	Host   string `json:"host"`
-	Trust  uint64 `json:"trust,omitempty"`  // number of the trust state that was there; an older one is an alarm
-	Good   string `json:"good,omitempty"`   // the last commit that passed its gate
-	Trying string `json:"trying,omitempty"` // set at the commit point, cleared by a verdict
-	Bad    []Bad  `json:"bad,omitempty"`    // commits that failed here, newest first; never tried again by themselves
-	Head   string `json:"head,omitempty"`   // the commit the outcome speaks of
+	Seq    uint64     `json:"seq"` // grows by one with each save
+	Host   string     `json:"host"`
+	Trust  uint64     `json:"trust,omitempty"`  // number of the trust state that was there; an older one is an alarm
+	Audit  audit.Tree `json:"audit,omitzero"`   // the audit log that was there; one that does not go on from it is an alarm
+	Good   string     `json:"good,omitempty"`   // the last commit that passed its gate
+	Trying string     `json:"trying,omitempty"` // set at the commit point, cleared by a verdict
+	Bad    []Bad      `json:"bad,omitempty"`    // commits that failed here, newest first; never tried again by themselves
+	Head   string     `json:"head,omitempty"`   // the commit the outcome speaks of
 	// Allowed are Good's workloads that the rules have let run on this host, with their backends; Trial are Trying's. What a change of the
 	// host places besides is judged before it is started.
 	Allowed map[string]string `json:"allowed,omitempty"`
@@ -99,7 +101,8 @@ type Record struct {
 type Bad struct {
 	Commit   string    `json:"commit"`
 	Unit     string    `json:"unit"`
-	Workload string    `json:"workload"` // never placed again by itself
+	Workload string    `json:"workload"` // with Asked: never placed again by itself
+	Asked    string    `json:"asked"`    // digest of what was asked of it: its health and gate
 	Gate     string    `json:"gate"`
 	Evidence string    `json:"evidence"`
 	Revert   string    `json:"revert,omitempty"` // the commit that took it back; empty while it is not pushed

@@ -61,7 +61,7 @@ func (rec *Record) settle(commit Commit) *Bad {
 // goBack remembers that next is bad, durably and first, and then makes the host run the good commit again with the code that goes
 // forward; last, it takes the bad commit back in Git. A crash in between is repaired like any drift.
 func (r *Reconciler) goBack(ctx context.Context, rec Record, next *desired, finding gate.Finding) (Record, error) {
-	bad := Bad{Commit: next.commit.ID, Unit: finding.Unit, Workload: finding.Workload, Gate: finding.Gate, Evidence: finding.Evidence, When: time.Now().UTC()}
+	bad := Bad{Commit: next.commit.ID, Unit: finding.Unit, Workload: finding.Workload, Asked: next.asked(finding.Workload), Gate: finding.Gate, Evidence: finding.Evidence, When: time.Now().UTC()}
 	if rec.Good == "" {
 		bad.Why = "there is no earlier good commit"
 	}
@@ -110,16 +110,11 @@ func (r *Reconciler) takeBack(ctx context.Context, rec *Record, bad *Bad) error 
 	return nil
 }
 
-// hasFault says whether a commit would run the very workload that failed.
+// hasFault says whether a commit would run what failed once more.
 func (r *Reconciler) hasFault(ctx context.Context, head Commit, bad Bad) bool {
 	next, err := r.render(ctx, head)
 	if err != nil {
 		return false
 	}
-	for _, workload := range next.plan.Workloads {
-		if workload.Name == bad.Workload {
-			return true
-		}
-	}
-	return false
+	return next.repeats(bad)
 }

@@ -138,7 +138,12 @@ func (h *host) openState(context.Context) error {
 	if err != nil {
 		return err
 	}
-	h.audit, err = audit.Open(audit.Options{Dir: filepath.Join(h.dir, "audit"), Name: string(h.config.Host) + "." + string(h.config.Site) + "/kmo-audit", Key: key})
+	h.journal = reconciler.FileJournal{Path: filepath.Join(h.dir, "journal.json")}
+	rec, err := h.journal.Load()
+	if err != nil {
+		return err
+	}
+	h.audit, err = audit.Open(audit.Options{Dir: filepath.Join(h.dir, "audit"), Name: string(h.config.Host) + "." + string(h.config.Site) + "/kmo-audit", Key: key, Seen: rec.Audit})
 	return err
 }
 
@@ -237,14 +242,17 @@ func (h *host) openReconciler(context.Context) error {
 	if pin.Root, err = merkle.Parse(h.config.Trust.Kmo1); err != nil {
 		return fmt.Errorf("trust.kmo1: %w", err)
 	}
-	h.journal = reconciler.FileJournal{Path: filepath.Join(h.dir, "journal.json")}
 	rec, err := h.journal.Load()
 	if err != nil {
 		return err
 	}
 	state := trust.StateFile{Path: filepath.Join(h.dir, "trust.json")}
 	if rec.Seq == 0 { // a new host: both files are made, in this order, so that one alone is always an alarm
-		if _, err := state.Load(); !errors.Is(err, fs.ErrNotExist) {
+		tree, err := h.audit.Tree()
+		if err != nil {
+			return err
+		}
+		if _, err := state.Load(); !errors.Is(err, fs.ErrNotExist) || tree.N > 0 {
 			return &refusal.Error{Code: "E_STATE", Subject: h.journal.Path, Got: "no journal, although this host has accepted commits", Want: "the journal as kMO left it"}
 		}
 		if err := h.journal.Save(reconciler.Record{Seq: 1, Host: string(h.config.Host)}); err != nil {

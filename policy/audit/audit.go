@@ -52,8 +52,11 @@ type Options struct {
 	Clock func() time.Time   // nil for the wall clock
 
 	// Seen is a tree that somebody else has seen of this log, the zero Tree if nobody has: a log that is shorter or other is refused.
-	Seen tlog.Tree
+	Seen Tree
 }
+
+// Tree is the size and root of a log at one time. Its JSON is {"N":…,"Hash":"<base64>"}.
+type Tree = tlog.Tree
 
 // Record is one entry.
 type Record struct {
@@ -167,7 +170,7 @@ func (l *Log) ByCommit(id string) (records []Record, err error) {
 }
 
 // Tree is the log's size and root, for another machine to remember.
-func (l *Log) Tree() (tlog.Tree, error) {
+func (l *Log) Tree() (Tree, error) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	return l.tree(int64(len(l.ends)))

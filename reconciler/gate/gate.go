@@ -14,6 +14,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"sync"
 	"time"
 
 	"github.com/kindos/kmo/backends"
@@ -132,7 +133,8 @@ func (g Gate) Watch(ctx context.Context, targets []Target) Finding {
 	watch, stop := context.WithTimeoutCause(ctx, deadline, errDeadline)
 	defer stop()
 	results := make(chan Finding, len(targets))
-	g.Observe = shared(watch, g.Observe)
+	var looks sync.WaitGroup
+	g.Observe = shared(watch, &looks, g.Observe)
 	for _, target := range targets {
 		target.Probe = target.Probe.WithDefaults()
 		go func() { results <- g.watchOne(watch, target) }()
@@ -148,6 +150,8 @@ func (g Gate) Watch(ctx context.Context, targets []Target) Finding {
 			worst = finding
 		}
 	}
+	stop()
+	looks.Wait() // nothing looks at the host any more once this returns
 	if ctx.Err() != nil {
 		return Finding{Verdict: NoData, Evidence: context.Cause(ctx).Error()}
 	}

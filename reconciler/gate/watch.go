@@ -74,8 +74,9 @@ func (t *tally) add(target Target, a answer, now time.Time) (Verdict, string) {
 }
 
 // shared makes one look at the host serve every target that asks while the look before it is under way: a thousand targets then cost as
-// many looks as one. Nobody is given a look that began before it asked. What a look returns is read only. Looks end with watch.
-func shared(watch context.Context, observe observer) observer {
+// many looks as one. Nobody is given a look that began before it asked. What a look returns is read only. Looks end with watch, and
+// are counted in looks.
+func shared(watch context.Context, looks *sync.WaitGroup, observe observer) observer {
 	type look struct {
 		all  map[string]backends.Status
 		err  error
@@ -105,7 +106,7 @@ func shared(watch context.Context, observe observer) observer {
 		mine := next
 		if !busy {
 			busy = true
-			go run()
+			looks.Go(run)
 		}
 		mu.Unlock()
 		select {
