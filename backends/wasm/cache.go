@@ -159,13 +159,18 @@ func (c *cache) compile(ctx context.Context, module *os.File, dir string, user i
 		return err
 	}
 	defer folder.Close()
+	program, err := os.Open(c.program) // by its descriptor: whoever compiles may have no way to its folder
+	if err != nil {
+		return err
+	}
+	defer program.Close()
 	if ctx.Err() != nil {
 		return ctx.Err()
 	}
 	limited, cancel := context.WithTimeout(ctx, compileTime)
 	defer cancel()
 	said := &bytes.Buffer{}
-	command := exec.CommandContext(limited, c.program, GuestArg, compileArg)
+	command := exec.CommandContext(limited, fmt.Sprintf("/proc/self/fd/%d", program.Fd()), GuestArg, compileArg)
 	command.Stdin, command.Stdout, command.Stderr = module, said, said
 	command.Env = []string{"GOTRACEBACK=none"}
 	command.ExtraFiles = []*os.File{folder}
