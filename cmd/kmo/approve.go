@@ -142,6 +142,13 @@ func (a *approving) show(cmd *cobra.Command, root *trust.Root, key ssh.Signer, a
 			_, _ = fmt.Fprintf(out, "  with profile %s from %s to %s\n", profile.Name, orNothing(profile.From.String()), orNothing(profile.To.String()))
 		}
 	}
+	if parsed, err := trust.ParseCommit(after.Raw); err == nil && root.Writer(parsed) == who {
+		for _, unit := range changed {
+			if root.Tiers[unit.Tier].ExcludeAuthor {
+				_, _ = fmt.Fprintf(out, "warning: %s wrote this commit, and tier %d of %s does not count its authors: somebody else must approve\n", who, unit.Tier, unit.Unit)
+			}
+		}
+	}
 	if a.yes {
 		return nil
 	}

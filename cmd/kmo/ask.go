@@ -83,12 +83,19 @@ func (h *host) plan(ctx context.Context, revision string) (reconciler.Preview, e
 
 // commit is the id of a revision.
 func (h *host) commit(ctx context.Context, revision string) (string, error) {
-	head, err := h.source.Head(ctx)
-	if revision == "" || err != nil && len(revision) != 40 {
-		return head.ID, err
-	}
 	if len(revision) == 40 {
 		return revision, nil
+	}
+	head, err := h.source.Head(ctx)
+	if revision == "" {
+		return head.ID, err
+	}
+	if err != nil { // the head cannot be had: what this host knows can still be asked about
+		rec, err := h.journal.Load()
+		if err != nil {
+			return "", err
+		}
+		head.ID = cmp.Or(rec.Trying, rec.Good)
 	}
 	if len(revision) < 4 || strings.Trim(revision, "0123456789abcdef") != "" {
 		return "", fmt.Errorf("revision %q: want at least four hex digits of a commit's id; a branch or a tag can move, so none is taken", refusal.Clip(revision, 60))

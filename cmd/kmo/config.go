@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"strings"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -124,6 +125,11 @@ func loadConfig(path string) (Config, error) {
 		c.Backends = []template.Name{"native", "wasm"}
 	}
 	folder := filepath.Dir(path)
+	if !strings.Contains(c.Remote, ":") && c.Remote != "" && !filepath.IsAbs(c.Remote) { // a path, as no URL and no host:path is
+		if c.Remote, err = filepath.Abs(filepath.Join(folder, c.Remote)); err != nil {
+			return c, err
+		}
+	}
 	for _, p := range []*string{&c.Key, &c.Git.PasswordFile, &c.Git.CAFile, &c.Git.KeyFile, &c.Git.KnownHosts, &c.Images.Mirror, &c.Plugins.Folder} {
 		if *p == "" {
 			continue

@@ -266,12 +266,18 @@ func (h *host) openReconciler(context.Context) error {
 		return err
 	}
 	store := &registry.Store{Dir: filepath.Join(h.dir, "images"), Mirror: h.config.Images.Mirror}
+	fetches := &images{store: store, jobs: map[string]*job{}, patience: func() time.Duration {
+		if h.agent {
+			return 10 * time.Second
+		}
+		return 0 // a command that was asked for this one look
+	}}
 	facts, err := hostFacts(h.config, h.dir)
 	if err != nil {
 		return err
 	}
 	make := func() *reconciler.Reconciler {
-		return &reconciler.Reconciler{Host: facts, State: h.dir, Source: h.source, Trust: verifier, Images: images{store}, Backends: h.backends,
+		return &reconciler.Reconciler{Host: facts, State: h.dir, Source: h.source, Trust: verifier, Images: fetches, Backends: h.backends,
 			Journal: h.journal, Audit: h.audit, Rules: rules, Logger: h.logger, Every: time.Duration(h.config.Check)}
 	}
 	h.reconciler, h.preview.Reconciler = make(), make()
@@ -320,9 +326,24 @@ func newLogger(w io.Writer) *slog.Logger {
 }
 
 // images is the store as the reconciler asks for it.
-type images struct{ store *registry.Store }
+type images struct {
+	store    *registry.Store
+	patience func() time.Duration // how long a look at the branch waits for an image before it goes on without; 0 is for ever
+	mu       sync.Mutex
+	jobs     map[string]*job // fetches under way, by what was asked for
+}
 
-func (i images) Describe(ctx context.Context, image backends.Image, format backends.Format) (any, error) {
+// job is one fetch under way.
+type job struct {
+	done    chan struct{}
+	content registry.Content
+	err     error
+}
+
+// errFetching says that an image is on its way.
+var errFetching = errors.New("its image is still being fetched")
+
+func (i *images) Describe(ctx context.Context, image backends.Image, format backends.Format) (any, error) {
 	ref, err := registry.ParseReference(image.Ref)
 	if err != nil {
 		return nil, err
@@ -330,20 +351,56 @@ func (i images) Describe(ctx context.Context, image backends.Image, format backe
 	return i.store.Describe(ctx, ref, image.Root, registry.Format(format))
 }
 
-func (i images) Fetch(ctx context.Context, image backends.Image, format backends.Format) (backends.Image, error) {
+func (i *images) Fetch(ctx context.Context, image backends.Image, format backends.Format) (backends.Image, error) {
 	ref, err := registry.ParseReference(image.Ref)
 	if err != nil {
 		return image, err
 	}
-	content, err := i.store.Fetch(ctx, ref, image.Root, registry.Format(format))
-	return fetched(image, content), err
+	job := i.fetch(ctx, ref, image, format)
+	var late <-chan time.Time
+	if patience := i.patience(); patience > 0 {
+		late = time.After(patience)
+	}
+	select {
+	case <-job.done:
+	case <-late:
+		return image, fmt.Errorf("%s: %w", image.Ref, errFetching)
+	case <-ctx.Done():
+		return image, context.Cause(ctx)
+	}
+	i.mu.Lock()
+	defer i.mu.Unlock()
+	for key, known := range i.jobs {
+		if known == job {
+			delete(i.jobs, key)
+		}
+	}
+	return fetched(image, job.content), job.err
 }
 
-func (i images) Check(ctx context.Context, image backends.Image) error {
+// fetch joins the fetch of an image that is under way, or begins it. It goes on while the reconciler looks elsewhere, so that a slow
+// registry keeps nobody from a newer commit, and ends with the process.
+func (i *images) fetch(ctx context.Context, ref registry.Reference, image backends.Image, format backends.Format) *job {
+	i.mu.Lock()
+	defer i.mu.Unlock()
+	key := fmt.Sprintln(image.Ref, image.Root, format)
+	if known := i.jobs[key]; known != nil {
+		return known
+	}
+	begun := &job{done: make(chan struct{})}
+	i.jobs[key] = begun
+	go func() {
+		defer close(begun.done)
+		begun.content, begun.err = i.store.Fetch(context.WithoutCancel(ctx), ref, image.Root, registry.Format(format))
+	}()
+	return begun
+}
+
+func (i *images) Check(ctx context.Context, image backends.Image) error {
 	return i.store.Check(ctx, registry.Content{Path: image.Content, Root: image.ContentRoot})
 }
 
-func (i images) Repair(ctx context.Context, image backends.Image, format backends.Format) (backends.Image, error) {
+func (i *images) Repair(ctx context.Context, image backends.Image, format backends.Format) (backends.Image, error) {
 	ref, err := registry.ParseReference(image.Ref)
 	if err != nil {
 		return image, err

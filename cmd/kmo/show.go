@@ -1,19 +1,23 @@
 package main
 
 import (
+	"bytes"
 	"context"
 	"encoding/json"
 	"fmt"
 	"io"
 	"maps"
 	"net/url"
+	"os"
 	"slices"
 	"strconv"
 	"strings"
 	"text/tabwriter"
 	"time"
+	"unicode"
 
 	"github.com/spf13/cobra"
+	"golang.org/x/term"
 
 	"github.com/kindos/kmo/policy/trust"
 	"github.com/kindos/kmo/reconciler"
@@ -75,14 +79,17 @@ func reconcileCommand() *cobra.Command {
 Exit statuses: 0 converged, 1 error or waiting, 2 usage, 3 refused, 4 reverted or stuck.`,
 		Example: "  kmo reconcile\n  kmo reconcile -o json | jq .reason",
 		Args:    cobra.NoArgs,
-	}, "POST", "/reconcile", noQuery, printRecord, func(rec reconciler.Record) error { return exitOf(rec.Outcome) })
+	}, "POST", "/reconcile", noQuery, printRecord, func(rec reconciler.Record) error { return exitOf(rec) })
 }
 
 func noQuery([]string) url.Values { return nil }
 
-// exitOf is an outcome as an exit status.
-func exitOf(outcome reconciler.Outcome) error {
-	switch outcome {
+// exitOf is an outcome as an exit status. While a commit is being tried nothing is good yet.
+func exitOf(rec reconciler.Record) error {
+	if rec.Trying != "" {
+		return status(exitError)
+	}
+	switch rec.Outcome {
 	case reconciler.Converged:
 		return nil
 	case reconciler.Refused:
@@ -126,11 +133,11 @@ func statusCommand() *cobra.Command {
 		Short: "What this host runs, and how the last reconcile ended",
 		Long: `What this host runs, and how the last reconcile ended.
 
-Exit statuses: 0 converged, 1 error or waiting, 2 usage, 3 refused, 4 reverted or stuck.`,
+Exit statuses: 0 converged, 1 error, waiting or still trying, 2 usage, 3 refused, 4 reverted or stuck.`,
 		Example: "  kmo status\n  kmo status --watch\n  kmo status -o json | jq -r '.workloads[].name'",
 		Args:    cobra.NoArgs,
 	}
-	cmd = ask(cmd, "GET", "/status", noQuery, printStatus, func(s Status) error { return exitOf(s.Record.Outcome) })
+	cmd = ask(cmd, "GET", "/status", noQuery, printStatus, func(s Status) error { return exitOf(s.Record) })
 	once := cmd.RunE
 	cmd.RunE = func(cmd *cobra.Command, args []string) error {
 		if !watch {
@@ -225,7 +232,7 @@ Exit statuses: 0 good, 1 error (there is no such workload), 2 usage.`,
 				return err
 			}
 			defer func() { _ = body.Close() }()
-			if _, err = io.Copy(cmd.OutOrStdout(), body); cmd.Context().Err() != nil {
+			if _, err = io.Copy(forPeople(cmd.OutOrStdout()), body); cmd.Context().Err() != nil {
 				return nil
 			}
 			return err
@@ -235,6 +242,30 @@ Exit statuses: 0 good, 1 error (there is no such workload), 2 usage.`,
 	cmd.Flags().BoolVarP(&follow, "follow", "f", false, "go on until interrupted")
 	cmd.Flags().IntVarP(&tail, "tail", "n", 0, "only the last so many lines; 0 is all")
 	return cmd
+}
+
+// forPeople is w, and on a terminal without what would steer it.
+func forPeople(w io.Writer) io.Writer {
+	if file, ok := w.(*os.File); ok && term.IsTerminal(int(file.Fd())) {
+		return plainText{w}
+	}
+	return w
+}
+
+// plainText shows control characters instead of sending them, but for ends of lines and tabs.
+type plainText struct{ io.Writer }
+
+func (p plainText) Write(text []byte) (int, error) {
+	shown := bytes.Map(func(r rune) rune {
+		if r == '\n' || r == '\t' || unicode.IsGraphic(r) {
+			return r
+		}
+		return '?'
+	}, text)
+	if _, err := p.Writer.Write(shown); err != nil {
+		return 0, err
+	}
+	return len(text), nil
 }
 
 // oneArg is the rule of commands that take one argument; what says what it is.

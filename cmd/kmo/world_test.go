@@ -1,3 +1,5 @@
+//go:build linux
+
 package main
 
 import (
@@ -61,7 +63,7 @@ func newWorld(t testing.TB, extra string) *world {
 	return w
 }
 
-// end stops the agent and removes what it ran, by this process as the host: see TestMain.
+// end stops the agent and removes what it ran; nothing may be left.
 func (w *world) end() {
 	if w.agent != nil && w.agent.ProcessState == nil {
 		ending := syscall.SIGTERM
@@ -71,10 +73,8 @@ func (w *world) end() {
 		_ = w.agent.Process.Signal(ending)
 		_ = w.agent.Wait() // however it ended
 	}
-	if _, err := os.Stat(filepath.Join(w.state(), "journal.json")); err == nil {
-		if err := w.removeWorkloads(); err != nil {
-			w.t.Errorf("removing the workloads: %v", err)
-		}
+	if err := clear(binaries(w.t), w.state()); err != nil {
+		w.t.Errorf("removing the workloads: %v", err)
 	}
 	if w.t.Failed() {
 		log, _ := os.ReadFile(filepath.Join(w.dir, "agent.log"))

@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"strings"
+	"unicode"
 )
 
 // Code names a kind of refusal: "E_SIG_MISSING", "KT001". Tests and scripts compare codes, never texts.
@@ -67,7 +68,7 @@ func All(err error) []*Error {
 // Clip makes text from outside fit to be shown: control characters out, at most n bytes.
 func Clip(text string, n int) string {
 	text = strings.Map(func(r rune) rune {
-		if r < ' ' || r == 0x7f || (r >= 0x80 && r < 0xa0) || r == 0x2028 || r == 0x2029 || r == '\ufffd' {
+		if !unicode.IsGraphic(r) || r == '\ufffd' || r != ' ' && unicode.IsSpace(r) { // nor what turns a line's direction
 			return '?'
 		}
 		return r
