@@ -265,7 +265,7 @@ func (h *host) openReconciler(context.Context) error {
 	if _, err := verifier.Seq(); err != nil { // an alarm, also when no new commit asks for the state
 		return err
 	}
-	store := &registry.Store{Dir: filepath.Join(h.dir, "images"), Mirror: h.config.Images.Mirror}
+	store := &registry.Store{Dir: filepath.Join(h.dir, "images"), Mirror: h.config.Images.Mirror, Keychain: registry.UserKeychain()}
 	fetches := &images{store: store, jobs: map[string]*job{}, patience: func() time.Duration {
 		if h.agent {
 			return 10 * time.Second
