@@ -148,19 +148,26 @@ func lock(state string) (*os.File, error) {
 }
 
 func (k *Keeper) trimLogs() {
-	ticker := time.NewTicker(2 * time.Second)
-	defer ticker.Stop()
-	for {
+	sizes := map[string]int64{} // as the last look left them
+	for wait := time.Nanosecond; ; {
 		select {
 		case <-k.ctx.Done():
 			return
-		case <-ticker.C:
+		case <-time.After(wait):
 		}
+		wait = trimEvery
+		left := map[string]int64{}
 		for _, e := range k.list() {
-			if err := trim(e.dir, k.options.LogSize); err != nil && !errors.Is(err, os.ErrNotExist) {
+			before, after, err := trim(e.dir, k.options.LogSize)
+			if err != nil && !errors.Is(err, os.ErrNotExist) {
 				k.options.Logger.Warn("trimming a log", "workload", e.name, "err", err)
 			}
+			if before-sizes[e.name] > k.options.LogSize/2 {
+				wait = trimSoon
+			}
+			left[e.name] = after
 		}
+		sizes = left
 	}
 }
 

@@ -256,20 +256,13 @@ func TestBounds(t *testing.T) {
 		}
 	})
 	t.Run("log", func(t *testing.T) {
-		o := options(t.TempDir())
-		o.LogSize = 1 << 20
-		k, err := Open(o)
-		if err != nil {
-			t.Fatal(err)
-		}
-		defer k.Close()
-		defer sweep(t, k)
+		k := fresh(t)
 		w := workload("loud", "flood")
 		w.Resources.CPU = 50
 		apply(t, k, w)
 		until(t, "an older part", func() (string, bool) {
-			found, err := os.Stat(filepath.Join(o.State, "work", w.Name, olderFile))
-			return "", err == nil && found.Size() == 1<<20
+			found, err := os.Stat(filepath.Join(k.options.State, "work", w.Name, olderFile))
+			return "", err == nil && found.Size() == testLog
 		})
 	})
 }

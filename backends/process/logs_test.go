@@ -69,7 +69,7 @@ func TestTrim(t *testing.T) {
 	}
 	check := func(now, older string) {
 		t.Helper()
-		if err := trim(dir, 4); err != nil {
+		if _, _, err := trim(dir, 4); err != nil {
 			t.Fatal(err)
 		}
 		for name, want := range map[string]string{logFile: now, olderFile: older} {
@@ -84,4 +84,40 @@ func TestTrim(t *testing.T) {
 	check("", "efgh")
 	write("ij") // the writer goes on where the file now ends
 	check("ij", "efgh")
+}
+
+func TestHoles(t *testing.T) {
+	dir := t.TempDir()
+	f, err := openLog(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	page := strings.Repeat("a", 4095) + "\n" // what a file system gives room to
+	if _, err := f.WriteString(page + page); err != nil {
+		t.Fatal(err)
+	}
+	if err := f.Truncate(1 << 42); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := f.WriteString("b"); err != nil {
+		t.Fatal(err)
+	}
+	r, err := readLog(t.Context(), dir, backends.LogOptions{Tail: 2})
+	if err != nil {
+		t.Fatal(err)
+	}
+	got, err := io.ReadAll(r)
+	if err := errors.Join(err, r.Close()); err != nil || string(got) != page+"b" {
+		t.Errorf("the last two lines are %d bytes, %v; want %d", len(got), err, len(page)+1)
+	}
+	if got := since(dir, 4096); got != page[1:]+"b" {
+		t.Errorf("the last 4 KiB are %d bytes, want 4096 without a hole", len(got))
+	}
+	if before, after, err := trim(dir, 4097); before != 1<<42+1 || after != 0 || err != nil {
+		t.Errorf("trimmed from %d to %d, %v; want from %d to 0", before, after, err, 1<<42+1)
+	}
+	if older, err := os.ReadFile(filepath.Join(dir, olderFile)); string(older) != page+"b" {
+		t.Errorf("the older part has %d bytes, %v; want the last 4097 that were written", len(older), err)
+	}
 }

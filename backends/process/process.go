@@ -29,6 +29,12 @@
 // A program is found again by its boot id, pid, start time and cgroup together and held by a pidfd from then on. A process
 // that differs in any of them is a stranger and gets no signal.
 //
+// The keeper trims a log of more than Options.LogSize. Without a keeper the kernel bounds it: no file that a program writes may
+// be larger than 16 logs, or its overlay if that is larger. A write beyond answers EFBIG, and SIGXFSZ is ignored from the start
+// on, so that a program which can do without its log goes on. The bound holds for every file, memfds and shared memory too, and
+// room cannot be had beyond a file's end. A program with kept paths or writable mounts has no such bound, as what it keeps may
+// be of any size; its Status says so in Unapplied.
+//
 // Inside, the root is the content, read-only, under a layer with the unit's files and the mount points; with Overlay.Size a
 // tmpfs of that size takes what is written, and is new at each start (its pages count as the workload's memory). /proc is
 // read-only, /dev has null, zero, full, random and urandom. The program has no capability and can gain none, and is its pid

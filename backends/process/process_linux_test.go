@@ -73,8 +73,10 @@ func keeper(args []string) {
 	time.Sleep(time.Hour)
 }
 
+const testLog = 1 << 20
+
 func options(state string) Options {
-	return Options{Backend: "probe", State: state, Plan: plan, Backoff: func(n int) time.Duration { return 5 * time.Millisecond << min(n, 5) }}
+	return Options{Backend: "probe", State: state, LogSize: testLog, Plan: plan, Backoff: func(n int) time.Duration { return 5 * time.Millisecond << min(n, 5) }}
 }
 
 func plan(w backends.Workload) (Program, error) {

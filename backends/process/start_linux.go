@@ -61,7 +61,7 @@ func (k *Keeper) start(ctx context.Context, e *entry) (err error) {
 		return errors.Join(fmt.Errorf("%s: starting a stage: %v", e.name, err), k.groups.Remove(e.name))
 	}
 	k.step("cloned")
-	if err := k.recordStart(e, c, append(unapplied, k.unapplied(r.Workload)...)); err != nil {
+	if err := k.recordStart(e, c, append(unapplied, k.unapplied(r.Workload, orders)...)); err != nil {
 		c.abandon()
 		return errors.Join(err, k.groups.Remove(e.name))
 	}
@@ -136,7 +136,7 @@ func (k *Keeper) recordStart(e *entry, c *child, unapplied []string) error {
 }
 
 // unapplied says what this host and this keeper leave out of a workload's bounds and confinement.
-func (k *Keeper) unapplied(w backends.Workload) (list []string) {
+func (k *Keeper) unapplied(w backends.Workload, o stage.Orders) (list []string) {
 	if !k.support.Mounts {
 		list = append(list, "namespaces, a root and a user of its own: this keeper is not root")
 	}
@@ -148,6 +148,9 @@ func (k *Keeper) unapplied(w backends.Workload) (list []string) {
 	}
 	if w.Resources.Disk > 0 && len(w.Overlay.Keep) > 0 {
 		list = append(list, "disk bound of kept paths: they share the file system of the state folder")
+	}
+	if o.Confine.FileSize == 0 {
+		list = append(list, "log bound without the agent: where kept paths or mounts may be written, a log is bounded only while the agent runs")
 	}
 	return list
 }
@@ -170,6 +173,7 @@ func (k *Keeper) orders(w backends.Workload, dir string) (o stage.Orders, preIni
 	}
 	if !k.support.Mounts {
 		bare(&o, p)
+		k.boundFiles(&o, 0)
 		for _, argv := range w.Hooks.PreInit {
 			preInit = append(preInit, append([]string{outside(p, argv[0])}, argv[1:]...))
 		}
@@ -202,10 +206,18 @@ func (k *Keeper) orders(w backends.Workload, dir string) (o stage.Orders, preIni
 			o.Confine.Write = append(o.Confine.Write, b.To)
 		}
 	}
+	k.boundFiles(&o, root.Size)
 	if root.Size > 0 {
 		o.Confine.Write = append(o.Confine.Write, "/")
 	}
 	return o, w.Hooks.PreInit, nil
+}
+
+// boundFiles bounds every file, and so the log, of a program that writes nowhere but in its overlay of so many bytes and to devices.
+func (k *Keeper) boundFiles(o *stage.Orders, overlay int64) {
+	if len(o.Confine.Write) == len(stage.Devices()) {
+		o.Confine.FileSize = max(logTimes*k.options.LogSize, overlay)
+	}
 }
 
 // bare adapts the orders to a keeper that cannot mount: the program runs where it lies, and landlock hides the rest.

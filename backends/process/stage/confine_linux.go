@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"os/signal"
 	"path/filepath"
 	"runtime"
 	"unsafe"
@@ -133,6 +134,22 @@ func allow(ruleset int, path string, rights uint64) error {
 	return nil
 }
 
+// bound keeps files from growing without end, for us and for everything we start. Whoever writes beyond gets EFBIG: the signal
+// that would end it is ignored, and stays so until the program says otherwise.
+func (c *Confine) bound() error {
+	signal.Ignore(unix.SIGXFSZ)
+	if c.FileSize <= 0 {
+		return nil
+	}
+	var limit unix.Rlimit
+	if err := unix.Getrlimit(unix.RLIMIT_FSIZE, &limit); err != nil {
+		return err
+	}
+	limit.Max = min(limit.Max, uint64(c.FileSize))
+	limit.Cur = limit.Max
+	return unix.Setrlimit(unix.RLIMIT_FSIZE, &limit)
+}
+
 // drop gives up every capability, for good, and becomes the user.
 func (c *Confine) drop() error {
 	if c.Bare {
@@ -181,7 +198,7 @@ func (c *Confine) close(ruleset int) error {
 	if !filters() {
 		return nil
 	}
-	code := filter(c.Bare)
+	code := filter(c.Bare, c.FileSize > 0)
 	program := unix.SockFprog{Len: uint16(len(code)), Filter: &code[0]}
 	if _, _, no := unix.Syscall(unix.SYS_SECCOMP, unix.SECCOMP_SET_MODE_FILTER, 0, uintptr(unsafe.Pointer(&program))); no != 0 {
 		return fmt.Errorf("seccomp: %v", no)

@@ -33,8 +33,9 @@ const (
 )
 
 // filter is the seccomp program. Every way into the kernel that is not this architecture's own answers ENOSYS: under a list
-// of denials, another table of numbers would be a way round it.
-func filter(bare bool) []unix.SockFilter {
+// of denials, another table of numbers would be a way round it. With bounded, a file gets no room beyond its end, which
+// no bound on its size would see.
+func filter(bare, bounded bool) []unix.SockFilter {
 	var f []unix.SockFilter
 	add := func(code uint16, jt, jf uint8, k uint32) {
 		f = append(f, unix.SockFilter{Code: code, Jt: jt, Jf: jf, K: k})
@@ -75,6 +76,12 @@ func filter(bare bool) []unix.SockFilter {
 	argument(unix.SYS_CLONE, atFirst, unix.BPF_JSET, []uint32{newNamespaces}, unix.EPERM)
 	argument(unix.SYS_SOCKET, atFirst, unix.BPF_JEQ, []uint32{unix.AF_VSOCK, unix.AF_ALG, unix.AF_PACKET}, unix.EAFNOSUPPORT)
 	argument(unix.SYS_IOCTL, atSecond, unix.BPF_JEQ, []uint32{unix.TIOCSTI, 0x541c}, unix.EPERM) // typing into a terminal
+	if bounded {
+		const keep = unix.FALLOC_FL_KEEP_SIZE
+		argument(unix.SYS_FALLOCATE, atSecond, unix.BPF_JEQ,
+			[]uint32{keep, keep | unix.FALLOC_FL_ZERO_RANGE, keep | unix.FALLOC_FL_UNSHARE_RANGE}, unix.EOPNOTSUPP)
+		argument(unix.SYS_IOCTL, atSecond, unix.BPF_JEQ, []uint32{0x40305828, 0x4030582a, 0x40305839}, unix.EOPNOTSUPP) // the same: FS_IOC_RESVSP and its kin
+	}
 	add(unix.BPF_RET|unix.BPF_K, 0, 0, unix.SECCOMP_RET_ALLOW)
 	return f
 }

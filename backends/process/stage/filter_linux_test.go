@@ -26,7 +26,7 @@ func TestFilter(t *testing.T) {
 	own := auditArch()
 	for _, test := range []struct {
 		name string
-		bare bool
+		bare bool // and not bounded
 		data []byte
 		want int
 	}{
@@ -44,11 +44,16 @@ func TestFilter(t *testing.T) {
 		{"kernel crypto", false, seccompData(unix.SYS_SOCKET, own, unix.AF_ALG), answer(unix.EAFNOSUPPORT)},
 		{"terminal size", false, seccompData(unix.SYS_IOCTL, own, 0, unix.TIOCGWINSZ), unix.SECCOMP_RET_ALLOW},
 		{"terminal input", false, seccompData(unix.SYS_IOCTL, own, 0, unix.TIOCSTI), answer(unix.EPERM)},
+		{"a file", false, seccompData(unix.SYS_FALLOCATE, own, 1, 0), unix.SECCOMP_RET_ALLOW},
+		{"a hole", false, seccompData(unix.SYS_FALLOCATE, own, 1, unix.FALLOC_FL_KEEP_SIZE|unix.FALLOC_FL_PUNCH_HOLE), unix.SECCOMP_RET_ALLOW},
+		{"room beyond the end", false, seccompData(unix.SYS_FALLOCATE, own, 1, unix.FALLOC_FL_KEEP_SIZE), answer(unix.EOPNOTSUPP)},
+		{"room beyond the end by ioctl", false, seccompData(unix.SYS_IOCTL, own, 1, 0x4030582a), answer(unix.EOPNOTSUPP)},
+		{"room beyond the end of kept files", true, seccompData(unix.SYS_FALLOCATE, own, 1, unix.FALLOC_FL_KEEP_SIZE), unix.SECCOMP_RET_ALLOW},
 		{"a session", false, seccompData(unix.SYS_SETSID, own), unix.SECCOMP_RET_ALLOW},
 		{"a session of a bare program", true, seccompData(unix.SYS_SETSID, own), answer(unix.EPERM)},
 	} {
 		var raw []bpf.RawInstruction
-		for _, one := range filter(test.bare) {
+		for _, one := range filter(test.bare, !test.bare) {
 			raw = append(raw, bpf.RawInstruction{Op: one.Code, Jt: one.Jt, Jf: one.Jf, K: one.K})
 		}
 		instructions, ok := bpf.Disassemble(raw)

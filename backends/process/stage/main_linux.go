@@ -71,6 +71,9 @@ func (o *Orders) exec() Failure {
 	if err != nil {
 		return Failure{Step: "building the landlock rules", Cause: err.Error()}
 	}
+	if err := o.Confine.bound(); err != nil {
+		return Failure{Step: "bounding its files", Cause: err.Error()}
+	}
 	if err := o.Confine.drop(); err != nil {
 		return Failure{Step: "giving up rights", Cause: err.Error()}
 	}

@@ -72,6 +72,8 @@ type Confine struct {
 	Bare    bool     `json:"bare"` // no root and no namespaces: it may not leave its process group nor signal others
 	Write   []string `json:"write,omitempty"`
 	Execute []string `json:"execute,omitempty"`
+	// FileSize is the bytes that a file it writes may have, its log among them; 0 is no bound.
+	FileSize int64 `json:"fileSize,omitempty"`
 }
 
 // Failure is why there is no program.

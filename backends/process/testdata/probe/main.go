@@ -151,6 +151,22 @@ func try(verb, rest string) (string, error) {
 		for {
 			fmt.Println(strings.Repeat("x", 1000))
 		}
+	case "burst":
+		for {
+			if _, err := fmt.Println(strings.Repeat("x", 1000)); err != nil {
+				return "ok", nil
+			}
+		}
+	case "grow": // standard output, to a hole of 4 TiB
+		return "ok", unix.Ftruncate(1, 1<<42)
+	case "room": // beyond its end
+		return "ok", unix.Fallocate(1, unix.FALLOC_FL_KEEP_SIZE, 0, 64<<20)
+	case "large":
+		f, err := os.Create(rest)
+		if err != nil {
+			return "", err
+		}
+		return "ok", f.Truncate(1 << 30)
 	case "deaf":
 		signal.Ignore(syscall.SIGTERM)
 		return "ok", nil
