@@ -146,10 +146,11 @@ func (j FileJournal) Save(rec Record) error {
 	if err != nil {
 		return fmt.Errorf("encoding the journal: %w", err)
 	}
-	if err := renameio.WriteFile(j.Path, append(text, '\n'), 0o600); err != nil {
+	beside := filepath.Dir(j.Path) // not wherever $TMPDIR is
+	if err := renameio.WriteFile(j.Path, append(text, '\n'), 0o600, renameio.WithTempDir(beside)); err != nil {
 		return fmt.Errorf("saving the journal: %w", err)
 	}
-	folder, err := os.Open(filepath.Dir(j.Path))
+	folder, err := os.Open(beside)
 	if err != nil {
 		return fmt.Errorf("saving the journal: %w", err)
 	}

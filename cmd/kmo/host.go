@@ -155,7 +155,7 @@ func auditKey(path string) (ed25519.PrivateKey, error) {
 		if _, err := rand.Read(seed); err != nil {
 			return nil, err
 		}
-		if err := renameio.WriteFile(path, seed, 0o600); err != nil { // half a key would be an alarm for ever
+		if err := renameio.WriteFile(path, seed, 0o600, renameio.WithTempDir(filepath.Dir(path))); err != nil { // half a key would be an alarm for ever
 			return nil, err
 		}
 	} else if err != nil {
