@@ -45,10 +45,16 @@ func (d *desired) needs(workload string) []string {
 }
 
 // asked is a digest of what is asked of a workload: with other probes or another bake time, another verdict is possible.
+func asked(check template.Check) string {
+	sum := sha256.Sum256(fmt.Appendf(nil, "%+v %+v", probe(check.Health), check.Gate))
+	return fmt.Sprintf("%x", sum[:8])
+}
+
+// asked is the digest of what is asked of the workload of that name, "" if it is not wanted.
 func (d *desired) asked(workload string) string {
 	for _, check := range d.plan.Checks {
 		if check.Workload == workload {
-			return fmt.Sprintf("%x", sha256.Sum256(fmt.Appendf(nil, "%+v %+v", probe(check.Health), check.Gate)))
+			return asked(check)
 		}
 	}
 	return ""
@@ -70,21 +76,21 @@ func (d *desired) runs(name string) bool {
 	return d.wanted[name]
 }
 
-// compare notes the units whose workload is not one that the good commit runs here.
+// compare notes the units whose workload is not one that the good commit runs here, or of which something else is asked.
 func (d *desired) compare(rec Record) {
 	d.changed = make(map[string]bool)
-	for _, workload := range d.plan.Workloads {
-		if _, ok := rec.Allowed[workload.Name]; !ok {
-			d.changed[workload.Unit] = true
+	for _, check := range d.plan.Checks {
+		if permit, ok := rec.Allowed[check.Workload]; !ok || permit.Asked != asked(check) {
+			d.changed[check.Unit] = true
 		}
 	}
 }
 
-// permitted are the workloads with their backends, as the record keeps them.
-func (d *desired) permitted() map[string]string {
-	list := make(map[string]string, len(d.plan.Workloads))
-	for _, workload := range d.plan.Workloads {
-		list[workload.Name] = workload.Backend
+// permitted are the workloads as the record keeps them.
+func (d *desired) permitted() map[string]Permit {
+	list := make(map[string]Permit, len(d.plan.Workloads))
+	for i, workload := range d.plan.Workloads {
+		list[workload.Name] = Permit{Backend: workload.Backend, Asked: asked(d.plan.Checks[i])}
 	}
 	return list
 }

@@ -355,3 +355,23 @@ func TestPreviewSaysWhatQuarantineRefuses(t *testing.T) {
 		}
 	})
 }
+
+// TestAProbeAloneIsJudged: a commit that changes only what is asked of a unit is not good before the unit has answered that.
+func TestAProbeAloneIsJudged(t *testing.T) {
+	story(t, func(t *testing.T, w *world) {
+		w.unit("relay", "1", "")
+		v1 := w.push("v1")
+		w.reconcile(Converged)
+		w.fake.Program = func(p *fake.Process) (int, bool) { return 7, len(p.Argv) > 0 && p.Argv[0] == "/check" }
+		w.files["units/relay/unit.yaml"] = strings.Replace(w.files["units/relay/unit.yaml"], "health: {process: {},", "health: {exec: {argv: [/check]},", 1)
+		v2 := w.push("asked wrongly")
+		rec := w.reconcile(Reverted)
+		if rec.Good != v1 || len(rec.Bad) != 1 || rec.Bad[0].Commit != v2 {
+			t.Fatalf("record %+v, want v2 bad", rec)
+		}
+		if rec = w.reconcile(Reverted); rec.Good != w.head {
+			t.Errorf("good %s, want the revert", rec.Good)
+		}
+		w.wantRunning("relay=1")
+	})
+}

@@ -23,7 +23,7 @@ type desired struct {
 	site     *template.Site
 	plan     template.Plan
 	decision policy.Decision
-	changed  map[string]bool // units whose workload is not the good commit's
+	changed  map[string]bool // units whose workload, or what is asked of it, is not the good commit's
 	probes   []gate.Target   // of every workload; made by all
 	wanted   map[string]bool // names of the workloads; made by runs
 	prints   map[string]backends.Fingerprint
@@ -289,7 +289,7 @@ func (r *Reconciler) permit(ctx context.Context, rec *Record, good *desired) {
 func (rec *Record) permits(w backends.Workload) bool {
 	allowed, known := rec.Allowed[w.Name]
 	tried, trial := rec.Trial[w.Name]
-	return known && allowed == w.Backend || trial && tried == w.Backend
+	return known && allowed.Backend == w.Backend || trial && tried.Backend == w.Backend
 }
 
 // fetch sets every workload's image content.

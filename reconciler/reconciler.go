@@ -87,14 +87,20 @@ type Record struct {
 	Trying string     `json:"trying,omitempty"` // set at the commit point, cleared by a verdict
 	Bad    []Bad      `json:"bad,omitempty"`    // commits that failed here, newest first; never tried again by themselves
 	Head   string     `json:"head,omitempty"`   // the commit the outcome speaks of
-	// Allowed are Good's workloads that the rules have let run on this host, with their backends; Trial are Trying's. What a change of the
-	// host places besides is judged before it is started.
-	Allowed map[string]string `json:"allowed,omitempty"`
-	Trial   map[string]string `json:"trial,omitempty"`
+	// Allowed are Good's workloads that the rules have let run on this host, by name; Trial are Trying's. What a change of the host places
+	// besides is judged before it is started.
+	Allowed map[string]Permit `json:"allowed,omitempty"`
+	Trial   map[string]Permit `json:"trial,omitempty"`
 	Outcome Outcome           `json:"outcome,omitempty"`
 	Stage   string            `json:"stage,omitempty"`  // where it ended: "trust", "policy", "gate"
 	Reason  string            `json:"reason,omitempty"` // one line a person can act on
 	When    time.Time         `json:"when,omitzero"`
+}
+
+// Permit is how a workload may run: on which backend, and with what asked of it.
+type Permit struct {
+	Backend string `json:"backend"`
+	Asked   string `json:"asked"` // digest of its health and gate
 }
 
 // Bad is a commit that ran on this host and was not healthy.

@@ -220,3 +220,20 @@ func TestProbes(t *testing.T) {
 		}
 	}
 }
+
+// TestNoLookOutlivesAWatch: a look at the host that is under way when the context ends is waited for.
+func TestNoLookOutlivesAWatch(t *testing.T) {
+	ctx, cancel := context.WithCancel(t.Context())
+	looking := false // read below without a lock: the race detector sees a look that goes on
+	g := Gate{Observe: func(ctx context.Context) (map[string]backends.Status, error) {
+		looking = true
+		cancel()
+		<-ctx.Done()
+		time.Sleep(time.Millisecond) // a backend lets go soon, not at once
+		looking = false
+		return nil, ctx.Err()
+	}}
+	if got := g.Watch(ctx, []Target{{Workload: "relay-1", Unit: "relay"}}); got.Verdict != NoData || looking {
+		t.Errorf("verdict %s, still looking: %v; want no data and nothing under way", got.Verdict, looking)
+	}
+}
