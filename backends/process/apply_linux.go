@@ -20,10 +20,11 @@ import (
 )
 
 const (
-	hookTime     = 30 * time.Second // for each postInit and exit hook
-	defaultGrace = 10 * time.Second // where a workload says none
-	restartTime  = 2 * time.Minute  // for a start without a caller, preInit hooks and all
-	quick        = time.Minute      // an end sooner than this after the start makes the next pause longer
+	hookTime     = 30 * time.Second       // for each postInit and exit hook
+	defaultGrace = 10 * time.Second       // where a workload says none
+	restartTime  = 2 * time.Minute        // for a start without a caller, preInit hooks and all
+	portTime     = 500 * time.Millisecond // for a port to be let go
+	quick        = time.Minute            // an end sooner than this after the start makes the next pause longer
 )
 
 // Apply makes a workload run as specified. The same spec with another Content is another base, and starts it again.
@@ -306,7 +307,7 @@ func (k *Keeper) choosePorts(e *entry) error {
 			_, _ = hash.Write([]byte(e.name + "/" + p.Name))
 			for i := range count {
 				candidate := first + int(hash.Sum32()+uint32(i))%count
-				if k.ports[candidate] == "" && freePort(candidate) {
+				if k.ports[candidate] == "" && freePort(candidate) == nil {
 					port = candidate
 					break
 				}
@@ -324,10 +325,35 @@ func (k *Keeper) choosePorts(e *entry) error {
 	return nil
 }
 
-func freePort(port int) bool {
-	listener, err := net.ListenTCP("tcp", &net.TCPAddr{IP: net.IPv4(127, 0, 0, 1), Port: port})
-	if err != nil {
-		return false
+// checkPorts sees that every port of a workload is the program's to have: what answered there would pass for it. One that is taken
+// is asked for a little longer, as what held it may just have ended.
+func checkPorts(ctx context.Context, r *record) error {
+	for i, p := range r.Workload.Run.Ports {
+		port := r.Ports[i]
+		err := freePort(port)
+		for deadline := time.Now().Add(portTime); errors.Is(err, unix.EADDRINUSE) && time.Now().Before(deadline) && ctx.Err() == nil; err = freePort(port) {
+			time.Sleep(portTime / 10)
+		}
+		if errors.Is(err, unix.EADDRINUSE) {
+			return &backends.StartError{Workload: r.Workload.Name, Stage: "port " + p.Name, Cause: fmt.Sprintf("port %d is taken by another program", port)}
+		}
+		if err != nil {
+			return fmt.Errorf("%s: port %s: %v", r.Workload.Name, p.Name, err)
+		}
 	}
-	return listener.Close() == nil
+	return nil
+}
+
+// freePort returns EADDRINUSE for a port on which anybody listens, on whatever address.
+func freePort(port int) error {
+	for _, address := range []net.IP{net.IPv4(127, 0, 0, 1), nil} {
+		listener, err := net.ListenTCP("tcp", &net.TCPAddr{IP: address, Port: port})
+		if err != nil {
+			return err
+		}
+		if err := listener.Close(); err != nil {
+			return err
+		}
+	}
+	return nil
 }

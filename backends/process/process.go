@@ -35,6 +35,9 @@
 // room cannot be had beyond a file's end. A program with kept paths or writable mounts has no such bound, as what it keeps may
 // be of any size; its Status says so in Unapplied.
 //
+// No program is started while anybody listens on one of its ports, on whatever address: Apply returns a *backends.StartError, and a
+// restart is tried again.
+//
 // Inside, the root is the content, read-only, under a layer with the unit's files and the mount points; with Overlay.Size a
 // tmpfs of that size takes what is written, and is new at each start (its pages count as the workload's memory). /proc is
 // read-only, /dev has null, zero, full, random and urandom. The program has no capability and can gain none, and is its pid

@@ -32,6 +32,9 @@ func (k *Keeper) start(ctx context.Context, e *entry) (err error) {
 		}
 	}()
 	r := &e.record
+	if err := checkPorts(ctx, r); err != nil {
+		return err
+	}
 	orders, hooks, err := k.orders(r.resolved(), e.dir)
 	if err != nil {
 		return err

@@ -1,0 +1,97 @@
+package process
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"os"
+	"strings"
+	"syscall"
+	"testing"
+
+	"github.com/kindos/kmo/backends"
+)
+
+func listen(t *testing.T, address string) (l net.Listener, port int) {
+	t.Helper()
+	l, err := net.Listen("tcp", address)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = l.Close() })
+	return l, l.Addr().(*net.TCPAddr).Port
+}
+
+func TestTakenPort(t *testing.T) {
+	for _, host := range []string{"127.0.0.1", "0.0.0.0", ""} {
+		t.Run("on "+host, func(t *testing.T) {
+			k := fresh(t)
+			stranger, port := listen(t, host+":0")
+			w := workload("web", "wait")
+			w.Run.Ports = []backends.Port{{Name: "other"}, {Name: "http", Port: port}}
+			want := fmt.Sprintf("port http: port %d is taken by another program", port)
+			err := k.Apply(t.Context(), w)
+			var fault *backends.StartError
+			if !errors.As(err, &fault) || !strings.Contains(err.Error(), want) {
+				t.Fatalf("apply: %v, want a *StartError with %q", err, want)
+			}
+			if s := status(t, k, w.Name); s.Name != "" {
+				t.Errorf("it is there: %+v", s)
+			}
+			if err := stranger.Close(); err != nil {
+				t.Fatal(err)
+			}
+			apply(t, k, w)
+
+			again, _ := listen(t, fmt.Sprintf("%s:%d", host, port))
+			if err := syscall.Kill(status(t, k, w.Name).PID, syscall.SIGKILL); err != nil {
+				t.Fatal(err)
+			}
+			until(t, "no start beside a stranger", func() (string, bool) {
+				s := status(t, k, w.Name)
+				return s.Detail, s.State == backends.Backoff && s.PID == 0 && strings.Contains(s.Detail, want)
+			})
+			if err := again.Close(); err != nil {
+				t.Fatal(err)
+			}
+			until(t, "a start without it", func() (string, bool) {
+				s := status(t, k, w.Name)
+				return s.Detail, s.State == backends.Running
+			})
+		})
+	}
+}
+
+// A connection that the port's last owner closed lingers for a minute, and is in nobody's way.
+func TestLingeringPort(t *testing.T) {
+	k := fresh(t)
+	l, port := listen(t, "127.0.0.1:0")
+	client, err := net.Dial("tcp", l.Addr().String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	server, err := l.Accept()
+	if err != nil {
+		t.Fatal(err)
+	}
+	_ = server.Close() // first: it is the one that waits
+	if _, err := io.ReadAll(client); err != nil {
+		t.Fatal(err)
+	}
+	if err := errors.Join(client.Close(), l.Close()); err != nil {
+		t.Fatal(err)
+	}
+	until(t, "a connection in TIME_WAIT", func() (string, bool) {
+		text, err := os.ReadFile("/proc/net/tcp")
+		for line := range strings.SplitSeq(string(text), "\n") {
+			if fields := strings.Fields(line); len(fields) > 3 && fields[1] == fmt.Sprintf("0100007F:%04X", port) && fields[3] == "06" {
+				return "", true
+			}
+		}
+		return "", err != nil
+	})
+	w := workload("web", "wait")
+	w.Run.Ports = []backends.Port{{Name: "http", Host: port}}
+	apply(t, k, w)
+}
