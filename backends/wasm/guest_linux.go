@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"io"
 	"maps"
+	"net"
 	"os"
 	"os/exec"
 	goruntime "runtime"
@@ -108,6 +109,12 @@ func ended(err error, memory *linear) (int, error) {
 			status--
 		}
 		return status, nil
+	}
+	var listening *net.OpError // a guest itself listens nowhere
+	if errors.As(err, &listening) && errors.Is(err, syscall.EADDRINUSE) {
+		if address, ok := listening.Addr.(*net.TCPAddr); ok {
+			return 0, fmt.Errorf("port %d is taken by another program", address.Port)
+		}
 	}
 	fmt.Fprintf(os.Stderr, "kmo: the guest trapped: %v\n", err)
 	return statusTrap, nil

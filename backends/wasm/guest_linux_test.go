@@ -3,6 +3,7 @@ package wasm
 import (
 	"bytes"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"net"
@@ -16,6 +17,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/kindos/kmo/backends"
 	"github.com/kindos/kmo/backends/process"
 )
 
@@ -287,6 +289,30 @@ func web(t testing.TB) (guest *exec.Cmd, said *bytes.Buffer, url string) {
 		return string(body), err == nil && string(body) == "guest [\"one\"] told port 8080\n"
 	})
 	return guest, said, url
+}
+
+func TestTakenPort(t *testing.T) {
+	stranger, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer stranger.Close()
+	port := stranger.Addr().(*net.TCPAddr).Port
+	want := fmt.Sprintf("port %d is taken by another program", port)
+
+	p := plan{Module: binaries.web, Root: t.TempDir(), Listen: []listener{{Port: port}}}
+	p.in(machineCode(t, binaries.web))
+	if status, said := run(t, p); status != statusRunner || !strings.Contains(said, want) {
+		t.Errorf("the runner ends with %d and says %q, want %d and %q", status, said, statusRunner, want)
+	}
+
+	b := over(t, shareModules(t))
+	w := workload(binaries.web)
+	w.Run.Ports = []backends.Port{{Name: "http", Port: 80, Host: port}}
+	var fault *backends.StartError
+	if err := b.Apply(t.Context(), w); !errors.As(err, &fault) || fault.Cause != want {
+		t.Errorf("apply: %v, want a *StartError because %q", err, want)
+	}
 }
 
 // An idle guest is asleep in the kernel, on its sockets. Were they hidden from poll_oneoff, it would wait on none.
