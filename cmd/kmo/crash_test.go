@@ -344,6 +344,15 @@ func (s *scene) check(reverts int) {
 	if mounts, err := os.ReadFile("/proc/self/mountinfo"); err != nil || bytes.Contains(mounts, []byte(s.dir)) {
 		s.t.Errorf("mounts of %s are left (%v)", s.dir, err)
 	}
+	var half []string
+	if err := until(func() bool {
+		half, _ = filepath.Glob(filepath.Join(s.state(), ".*"))
+		more, _ := filepath.Glob(filepath.Join(s.state(), "audit", ".*"))
+		half = append(half, more...)
+		return len(half) == 0
+	}); err != nil {
+		s.t.Errorf("half-written files are left: %v", half)
+	}
 	s.history(rec, reverts)
 	if s.t.Failed() {
 		s.t.FailNow()

@@ -134,6 +134,9 @@ func (h *host) openState(context.Context) error {
 	} else if err != nil {
 		return fmt.Errorf("locking the state folder %s: %w", h.dir, err)
 	}
+	if err := sweep(h.dir, filepath.Join(h.dir, "audit")); err != nil {
+		return err
+	}
 	key, err := auditKey(filepath.Join(h.dir, "audit.key"))
 	if err != nil {
 		return err
@@ -145,6 +148,29 @@ func (h *host) openState(context.Context) error {
 	}
 	h.audit, err = audit.Open(audit.Options{Dir: filepath.Join(h.dir, "audit"), Name: string(h.config.Host) + "." + string(h.config.Site) + "/kmo-audit", Key: key, Seen: rec.Audit})
 	return err
+}
+
+// sweep removes what a process killed while it replaced a file has left beside it: .NAME and a number. The lock is held.
+func sweep(folders ...string) error {
+	for _, folder := range folders {
+		list, err := os.ReadDir(folder)
+		if errors.Is(err, fs.ErrNotExist) {
+			continue
+		}
+		if err != nil {
+			return err
+		}
+		for _, one := range list {
+			name := one.Name()
+			if name[0] != '.' || name[len(name)-1] < '0' || name[len(name)-1] > '9' {
+				continue
+			}
+			if err := os.Remove(filepath.Join(folder, name)); err != nil {
+				return fmt.Errorf("removing a half-written file: %w", err)
+			}
+		}
+	}
+	return nil
 }
 
 // auditKey reads the key that signs the audit log's checkpoints, and makes one on a new host.
