@@ -249,6 +249,19 @@ func TestState(t *testing.T) {
 		set(t, now[:len(now)/2])
 		alarm(t, w.verifier(), "re-anchor")
 	})
+	t.Run("T39 emptied", func(t *testing.T) {
+		set(t, nil)
+		alarm(t, w.verifier(), "re-anchor")
+	})
+	t.Run("T39 changed under a running agent", func(t *testing.T) {
+		set(t, now)
+		v := w.verifier()
+		if seq, err := v.Seq(); seq != 4 || err != nil { // it has parsed the state once
+			t.Fatal(seq, err)
+		}
+		set(t, []byte(strings.Replace(string(now), "north-sea", "south-sea", 1)))
+		alarm(t, v, "south-sea")
+	})
 	t.Run("T39 another site's", func(t *testing.T) {
 		set(t, []byte(strings.Replace(string(now), "north-sea", "south-sea", 1)))
 		alarm(t, w.verifier(), "south-sea")

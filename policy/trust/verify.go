@@ -40,6 +40,7 @@ type Verifier struct {
 	mu       sync.Mutex // guards what follows
 	roots    map[string]merkle.Digest
 	declared map[string]Declared
+	parsed   parsed
 	seq      uint64    // newest state seen by this value
 	latest   time.Time // trusted time seen by this value
 }
