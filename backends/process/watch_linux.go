@@ -176,7 +176,7 @@ func (k *Keeper) ended(e *entry, p *program) time.Duration {
 		words += ", for want of memory"
 	}
 	pause := k.options.Backoff(max(e.record.Quick-1, 0))
-	e.detail = fmt.Sprintf("%s; next start in %v", words, pause.Round(time.Millisecond))
+	e.detail = words // not when the next start is: a text that changes by itself is news to whoever compares
 	if e.record.Removing {
 		e.state, e.detail = backends.Exited, "being removed"
 	}
