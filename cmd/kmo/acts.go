@@ -21,11 +21,11 @@ variants:
 
 const (
 	serving = `run: {ports: [{name: http}], user: 65532}
-health: {http: {port: http, path: /healthz}, every: 200ms, start: 1s, failures: 2}
+health: {http: {port: http, path: /healthz}, every: 200ms, start: 2s, failures: 3}
 gate: {bake: 300ms}
 `
 	ticking = `run: {user: 65532}
-health: {process: {}, every: 200ms, start: 1s, failures: 2}
+health: {process: {}, every: 200ms, start: 2s, failures: 3}
 `
 )
 

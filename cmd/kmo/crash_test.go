@@ -184,7 +184,7 @@ needs: [keep]
 variants:
 %[1]sresources: {cpu: {max: 1}, memory: {max: 64Mi}, pids: {max: 64}, disk: {max: 16Mi}}
 run: {ports: [{name: http}], user: 65532, env: {N: "%[2]d"}}
-health: {http: {port: http, path: /healthz}, every: 100ms, start: 300ms, failures: 3}
+health: {http: {port: http, path: /healthz}, every: 100ms, start: 3s, failures: 3}
 gate: {bake: 100ms}
 `, pin, n)}
 }

@@ -39,7 +39,7 @@ type Probe struct {
 	Status   int           // wanted HTTP status; 0 is any 2xx or 3xx
 	Argv     []string      // for exec
 	Every    time.Duration // between the start of one probe and of the next [5s]
-	Timeout  time.Duration // of one probe [the lesser of Every and 5s, at least 100ms]
+	Timeout  time.Duration // of one probe [Every, at least 1s and at most 5s]
 	Start    time.Duration // from the first probe on, in which failures do not count [10s]
 	After    int           // successes in a row that make a pass [1]
 	Failures int           // failures in a row, after Start, that make a fail [3]
@@ -72,7 +72,7 @@ func (p Probe) WithDefaults() Probe {
 		p.Path = "/"
 	}
 	set(&p.Every, 5*time.Second)
-	set(&p.Timeout, max(100*time.Millisecond, min(p.Every, 5*time.Second)))
+	set(&p.Timeout, min(max(p.Every, time.Second), 5*time.Second))
 	set(&p.Start, 10*time.Second)
 	p.After = max(p.After, 1)
 	if p.Failures == 0 {
