@@ -46,7 +46,8 @@ func (d *desired) needs(workload string) []string {
 
 // asked is a digest of what is asked of a workload: with other probes or another bake time, another verdict is possible.
 func asked(check template.Check) string {
-	sum := sha256.Sum256(fmt.Appendf(nil, "%+v %+v", probe(check.Health), check.Gate))
+	type fields gate.Probe // without its String, which is for people and leaves fields out
+	sum := sha256.Sum256(fmt.Appendf(nil, "%+v %+v", fields(probe(check.Health)), check.Gate))
 	return fmt.Sprintf("%x", sum[:8])
 }
 

@@ -9,6 +9,7 @@ import (
 
 	"github.com/kindos/kmo/backends"
 	"github.com/kindos/kmo/backends/fake"
+	"github.com/kindos/kmo/reconciler/template"
 )
 
 // away is a backend that does not answer when it is asked to apply a unit.
@@ -374,4 +375,20 @@ func TestAProbeAloneIsJudged(t *testing.T) {
 		}
 		w.wantRunning("relay=1")
 	})
+}
+
+func TestEveryFieldOfAProbeIsAsked(t *testing.T) {
+	seen := map[string]bool{}
+	for _, health := range []template.Health{
+		{HTTP: &template.HTTPProbe{Port: "http", Path: "/"}},
+		{HTTP: &template.HTTPProbe{Port: "http", Path: "/", Status: 204}},
+		{HTTP: &template.HTTPProbe{Port: "admin", Path: "/"}},
+		{HTTP: &template.HTTPProbe{Port: "http", Path: "/"}, Failures: 9},
+		{HTTP: &template.HTTPProbe{Port: "http", Path: "/"}, Every: template.Duration(time.Second)},
+	} {
+		seen[asked(template.Check{Health: health})] = true
+	}
+	if len(seen) != 5 {
+		t.Errorf("%d digests of 5 different probes", len(seen))
+	}
 }
