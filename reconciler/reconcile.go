@@ -1,6 +1,7 @@
 package reconciler
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -84,7 +85,7 @@ func (r *Reconciler) Reconcile(ctx context.Context) (Record, error) {
 func (r *Reconciler) follow(ctx context.Context, rec Record) (Record, error) {
 	head, err := r.Source.Head(ctx)
 	if err != nil {
-		return r.hold(ctx, rec, rec.Head, "source", err)
+		return r.hold(ctx, rec, cmp.Or(head.ID, rec.Head), "source", err)
 	}
 	bad := rec.bad(head.ID)
 	switch {

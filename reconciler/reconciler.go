@@ -45,7 +45,7 @@ var ErrPushRefused = errors.New("the remote refuses the push")
 type Source interface {
 	// Head returns the newest commit of the branch, fetched into quarantine, checked against limits and promoted. When nothing
 	// is new it costs one look at the reference. A *refusal.Error says that what the remote sent must not be had; any other
-	// error, that the remote did not answer.
+	// error, that the remote did not answer. Beside an error the commit has its ID, if that is known, and nothing else.
 	Head(context.Context) (Commit, error)
 	// At returns a promoted commit by id, without the network.
 	At(ctx context.Context, id string) (Commit, error)

@@ -12,8 +12,9 @@ import (
 )
 
 const (
-	maxBad    = 32 // failed commits remembered, newest first
-	maxLeases = 5  // pushes of one revert before it is left to the next Reconcile
+	maxBad    = 32  // failed commits remembered, newest first
+	maxRange  = 256 // commits of a revert's range that are named in the audit log
+	maxLeases = 5   // pushes of one revert before it is left to the next Reconcile
 )
 
 // GateEntry is what the audit log keeps of a gate.
@@ -25,8 +26,9 @@ type GateEntry struct {
 
 // RevertEntry is what the audit log keeps of a revert, before it is pushed.
 type RevertEntry struct {
-	Commit string `json:"commit"`
-	Revert Revert `json:"revert"`
+	Commit string   `json:"commit"`
+	Range  []string `json:"range,omitempty"` // what else it takes back, newest first, at most 256: innocent commits too
+	Revert Revert   `json:"revert"`
 }
 
 // bad returns the remembered failure of a commit, nil if it has not failed here.
@@ -81,7 +83,7 @@ func (r *Reconciler) takeBack(ctx context.Context, rec *Record, bad *Bad) error 
 	for range maxLeases {
 		if told {
 			told = false
-		} else if err := r.record("revert", RevertEntry{Commit: revert.Head, Revert: revert}); err != nil {
+		} else if err := r.recordRevert(ctx, revert); err != nil {
 			return err
 		}
 		commit, err := r.Source.Revert(ctx, revert)
@@ -108,6 +110,21 @@ func (r *Reconciler) takeBack(ctx context.Context, rec *Record, bad *Bad) error 
 	}
 	bad.Why = fmt.Sprintf("the branch moved %d times while the revert was pushed; it is tried again", maxLeases)
 	return nil
+}
+
+// recordRevert writes to the audit log what a revert takes back.
+func (r *Reconciler) recordRevert(ctx context.Context, revert Revert) error {
+	entry := RevertEntry{Commit: revert.Head, Revert: revert}
+	taken, err := r.Source.Between(ctx, revert.Good, revert.Head)
+	if err != nil {
+		return fmt.Errorf("history since the good commit: %w", err)
+	}
+	for _, commit := range taken[:min(len(taken), maxRange)] {
+		if commit.ID != revert.Head {
+			entry.Range = append(entry.Range, commit.ID)
+		}
+	}
+	return r.record("revert", entry)
 }
 
 // hasFault says whether a commit would run what failed once more.

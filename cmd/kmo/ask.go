@@ -97,7 +97,7 @@ func (h *host) commit(ctx context.Context, revision string) (string, error) {
 		}
 		head.ID = cmp.Or(rec.Trying, rec.Good)
 	}
-	if len(revision) < 4 || strings.Trim(revision, "0123456789abcdef") != "" {
+	if !abbreviated(revision) {
 		return "", fmt.Errorf("revision %q: want at least four hex digits of a commit's id; a branch or a tag can move, so none is taken", refusal.Clip(revision, 60))
 	}
 	all, err := h.source.Between(ctx, "", head.ID)
@@ -122,14 +122,39 @@ type Explanation struct {
 	Records []audit.Record `json:"records"`
 }
 
-// explain collects the audit log's records of a commit.
-func (h *host) explain(ctx context.Context, revision string) (Explanation, error) {
-	id, err := h.commit(ctx, revision)
-	if err != nil {
-		return Explanation{}, err
+// explain collects the audit log's records of a commit: also of one that was not let in, or that the branch has no more.
+func (h *host) explain(ctx context.Context, revision string) (e Explanation, err error) {
+	id, err := h.judged(revision)
+	if err == nil && id == "" {
+		id, err = h.commit(ctx, revision)
 	}
-	records, err := h.audit.ByCommit(id)
-	return Explanation{Commit: id, Records: records}, err
+	if id == "" {
+		return e, err
+	}
+	e.Commit = id
+	e.Records, err = h.audit.ByCommit(id)
+	return e, err
+}
+
+// judged is the one commit of which the audit log speaks and whose id begins so, "" if there is none.
+func (h *host) judged(revision string) (id string, err error) {
+	if !abbreviated(revision) {
+		return "", nil
+	}
+	return id, h.audit.Records(func(record audit.Record) error {
+		if strings.HasPrefix(record.Commit, revision) && record.Commit != id {
+			if id != "" {
+				return fmt.Errorf("revision %s: %s and %s begin so; want one", revision, id, record.Commit)
+			}
+			id = record.Commit
+		}
+		return nil
+	})
+}
+
+// abbreviated says whether text can be the beginning of a commit's id.
+func abbreviated(text string) bool {
+	return len(text) >= 4 && strings.Trim(text, "0123456789abcdef") == ""
 }
 
 // printExplanation tells it in plain words.
@@ -160,7 +185,11 @@ func inWords(record audit.Record) []string {
 	case "revert":
 		var entry reconciler.RevertEntry
 		if json.Unmarshal(record.Body, &entry) == nil {
-			return []string{fmt.Sprintf("revert: taken back in Git to the content of %s, because %s failed %s: %s", short(entry.Revert.Good), entry.Revert.Unit, entry.Revert.Gate, entry.Revert.Evidence)}
+			lines := []string{fmt.Sprintf("revert: %s taken back in Git to the content of %s, because %s failed %s: %s", short(entry.Commit), short(entry.Revert.Good), entry.Revert.Unit, entry.Revert.Gate, entry.Revert.Evidence)}
+			for _, id := range entry.Range {
+				lines = append(lines, "together with "+short(id)+", which lies between: push again what is good of it")
+			}
+			return lines
 		}
 	case "repair":
 		var entry reconciler.RepairEntry

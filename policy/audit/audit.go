@@ -32,6 +32,7 @@ import (
 	"io"
 	"os"
 	"path/filepath"
+	"slices"
 	"sync"
 	"time"
 
@@ -104,7 +105,14 @@ func Open(options Options) (*Log, error) {
 // Close releases the file.
 func (l *Log) Close() error { return l.file.Close() }
 
-// Append makes one record of v durable and returns its index. v marshals to a JSON object; its key "commit", if it has one, is what ByCommit finds.
+// about is what a record's body says of commits: the one it speaks of, and others that share its fate.
+type about struct {
+	Commit string   `json:"commit"`
+	Range  []string `json:"range"`
+}
+
+// Append makes one record of v durable and returns its index. v marshals to a JSON object; its keys "commit" and "range", if it has them, are
+// what ByCommit finds.
 func (l *Log) Append(kind string, v any) (index int64, err error) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -115,9 +123,7 @@ func (l *Log) Append(kind string, v any) (index int64, err error) {
 	if err != nil {
 		return 0, fmt.Errorf("audit record: %v", err)
 	}
-	var about struct {
-		Commit string `json:"commit"`
-	}
+	var about about
 	if err := json.Unmarshal(body, &about); err != nil {
 		return 0, fmt.Errorf("audit record: %v", err)
 	}
@@ -161,7 +167,13 @@ func (l *Log) Last(n int) (records []Record, err error) {
 // ByCommit returns the records that speak of a commit, oldest first.
 func (l *Log) ByCommit(id string) (records []Record, err error) {
 	err = l.from(0, func(r Record) error {
-		if r.Commit == id {
+		var also about
+		if r.Commit != id && bytes.Contains(r.Body, []byte(id)) {
+			if err := json.Unmarshal(r.Body, &also); err != nil {
+				return fmt.Errorf("audit record %d: %v", r.Index, err)
+			}
+		}
+		if r.Commit == id || slices.Contains(also.Range, id) {
 			records = append(records, r)
 		}
 		return nil

@@ -24,7 +24,7 @@ import (
 	"github.com/kindos/kmo/reconciler"
 )
 
-// Head returns the branch's commit. Whether it descends from what was accepted before is not asked here: a rewritten branch is
+// Head returns the branch's commit; beside an error its id alone, where the remote has said that much. Whether it descends from what was accepted before is not asked here: a rewritten branch is
 // for trust to judge.
 func (r *Repository) Head(ctx context.Context) (reconciler.Commit, error) {
 	r.mu.Lock()
@@ -88,12 +88,24 @@ func (r *Repository) fetch(ctx context.Context, idle context.CancelCauseFunc) (r
 	}
 	tip, err := bring(ctx, idle, f, whole)
 	if err != nil {
-		return reconciler.Commit{}, err
+		return named(tip), err
 	}
 	if tip == r.tip && !whole {
 		return r.tipCommit()
 	}
-	return r.admit(ctx, f, tip, whole)
+	commit, err := r.admit(ctx, f, tip, whole)
+	if err != nil {
+		return named(tip), err
+	}
+	return commit, nil
+}
+
+// named is a commit of which nothing is known but its id, and not even that where the branch was not found.
+func named(tip plumbing.Hash) reconciler.Commit {
+	if tip.IsZero() {
+		return reconciler.Commit{}
+	}
+	return reconciler.Commit{ID: tip.String()}
 }
 
 // first fetches all of a local remote through git where there is one, for git keeps the deltas; and reads it itself elsewhere.
