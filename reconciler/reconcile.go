@@ -71,6 +71,9 @@ func (r *Reconciler) Reconcile(ctx context.Context) (Record, error) {
 	rec.Host, r.saved = r.Host.Name, rec
 	r.saved.Bad = slices.Clone(rec.Bad)
 	r.fingerprints = nil
+	if _, err := r.Trust.Seq(); err != nil { // an alarm, also when no new commit asks for the state: nothing is accepted, what is good is kept
+		return r.hold(ctx, rec, rec.Head, "trust", err)
+	}
 	if rec.Trying != "" {
 		var ended bool
 		rec, ended, err = r.resume(ctx, rec)
