@@ -50,19 +50,13 @@ func byName(list []Have) map[string]backends.Status {
 	return all
 }
 
-// exec runs a probe's command inside a workload, wherever it runs.
-func (r *Reconciler) exec(ctx context.Context, workload string, argv []string) (int, []byte, error) {
-	for _, name := range r.backendNames() {
-		execer, ok := r.Backends[name].(backends.Execer)
-		if !ok {
-			continue
-		}
-		status, output, err := execer.Exec(ctx, workload, argv)
-		if !errors.Is(err, backends.ErrNotFound) {
-			return status, output, err
-		}
+// exec runs a probe's command inside a workload.
+func (r *Reconciler) exec(ctx context.Context, target gate.Target) (int, []byte, error) {
+	execer, ok := r.Backends[target.Backend].(backends.Execer)
+	if !ok {
+		return 0, nil, fmt.Errorf("%s runs no commands inside workloads", target.Backend)
 	}
-	return 0, nil, backends.ErrNotFound
+	return execer.Exec(ctx, target.Workload, target.Probe.Argv)
 }
 
 // converge does the steps and returns the gate's verdict on what they changed. A unit is started when those it needs have passed their
@@ -240,7 +234,9 @@ func Diff(want []backends.Workload, have []Have, exclusive func(old, new string)
 			if other.Name == w.Name && other.Backend == w.Backend {
 				continue
 			}
-			step.Reason = "its spec changed from " + other.Name
+			if !ok {
+				step.Reason = "its spec changed from " + other.Name
+			}
 			if shared := exclusive(other.Name, w.Name); len(shared) > 0 {
 				step.Replaces = append(step.Replaces, other.Name)
 				step.Because = append(step.Because, shared...)

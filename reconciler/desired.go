@@ -3,6 +3,7 @@ package reconciler
 import (
 	"context"
 	"crypto/sha256"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -46,8 +47,11 @@ func (d *desired) needs(workload string) []string {
 
 // asked is a digest of what is asked of a workload: with other probes or another bake time, another verdict is possible.
 func asked(check template.Check) string {
-	type fields gate.Probe // without its String, which is for people and leaves fields out
-	sum := sha256.Sum256(fmt.Appendf(nil, "%+v %+v", fields(probe(check.Health)), check.Gate))
+	text, err := json.Marshal([]any{check.Health, check.Gate}) // what is not asked leaves nothing, so a key that a later version adds changes none
+	if err != nil {
+		panic(err) // two structs of numbers and strings
+	}
+	sum := sha256.Sum256(text)
 	return fmt.Sprintf("%x", sum[:8])
 }
 
@@ -126,11 +130,11 @@ func (d *desired) all() []gate.Target {
 // targets are what the gate watches of the units chosen.
 func (d *desired) targets(chosen func(unit string) bool, bake bool) []gate.Target {
 	var list []gate.Target
-	for _, check := range d.plan.Checks {
+	for i, check := range d.plan.Checks {
 		if !chosen(check.Unit) {
 			continue
 		}
-		target := gate.Target{Workload: check.Workload, Unit: check.Unit, Probe: probe(check.Health).WithDefaults(), Deadline: time.Duration(check.Gate.Deadline)}
+		target := gate.Target{Workload: check.Workload, Unit: check.Unit, Backend: d.plan.Workloads[i].Backend, Probe: probe(check.Health).WithDefaults(), Deadline: time.Duration(check.Gate.Deadline)}
 		if bake {
 			target.Bake = time.Duration(check.Gate.Bake)
 		}

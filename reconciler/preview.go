@@ -108,7 +108,8 @@ func plain(value any) (any, error) {
 		return nil, fmt.Errorf("encoding a unit: %w", err)
 	}
 	var out any
-	return out, json.Unmarshal(text, &out)
+	err = json.Unmarshal(text, &out)
+	return out, err
 }
 
 // walk calls report for every leaf that differs, in the order of paths; of what is new or gone, too.

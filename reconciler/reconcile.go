@@ -3,6 +3,7 @@ package reconciler
 import (
 	"cmp"
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -58,6 +59,7 @@ type memory struct {
 	sets         ruleCache
 	vitals       vitals
 	decided      map[string]string // by commit, the decision last written to the audit log, in short
+	news         map[string]string // by kind, what recordNews wrote last
 	saved        Record            // as it is in the journal
 }
 
@@ -244,7 +246,7 @@ func (r *Reconciler) finish(ctx context.Context, rec Record, next *desired) (Rec
 	if err != nil {
 		return r.end(ctx, rec, rec.Trying, Waiting, "apply", err.Error())
 	}
-	if err := r.record("gate", GateEntry{Commit: next.commit.ID, Host: rec.Host, Finding: finding}); err != nil {
+	if err := r.recordNews("gate", GateEntry{Commit: next.commit.ID, Host: rec.Host, Finding: finding}); err != nil {
 		return rec, err
 	}
 	switch finding.Verdict {
@@ -267,7 +269,7 @@ func (r *Reconciler) promote(ctx context.Context, rec Record, next *desired) (Re
 	rec.Good, rec.Allowed, rec.Trying, rec.Trial = next.commit.ID, next.permitted(), "", nil
 	next.ready = true
 	r.good, r.vitals = next, newVitals()
-	if bad := rec.settle(next.commit); bad != nil {
+	if bad := r.settle(ctx, &rec, next.commit); bad != nil {
 		return r.end(ctx, rec, next.commit.ID, Reverted, "gate", bad.reason())
 	}
 	return r.end(ctx, rec, next.commit.ID, Converged, "", "")
@@ -332,6 +334,26 @@ func (r *Reconciler) record(kind string, entry any) error {
 	if _, err := r.Audit.Append(kind, entry); err != nil {
 		return fmt.Errorf("audit log: %w", err)
 	}
+	return nil
+}
+
+// recordNews is record for what is found again at every look: it writes only what is not what it wrote last of that kind.
+func (r *Reconciler) recordNews(kind string, entry any) error {
+	text, err := json.Marshal(entry)
+	if err != nil {
+		return fmt.Errorf("audit log: %w", err)
+	}
+	said := string(text)
+	if r.news[kind] == said {
+		return nil
+	}
+	if err := r.record(kind, entry); err != nil {
+		return err
+	}
+	if r.news == nil {
+		r.news = make(map[string]string)
+	}
+	r.news[kind] = said
 	return nil
 }
 

@@ -614,7 +614,7 @@ func TestP03RepairsEnd(t *testing.T) {
 			w.reconcile(Converged)
 		}
 		w.fake.Damage(name, "test")
-		if rec := w.reconcile(Stuck); !strings.Contains(rec.Reason, "repaired 5 times") {
+		if rec := w.reconcile(Stuck); !strings.Contains(rec.Reason, "repeated 5 times") {
 			t.Errorf("reason %q", rec.Reason)
 		}
 	})
@@ -639,23 +639,33 @@ func TestT56ChangedBase(t *testing.T) {
 // TestCrashTable fails each outside call before and after its effect and ends the agent there, as a kill would; a new agent must come to
 // the same end, with one revert and nothing half-done.
 func TestCrashTable(t *testing.T) {
-	calls := []string{"source.Head", "images.Describe", "images.Fetch", "backend.Observe", "journal.Save trying", "backend.Apply",
-		"backend.Remove", "journal.Save " + string(Converged), "journal.Save " + string(Reverted), "source.Revert"}
-	for _, version := range []string{"good", "ends", "ill"} {
-		for _, call := range calls {
+	calls := []string{"source.Head", "source.At", "source.Between", "images.Describe", "images.Fetch", "backend.Fingerprint", "backend.Observe",
+		"journal.Save trying", "backend.Apply", "backend.Remove", "backend.Exec"}
+	ends := map[string][]string{
+		"good": {"journal.Save " + string(Converged)},
+		"ends": {"journal.Save " + string(Reverted), "source.Revert"},
+		"ill":  {"journal.Save " + string(Reverted), "source.Revert"},
+	}
+	for version, own := range ends {
+		for _, call := range slices.Concat(calls, own) {
 			for _, after := range []bool{false, true} {
-				for nth := 1; nth <= 3; nth++ {
+				hit := true
+				for nth := 1; hit && nth <= 3; nth++ { // the last is one more than there are, and tests nothing
 					t.Run(fmt.Sprintf("%s/%s/after=%v/%d", version, call, after, nth), func(t *testing.T) {
-						story(t, func(t *testing.T, w *world) { crash(t, w, version, fault{call: call, after: after, times: nth}) })
+						story(t, func(t *testing.T, w *world) { hit = crash(t, w, version, fault{call: call, after: after, times: nth}) })
 					})
+					if nth == 1 && !hit {
+						t.Errorf("%s/%s: no such call was made", version, call)
+					}
 				}
 			}
 		}
 	}
 }
 
-// crash plays one row: version 2 is good, or its programs end at once, or all of it runs and the last answers that it is ill.
-func crash(t *testing.T, w *world, version string, at fault) {
+// crash plays one row: version 2 is good, or its programs end at once, or all of it runs and the last answers that it is ill. hit says
+// whether the call was made.
+func crash(t *testing.T, w *world, version string, at fault) (hit bool) {
 	unit := func(name, version, text string) {
 		w.unit(name, version, text)
 		path := "units/" + name + "/unit.yaml"
@@ -686,6 +696,7 @@ func crash(t *testing.T, w *world, version string, at fault) {
 			t.Error("a pass whose context ended gave no error")
 		}
 	}
+	hit = w.faults.armed == nil
 	w.faults.armed, w.faults.cancel = nil, nil
 	w.start()
 	var rec Record
@@ -703,4 +714,5 @@ func crash(t *testing.T, w *world, version string, at fault) {
 		t.Errorf("%d reverts were pushed", reverts)
 	}
 	cancel()
+	return hit
 }

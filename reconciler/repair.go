@@ -26,7 +26,7 @@ type trouble struct {
 
 // vitals is what the reconciler remembers, while it lives, of the good commit's workloads.
 type vitals struct {
-	repairs map[string]repairs   // by workload
+	repairs map[string]repairs   // by operation and workload
 	asked   map[string]time.Time // when each was last probed
 	failing map[string]failing   // those whose last probe failed
 	checked int                  // index of the workload whose base was last checked
@@ -49,7 +49,8 @@ func newVitals() vitals {
 
 // again counts one more repair and says whether it is one too many.
 func (v *vitals) again(step Step, now time.Time) bool {
-	seen := v.repairs[step.Name]
+	of := string(step.Op) + " " + step.Name
+	seen := v.repairs[of]
 	if now.Sub(seen.last) > calmAfter {
 		seen = repairs{}
 	}
@@ -57,13 +58,16 @@ func (v *vitals) again(step Step, now time.Time) bool {
 		return true
 	}
 	seen.count, seen.last = seen.count+1, now
-	v.repairs[step.Name] = seen
+	v.repairs[of] = seen
 	return false
 }
 
 // repair makes the host run the good commit, whatever it runs now, and says what is wrong with it. When nothing is, it changes
 // nothing and costs one look at each backend. Of a unit that cannot run as it should, what runs is left as it is.
 func (r *Reconciler) repair(ctx context.Context, rec *Record) (trouble, error) {
+	if r.vitals.repairs == nil { // there is no good commit yet
+		r.vitals = newVitals()
+	}
 	good, err := r.goodPlan(ctx, rec)
 	if err != nil {
 		return r.noAnswer(ctx, "rendering the good commit", err)
@@ -91,18 +95,21 @@ func (r *Reconciler) mend(ctx context.Context, rec Record, good *desired) (troub
 	}
 	worn := ""
 	steps = slices.DeleteFunc(steps, func(step Step) bool {
-		tooOften := step.Op == Apply && r.vitals.again(step, time.Now())
+		tooOften := r.vitals.again(step, time.Now())
 		if tooOften {
-			worn = fmt.Sprintf("%s: repaired %d times and again: %s", step.Name, maxRepairs, step.Reason)
+			worn = fmt.Sprintf("%s: %s repeated %d times, and needed again: %s", step.Name, step.Op, maxRepairs, step.Reason)
 		}
 		return tooOften
 	})
 	if len(steps) > 0 {
-		if err := r.record("repair", RepairEntry{Commit: rec.Good, Host: rec.Host, Steps: steps}); err != nil {
+		if err := r.recordNews("repair", RepairEntry{Commit: rec.Good, Host: rec.Host, Steps: steps}); err != nil {
 			return trouble{}, err
 		}
 	}
 	finding, err := r.converge(ctx, good, steps, false)
+	if err == nil {
+		delete(r.news, "repair") // done; the next one is another, whatever it does
+	}
 	switch {
 	case err != nil:
 		return r.noAnswer(ctx, "repair", err)
@@ -194,7 +201,7 @@ func (r *Reconciler) checkBase(ctx context.Context, good *desired) error {
 		return err
 	}
 	step := Step{Op: Apply, Unit: workload.Unit, Name: workload.Name, Backend: workload.Backend, Reason: "its base changed: " + err.Error()}
-	if err := r.record("repair", RepairEntry{Commit: good.commit.ID, Host: r.Host.Name, Steps: []Step{step}}); err != nil {
+	if err := r.recordNews("repair", RepairEntry{Commit: good.commit.ID, Host: r.Host.Name, Steps: []Step{step}}); err != nil {
 		return err
 	}
 	r.Logger.Warn("drift", "commit", good.commit.ID, "unit", workload.Name, "backend", workload.Backend, "stage", "keep", "err", err)
@@ -207,5 +214,6 @@ func (r *Reconciler) checkBase(ctx context.Context, good *desired) error {
 		return err
 	}
 	r.vitals.when, r.vitals.checked = time.Now(), next
+	delete(r.news, "repair")
 	return nil
 }

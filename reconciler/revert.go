@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"strings"
 	"time"
 
 	"github.com/kindos/kmo/policy/refusal"
@@ -41,15 +42,23 @@ func (rec *Record) bad(commit string) *Bad {
 	return nil
 }
 
-// settle notes that a commit which passed took back what failed before it, and returns the failure, nil if there is none.
-func (rec *Record) settle(commit Commit) *Bad {
+// settle notes that a commit which passed took back what failed in the range that it names, and returns the newest such failure, nil if
+// there is none.
+func (r *Reconciler) settle(ctx context.Context, rec *Record, commit Commit) *Bad {
 	parsed, err := trust.ParseCommit(commit.Raw)
-	if err != nil || len(parsed.Trailers(trust.TrailerReverts)) == 0 {
+	if err != nil {
 		return nil
 	}
-	for i := range rec.Bad {
-		if rec.Bad[i].Revert == "" {
-			rec.Bad[i].Revert, rec.Bad[i].Why = commit.ID, ""
+	for _, trailer := range parsed.Trailers(trust.TrailerReverts) {
+		good, head, _ := strings.Cut(trailer, "..")
+		taken, err := r.Source.Between(ctx, good, head)
+		if err != nil {
+			r.Logger.Warn("history of a revert", "commit", commit.ID, "stage", "gate", "err", err)
+		}
+		for _, one := range taken {
+			if bad := rec.bad(one.ID); bad != nil && bad.Revert == "" {
+				bad.Revert, bad.Why = commit.ID, ""
+			}
 		}
 	}
 	for i := range rec.Bad {
@@ -116,8 +125,8 @@ func (r *Reconciler) takeBack(ctx context.Context, rec *Record, bad *Bad) error 
 func (r *Reconciler) recordRevert(ctx context.Context, revert Revert) error {
 	entry := RevertEntry{Commit: revert.Head, Revert: revert}
 	taken, err := r.Source.Between(ctx, revert.Good, revert.Head)
-	if err != nil {
-		return fmt.Errorf("history since the good commit: %w", err)
+	if err != nil { // the range is for people; going back does not wait for it
+		r.Logger.Warn("history of a revert", "commit", revert.Head, "stage", "gate", "err", err)
 	}
 	for _, commit := range taken[:min(len(taken), maxRange)] {
 		if commit.ID != revert.Head {

@@ -151,12 +151,16 @@ func (s *memSource) Head(context.Context) (commit Commit, err error) {
 	return commit, err
 }
 
-func (s *memSource) At(_ context.Context, id string) (Commit, error) {
-	commit, ok := s.commits[id]
-	if !ok {
-		return commit, fmt.Errorf("no commit %s", id)
-	}
-	return commit, nil
+func (s *memSource) At(_ context.Context, id string) (commit Commit, err error) {
+	err = s.faults.around("source.At", func() error {
+		found, ok := s.commits[id]
+		if !ok {
+			return fmt.Errorf("no commit %s", id)
+		}
+		commit = found
+		return nil
+	})
+	return commit, err
 }
 
 func (s *memSource) Ancestor(_ context.Context, old, new string) (bool, error) {
@@ -173,17 +177,19 @@ func (s *memSource) Ancestor(_ context.Context, old, new string) (bool, error) {
 	return false, nil
 }
 
-func (s *memSource) Between(_ context.Context, old, new string) ([]Commit, error) {
-	var list []Commit
-	for id := new; id != "" && id != old; {
-		commit := s.commits[id]
-		list = append(list, commit)
-		if len(commit.Parents) == 0 {
-			break
+func (s *memSource) Between(_ context.Context, old, new string) (list []Commit, err error) {
+	err = s.faults.around("source.Between", func() error {
+		for id := new; id != "" && id != old; {
+			commit := s.commits[id]
+			list = append(list, commit)
+			if len(commit.Parents) == 0 {
+				break
+			}
+			id = commit.Parents[0]
 		}
-		id = commit.Parents[0]
-	}
-	return list, nil
+		return nil
+	})
+	return list, err
 }
 
 func (s *memSource) Revert(_ context.Context, r Revert) (commit Commit, err error) {
@@ -277,6 +283,22 @@ func (j *memJournal) Save(rec Record) error {
 type faulty struct {
 	*fake.Backend
 	faults *faults
+}
+
+func (b faulty) Fingerprint(ctx context.Context) (print backends.Fingerprint, err error) {
+	err = b.faults.around("backend.Fingerprint", func() error {
+		print, err = b.Backend.Fingerprint(ctx)
+		return err
+	})
+	return print, err
+}
+
+func (b faulty) Exec(ctx context.Context, name string, argv []string) (status int, output []byte, err error) {
+	err = b.faults.around("backend.Exec", func() error {
+		status, output, err = b.Backend.Exec(ctx, name, argv)
+		return err
+	})
+	return status, output, err
 }
 
 func (b faulty) Observe(ctx context.Context) (list []backends.Status, err error) {

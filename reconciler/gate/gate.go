@@ -85,6 +85,7 @@ func (p Probe) WithDefaults() Probe {
 type Target struct {
 	Workload string
 	Unit     string
+	Backend  string // which runs it
 	Probe    Probe
 	Bake     time.Duration // how long it must go on passing once it has passed
 	Deadline time.Duration // when the verdict must be there; 0 is long enough for the target to fail by itself
@@ -113,8 +114,8 @@ type Finding struct {
 type Gate struct {
 	// Observe returns the workloads of every backend by name, as they are now.
 	Observe func(context.Context) (map[string]backends.Status, error)
-	// Exec runs a command inside a workload.
-	Exec func(ctx context.Context, workload string, argv []string) (status int, output []byte, err error)
+	// Exec runs the target's command inside its workload.
+	Exec func(context.Context, Target) (status int, output []byte, err error)
 }
 
 // errDeadline ends a watch that had its time.

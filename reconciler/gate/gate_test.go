@@ -53,6 +53,8 @@ func TestVerdicts(t *testing.T) {
 		{"P-02 applied is not running", "x", 0, Fail, "the workload is not there", 0},
 		{"fails while it bakes", "rrrrbbb", time.Minute, Fail, "3 times in a row", 0},
 		{"a blip while it bakes", "rrrbrrr", 10 * time.Second, Pass, "", 0},
+		{"a blip when its bake ends", strings.Repeat("r", 10) + "bbrr", 9500 * time.Millisecond, Pass, "", 13 * time.Second},
+		{"no data when its bake ends", strings.Repeat("r", 10) + "eerr", 9500 * time.Millisecond, Pass, "", 13 * time.Second},
 		{"restarted while it bakes", "rrrRRR", time.Minute, Fail, "its program ended and was started again", 0},
 		{"no data", "e", 0, NoData, "last seen: no data: connection refused", 100 * time.Second},
 		{"no data resets a streak, then passes", "rerr", 0, Pass, "", 0},
@@ -143,7 +145,7 @@ func TestCancelledContextJudgesNothing(t *testing.T) {
 
 func TestCancelledProbeJudgesNothing(t *testing.T) {
 	ctx, cancel := context.WithCancel(t.Context())
-	exec := func(ctx context.Context, _ string, _ []string) (int, []byte, error) {
+	exec := func(ctx context.Context, _ Target) (int, []byte, error) {
 		cancel()
 		<-ctx.Done()
 		return 0, nil, ctx.Err()
@@ -176,8 +178,8 @@ func TestProbes(t *testing.T) {
 				{Port: "http", Address: server.Listener.Addr().String()}, {Port: "closed", Address: closed.Addr().String()},
 			}}}, nil
 		},
-		Exec: func(ctx context.Context, _ string, argv []string) (int, []byte, error) {
-			switch argv[0] {
+		Exec: func(ctx context.Context, target Target) (int, []byte, error) {
+			switch target.Probe.Argv[0] {
 			case "hang":
 				<-ctx.Done()
 				return 0, nil, ctx.Err()
@@ -185,7 +187,7 @@ func TestProbes(t *testing.T) {
 				return 0, nil, backends.ErrNotFound
 			}
 			var code int
-			_, _ = fmt.Sscan(argv[0], &code)
+			_, _ = fmt.Sscan(target.Probe.Argv[0], &code)
 			return code, []byte("said so\n"), nil
 		},
 	}

@@ -139,8 +139,8 @@ func (g Gate) watchOne(ctx context.Context, target Target) Finding {
 		wait := target.Probe.Every
 		if count.passed.IsZero() && a.verdict != Pass {
 			wait, pause = min(pause, wait), pause*2
-		} else if !count.passed.IsZero() {
-			wait = min(wait, target.Bake-time.Since(count.passed))
+		} else if left := target.Bake - time.Since(count.passed); a.verdict == Pass && left > 0 { // so that the bake ends when it is over
+			wait = min(wait, left)
 		}
 		rest := time.Until(asked.Add(max(wait, time.Millisecond)))
 		if rest <= 0 { // the probe took that long; a timer that is due at once also makes the race detector's runtime fall over in a bubble
@@ -275,7 +275,7 @@ func (g Gate) askExec(ctx context.Context, target Target) (Verdict, string) {
 	if g.Exec == nil {
 		return NoData, "the backend runs no commands inside workloads"
 	}
-	code, output, err := g.Exec(ctx, target.Workload, target.Probe.Argv)
+	code, output, err := g.Exec(ctx, target)
 	switch {
 	case ctx.Err() != nil:
 		return Fail, "no end within " + target.Probe.Timeout.String()
