@@ -29,9 +29,17 @@ func (r *Reconciler) observe(ctx context.Context) ([]Have, error) {
 	return all, nil
 }
 
-// gate is the gate over what is observed anew at each probe.
-func (r *Reconciler) gate() gate.Gate {
-	return gate.Gate{Observe: r.statuses, Exec: r.exec}
+// patience is how long a try is watched before the branch and the host are looked at again.
+const patience = 15 * time.Second
+
+// gate is the gate over what is observed anew at each probe. What a try changed may be watched for hours, a look at a time; going back is
+// waited for.
+func (r *Reconciler) gate(forward bool) gate.Gate {
+	g := gate.Gate{Observe: r.statuses, Exec: r.exec}
+	if forward {
+		g.Patience, g.Memory = patience, r.watched
+	}
+	return g
 }
 
 func (r *Reconciler) statuses(ctx context.Context) (map[string]backends.Status, error) {
@@ -85,7 +93,7 @@ func (r *Reconciler) start(ctx context.Context, want *desired, steps []Step, for
 		if step.Op != Apply || ctx.Err() != nil {
 			continue
 		}
-		finding, err := r.begin(ctx, want, step, down)
+		finding, err := r.begin(ctx, want, step, down, forward)
 		if err == nil && finding.Verdict == gate.Pass {
 			started[step.Unit] = true
 			continue
@@ -101,7 +109,7 @@ func (r *Reconciler) start(ctx context.Context, want *desired, steps []Step, for
 	}
 	// What a try changed is watched even if nothing is left to start: a try that was cut short has no verdict yet.
 	targets := want.targets(func(unit string) bool { return started[unit] || forward && want.changed[unit] }, forward)
-	finding := r.gate().Watch(ctx, targets)
+	finding := r.gate(forward).Watch(ctx, targets)
 	if first.Verdict != gate.Pass {
 		finding = first
 	}
@@ -109,13 +117,13 @@ func (r *Reconciler) start(ctx context.Context, want *desired, steps []Step, for
 }
 
 // begin does one Apply step once the units that it needs have passed their probes. What needs a unit that is down is down itself.
-func (r *Reconciler) begin(ctx context.Context, want *desired, step Step, down map[string]bool) (gate.Finding, error) {
+func (r *Reconciler) begin(ctx context.Context, want *desired, step Step, down map[string]bool, forward bool) (gate.Finding, error) {
 	needs := want.needs(step.Name)
 	if at := slices.IndexFunc(needs, func(unit string) bool { return down[unit] }); at >= 0 {
 		return gate.Finding{Verdict: gate.Fail, Workload: step.Name, Unit: step.Unit, Gate: "needs", Evidence: needs[at] + " is down"}, nil
 	}
 	needed := want.targets(func(unit string) bool { return slices.Contains(needs, unit) }, false)
-	if finding := r.gate().Watch(ctx, needed); finding.Verdict != gate.Pass {
+	if finding := r.gate(forward).Watch(ctx, needed); finding.Verdict != gate.Pass {
 		return finding, nil
 	}
 	err := r.apply(ctx, step)

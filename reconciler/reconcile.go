@@ -60,6 +60,7 @@ type memory struct {
 	vitals       vitals
 	decided      map[string]string // by commit, the decision last written to the audit log, in short
 	news         map[string]string // by kind, what recordNews wrote last
+	watched      gate.Memory       // of the commit that is being tried
 	saved        Record            // as it is in the journal
 }
 
@@ -197,6 +198,7 @@ func (r *Reconciler) try(ctx context.Context, rec Record, next *desired) (Record
 	}
 	// Head stays: the last outcome speaks of it.
 	rec.Trust, rec.Trying, rec.Trial = seen, next.commit.ID, next.permitted()
+	r.watched = nil
 	if err := r.save(&rec); err != nil { // commit point: from here the host may change
 		return rec, err
 	}
@@ -229,6 +231,9 @@ func (r *Reconciler) resume(ctx context.Context, rec Record) (_ Record, ended bo
 	return rec, rec.Trying == "", err
 }
 
+// StageWatch is where a try waits that is watched and has no verdict yet: it goes on at once, with the next Reconcile.
+const StageWatch = "watch"
+
 // finish converges the host to next and does what the gate's verdict asks for.
 func (r *Reconciler) finish(ctx context.Context, rec Record, next *desired) (Record, error) {
 	good, err := r.goodCommit(ctx, rec)
@@ -239,6 +244,9 @@ func (r *Reconciler) finish(ctx context.Context, rec Record, next *desired) (Rec
 	if err != nil {
 		return r.end(ctx, rec, rec.Trying, Waiting, "observe", err.Error())
 	}
+	if r.watched == nil {
+		r.watched = make(gate.Memory)
+	}
 	finding, err := r.converge(ctx, next, Diff(next.plan.Workloads, have, exclusive(good, next)), true)
 	if ctx.Err() != nil {
 		return rec, context.Cause(ctx) // judges nothing: the next Reconcile goes on
@@ -246,6 +254,10 @@ func (r *Reconciler) finish(ctx context.Context, rec Record, next *desired) (Rec
 	if err != nil {
 		return r.end(ctx, rec, rec.Trying, Waiting, "apply", err.Error())
 	}
+	if finding.Verdict == gate.Undecided {
+		return r.end(ctx, rec, rec.Trying, Waiting, StageWatch, fmt.Sprintf("%s: %s: %s", finding.Unit, finding.Gate, finding.Evidence))
+	}
+	r.watched = nil
 	if err := r.recordNews("gate", GateEntry{Commit: next.commit.ID, Host: rec.Host, Finding: finding}); err != nil {
 		return rec, err
 	}

@@ -149,15 +149,25 @@ func (w *world) push(message string) string {
 	return w.commit(w.alice, "alice@example.org", message, w.files)
 }
 
-// reconcile runs one pass and checks its outcome.
+// reconcile runs a pass, and what of it is watched, and checks how it ended.
 func (w *world) reconcile(want Outcome) Record {
+	w.t.Helper()
+	rec := w.look()
+	for rec.Stage == StageWatch {
+		rec = w.look()
+	}
+	if rec.Outcome != want {
+		w.t.Fatalf("outcome %s at %s: %s; want %s", rec.Outcome, rec.Stage, rec.Reason, want)
+	}
+	return rec
+}
+
+// look runs one pass.
+func (w *world) look() Record {
 	w.t.Helper()
 	rec, err := w.r.Reconcile(w.t.Context())
 	if err != nil {
 		w.t.Fatal(err)
-	}
-	if rec.Outcome != want {
-		w.t.Fatalf("outcome %s at %s: %s; want %s", rec.Outcome, rec.Stage, rec.Reason, want)
 	}
 	return rec
 }
@@ -261,6 +271,45 @@ func TestOldCopyServesUntilTheNewOnePasses(t *testing.T) {
 		}()
 		w.reconcile(Converged)
 		w.wantRunning("relay=2")
+	})
+}
+
+// TestLongBake: a commit may bake for hours. Meanwhile the host is kept, one record tells of it, and what is pushed takes its place.
+func TestLongBake(t *testing.T) {
+	story(t, func(t *testing.T, w *world) {
+		w.unit("other", "1", "")
+		w.unit("relay", "1", "gate: {bake: 2h}\n")
+		w.push("v1")
+		begun := time.Now()
+		w.reconcile(Converged)
+		if took := time.Since(begun); took < 2*time.Hour || took > 2*time.Hour+time.Minute {
+			t.Errorf("baked for %v, want two hours", took)
+		}
+		w.unit("relay", "2", "gate: {bake: 2h}\n")
+		v2 := w.push("v2")
+		if rec := w.look(); rec.Trying != v2 || rec.Outcome != Waiting || rec.Reason != "relay: process: passed, and baking for 2h0m0s" {
+			t.Errorf("%+v, want v2 baking", rec)
+		}
+		records := w.records()
+		w.fake.Damage(w.only("other"), "test")
+		for range 10 {
+			w.look()
+		}
+		if status, err := w.fake.Observe(t.Context()); err != nil || slices.ContainsFunc(status, func(s backends.Status) bool { return s.State == backends.Damaged }) {
+			t.Errorf("%+v (%v): nothing is repaired while a commit bakes", status, err)
+		}
+		if got := w.records(); got != records {
+			t.Errorf("%d records more while nothing changed", got-records)
+		}
+		w.start() // a new agent begins the bake anew, for it has seen nothing of it
+		w.look()
+		w.unit("relay", "3", "")
+		v3 := w.push("v3")
+		begun = time.Now()
+		if rec := w.reconcile(Converged); rec.Good != v3 || time.Since(begun) > time.Minute {
+			t.Errorf("%+v after %v, want v3 at once", rec, time.Since(begun))
+		}
+		w.wantRunning("other=1 relay=3")
 	})
 }
 

@@ -130,6 +130,9 @@ func newDelay(poll time.Duration) *delay { return &delay{poll: poll} }
 // after returns how long to wait after a reconcile that ended so.
 func (d *delay) after(rec reconciler.Record, err error) time.Duration {
 	wait := d.poll
+	if err == nil && rec.Trying != "" && rec.Stage == reconciler.StageWatch {
+		return 0
+	}
 	if err != nil || rec.Outcome == reconciler.Waiting {
 		d.next = min(max(2*d.next, time.Second), d.poll)
 		wait = d.next

@@ -68,7 +68,15 @@ func (h *host) openLogs(ctx context.Context, name string, options backends.LogOp
 	return h.backends[found.Backend].Logs(ctx, found.Name, options)
 }
 
-func (h *host) reconcile(ctx context.Context) (reconciler.Record, error) { return h.reconcileNow(ctx) }
+// reconcile looks, and goes on until what is tried has a verdict.
+func (h *host) reconcile(ctx context.Context) (reconciler.Record, error) {
+	for {
+		rec, err := h.reconcileNow(ctx)
+		if err != nil || rec.Trying == "" || rec.Stage != reconciler.StageWatch {
+			return rec, err
+		}
+	}
+}
 
 // plan says what a revision would do: the head if none is named, else a commit of the branch by the beginning of its id.
 func (h *host) plan(ctx context.Context, revision string) (reconciler.Preview, error) {

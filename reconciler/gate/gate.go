@@ -14,6 +14,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"sync"
 	"time"
 
@@ -101,6 +102,14 @@ const (
 	NoData Verdict = "no data"
 )
 
+// Undecided is no verdict: the watch goes on later.
+const Undecided Verdict = "undecided"
+
+// weight orders verdicts: of many, the heaviest is that of all.
+func (v Verdict) weight() int {
+	return slices.Index([]Verdict{Pass, Undecided, NoData, Fail}, v)
+}
+
 // Finding is a verdict with its evidence. For Fail and NoData it names the first workload that decided.
 type Finding struct {
 	Verdict  Verdict
@@ -116,39 +125,71 @@ type Gate struct {
 	Observe func(context.Context) (map[string]backends.Status, error)
 	// Exec runs the target's command inside its workload.
 	Exec func(context.Context, Target) (status int, output []byte, err error)
+	// Patience is how long one call of Watch takes at most; 0 is until there is a verdict.
+	Patience time.Duration
+	// Memory lets a watch whose patience ended go on with the next call, as if there had been one. Nil remembers nothing.
+	Memory Memory
 }
 
-// errDeadline ends a watch that had its time.
-var errDeadline = errors.New("the gate's deadline has passed")
+// Memory is what is known of targets under watch.
+type Memory map[string]*tally
+
+// of returns the tally of a target, a new one if it is not under watch. Before and while it bakes are two watches.
+func (m Memory) of(target Target) *tally {
+	key := fmt.Sprint(target.Workload, target.Bake > 0)
+	count := m[key]
+	if count == nil {
+		count = &tally{begun: time.Now()}
+		if m != nil {
+			m[key] = count
+		}
+	}
+	return count
+}
+
+var (
+	errDeadline = errors.New("the gate's deadline has passed") // ends a watch that had its time
+	errPatience = errors.New("the watch goes on later")
+)
 
 // Watch probes every target until all have passed and baked (Pass), until one has failed (Fail), or until the longest deadline has
-// gone by with neither: then a target whose last answer was a failure has failed, any other has given no data. A ctx that ended judges nothing.
+// gone by with neither: then a target whose last answer was a failure has failed, any other has given no data. Where patience ends first
+// there is no verdict yet (Undecided). A ctx that ended judges nothing.
 func (g Gate) Watch(ctx context.Context, targets []Target) Finding {
 	if len(targets) == 0 {
 		return Finding{Verdict: Pass}
 	}
-	var deadline time.Duration
-	for _, target := range targets {
-		deadline = max(deadline, target.longest())
+	begun, longest := time.Now(), time.Duration(0)
+	tallies := make([]*tally, len(targets))
+	for i, target := range targets {
+		tallies[i] = g.Memory.of(target)
+		if tallies[i].begun.Before(begun) {
+			begun = tallies[i].begun
+		}
+		longest = max(longest, target.longest())
 	}
-	watch, stop := context.WithTimeoutCause(ctx, deadline, errDeadline)
+	watch, stop := context.WithDeadlineCause(ctx, begun.Add(longest), errDeadline)
 	defer stop()
+	if g.Patience > 0 {
+		var impatient context.CancelFunc
+		watch, impatient = context.WithTimeoutCause(watch, g.Patience, errPatience)
+		defer impatient()
+	}
 	results := make(chan Finding, len(targets))
 	var looks sync.WaitGroup
 	g.Observe = shared(watch, &looks, g.Observe)
-	for _, target := range targets {
+	for i, target := range targets {
 		target.Probe = target.Probe.WithDefaults()
-		go func() { results <- g.watchOne(watch, target) }()
+		go func() { results <- g.watchOne(watch, target, tallies[i]) }()
 	}
 	worst := Finding{Verdict: Pass}
 	for range targets {
 		finding := <-results
-		switch {
-		case finding.Verdict == Fail && worst.Verdict != Fail:
+		if finding.Verdict.weight() > worst.Verdict.weight() {
 			worst = finding
+		}
+		if finding.Verdict == Fail {
 			stop()
-		case finding.Verdict == NoData && worst.Verdict == Pass:
-			worst = finding
 		}
 	}
 	stop()

@@ -119,18 +119,13 @@ func shared(watch context.Context, looks *sync.WaitGroup, observe observer) obse
 }
 
 // watchOne asks one target until it has passed, failed, or ctx ends.
-func (g Gate) watchOne(ctx context.Context, target Target) Finding {
-	count := tally{begun: time.Now()}
+func (g Gate) watchOne(ctx context.Context, target Target, count *tally) Finding {
 	pause := firstPause
 	for {
 		asked := time.Now()
 		a := g.ask(ctx, target)
 		if ctx.Err() != nil {
-			verdict := NoData
-			if count.last.verdict == Fail && errors.Is(context.Cause(ctx), errDeadline) {
-				verdict = Fail
-			}
-			return target.finding(verdict, "no verdict in time; last seen: "+count.last.String())
+			return target.late(context.Cause(ctx), count)
 		}
 		verdict, evidence := count.add(target, a, time.Now())
 		if verdict != "" {
@@ -151,6 +146,19 @@ func (g Gate) watchOne(ctx context.Context, target Target) Finding {
 		case <-time.After(rest):
 		}
 	}
+}
+
+// late is the finding of a watch that ended without a verdict.
+func (t Target) late(cause error, count *tally) Finding {
+	switch {
+	case errors.Is(cause, errPatience) && count.passed.IsZero():
+		return t.finding(Undecided, "not passed yet")
+	case errors.Is(cause, errPatience):
+		return t.finding(Undecided, "passed, and baking for "+t.Bake.String())
+	case errors.Is(cause, errDeadline) && count.last.verdict == Fail:
+		return t.finding(Fail, "no verdict in time; last seen: "+count.last.String())
+	}
+	return t.finding(NoData, "no verdict in time; last seen: "+count.last.String())
 }
 
 func (a answer) String() string {
