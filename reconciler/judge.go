@@ -33,8 +33,7 @@ type desired struct {
 
 // DecisionEntry is what the audit log keeps of a decision: enough to decide again.
 type DecisionEntry struct {
-	Commit   string          `json:"commit"`
-	Host     string          `json:"host"`
+	About
 	Decision policy.Decision `json:"decision"`
 }
 

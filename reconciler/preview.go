@@ -38,7 +38,7 @@ type Change struct {
 // Preview says what would happen if commit were the head. It changes nothing on the host and nothing in kMO's state.
 func (r *Reconciler) Preview(ctx context.Context, id string) (Preview, error) {
 	preview := Preview{Commit: id}
-	rec, err := r.Journal.Load()
+	rec, err := r.load()
 	if err != nil {
 		return preview, err
 	}

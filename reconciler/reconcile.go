@@ -67,11 +67,11 @@ type memory struct {
 // Reconcile looks once and does what is to be done. The record says how it ended; the error is for what keeps kMO itself from going
 // on: its journal, its audit log, a context that ended.
 func (r *Reconciler) Reconcile(ctx context.Context) (Record, error) {
-	rec, err := r.Journal.Load()
+	rec, err := r.load()
 	if err != nil {
 		return rec, err
 	}
-	rec.Host, r.saved = r.Host.Name, rec
+	r.saved = rec
 	r.saved.Bad = slices.Clone(rec.Bad)
 	r.fingerprints = nil
 	if _, err := r.Trust.Seq(); err != nil { // an alarm, also when no new commit asks for the state: nothing is accepted, what is good is kept
@@ -258,7 +258,7 @@ func (r *Reconciler) finish(ctx context.Context, rec Record, next *desired) (Rec
 		return r.end(ctx, rec, rec.Trying, Waiting, StageWatch, fmt.Sprintf("%s: %s: %s", finding.Unit, finding.Gate, finding.Evidence))
 	}
 	r.watched = nil
-	if err := r.recordNews("gate", GateEntry{Commit: next.commit.ID, Host: rec.Host, Finding: finding}); err != nil {
+	if err := r.recordNews("gate", GateEntry{r.about(next.commit.ID), finding}); err != nil {
 		return rec, err
 	}
 	switch finding.Verdict {
@@ -300,7 +300,7 @@ func (r *Reconciler) end(ctx context.Context, rec Record, head string, outcome O
 	}
 	rec.When = time.Now().UTC()
 	if !told {
-		if err := r.record("outcome", OutcomeEntry{Commit: head, Host: rec.Host, Outcome: outcome, Stage: stage, Reason: rec.Reason, Good: rec.Good}); err != nil {
+		if err := r.record("outcome", OutcomeEntry{About: r.about(head), Outcome: outcome, Stage: stage, Reason: rec.Reason, Good: rec.Good}); err != nil {
 			return rec, err
 		}
 	}
@@ -315,8 +315,7 @@ func (r *Reconciler) end(ctx context.Context, rec Record, head string, outcome O
 
 // OutcomeEntry is what the audit log keeps of how a reconcile ended, each time that changes.
 type OutcomeEntry struct {
-	Commit  string  `json:"commit"`
-	Host    string  `json:"host"`
+	About
 	Outcome Outcome `json:"outcome"`
 	Stage   string  `json:"stage,omitempty"`
 	Reason  string  `json:"reason,omitempty"`
@@ -339,6 +338,46 @@ func (r *Reconciler) save(rec *Record) error {
 	r.saved = *rec
 	r.saved.Bad = slices.Clone(rec.Bad)
 	return nil
+}
+
+// About is what every entry of the audit log begins with.
+type About struct {
+	Commit  string `json:"commit"`
+	Host    string `json:"host"`
+	Journal uint64 `json:"journal"` // number of the host's record then: a journal that is older than the newest entry is an alarm
+}
+
+func (r *Reconciler) about(commit string) About {
+	return About{Commit: commit, Host: r.Host.Name, Journal: r.saved.Seq}
+}
+
+// load reads the journal. One that is gone, or older than what this process or the audit log has seen, is an alarm: it would take the host back
+// to what it knew then, or to nothing.
+func (r *Reconciler) load() (Record, error) {
+	rec, err := r.Journal.Load()
+	if err != nil {
+		return rec, err
+	}
+	least := r.saved.Seq
+	if least == 0 {
+		last, err := r.Audit.Last(1)
+		if err != nil {
+			return rec, err
+		}
+		for _, record := range last {
+			var about About
+			if err := json.Unmarshal(record.Body, &about); err != nil {
+				return rec, fmt.Errorf("audit record %d: %v", record.Index, err)
+			}
+			least = about.Journal
+		}
+	}
+	if rec.Seq < least {
+		return rec, &refusal.Error{Code: "E_STATE", Subject: "the journal", Got: fmt.Sprintf("record %d, or none", rec.Seq),
+			Want: fmt.Sprintf("record %d or a later one, as this host has had; put back the newest copy", least)}
+	}
+	rec.Host = r.Host.Name
+	return rec, nil
 }
 
 // record writes to the audit log, durably, before what it speaks of takes effect.

@@ -68,6 +68,9 @@ func (r *Reconciler) repair(ctx context.Context, rec *Record) (trouble, error) {
 	if r.vitals.repairs == nil { // there is no good commit yet
 		r.vitals = newVitals()
 	}
+	if rec.Good == "" && len(rec.Bad) == 0 { // nothing is known of what should run, so what runs is nobody's to remove
+		return trouble{}, nil
+	}
 	good, err := r.goodPlan(ctx, rec)
 	if err != nil {
 		return r.noAnswer(ctx, "rendering the good commit", err)
@@ -102,7 +105,7 @@ func (r *Reconciler) mend(ctx context.Context, rec Record, good *desired) (troub
 		return tooOften
 	})
 	if len(steps) > 0 {
-		if err := r.recordNews("repair", RepairEntry{Commit: rec.Good, Host: rec.Host, Steps: steps}); err != nil {
+		if err := r.recordNews("repair", RepairEntry{r.about(rec.Good), steps}); err != nil {
 			return trouble{}, err
 		}
 	}
@@ -127,9 +130,8 @@ func (r *Reconciler) mend(ctx context.Context, rec Record, good *desired) (troub
 
 // RepairEntry is what the audit log keeps of a repair: every step with its reason.
 type RepairEntry struct {
-	Commit string `json:"commit"`
-	Host   string `json:"host"`
-	Steps  []Step `json:"steps"`
+	About
+	Steps []Step `json:"steps"`
 }
 
 // noAnswer is the trouble of a world that does not answer, or the end of the context.
@@ -201,7 +203,7 @@ func (r *Reconciler) checkBase(ctx context.Context, good *desired) error {
 		return err
 	}
 	step := Step{Op: Apply, Unit: workload.Unit, Name: workload.Name, Backend: workload.Backend, Reason: "its base changed: " + err.Error()}
-	if err := r.recordNews("repair", RepairEntry{Commit: good.commit.ID, Host: r.Host.Name, Steps: []Step{step}}); err != nil {
+	if err := r.recordNews("repair", RepairEntry{r.about(good.commit.ID), []Step{step}}); err != nil {
 		return err
 	}
 	r.Logger.Warn("drift", "commit", good.commit.ID, "unit", workload.Name, "backend", workload.Backend, "stage", "keep", "err", err)

@@ -20,14 +20,13 @@ const (
 
 // GateEntry is what the audit log keeps of a gate.
 type GateEntry struct {
-	Commit  string       `json:"commit"`
-	Host    string       `json:"host"`
+	About
 	Finding gate.Finding `json:"finding"`
 }
 
 // RevertEntry is what the audit log keeps of a revert, before it is pushed.
 type RevertEntry struct {
-	Commit string   `json:"commit"`
+	About
 	Range  []string `json:"range,omitempty"` // what else it takes back, newest first, at most 256: innocent commits too
 	Revert Revert   `json:"revert"`
 }
@@ -123,7 +122,7 @@ func (r *Reconciler) takeBack(ctx context.Context, rec *Record, bad *Bad) error 
 
 // recordRevert writes to the audit log what a revert takes back.
 func (r *Reconciler) recordRevert(ctx context.Context, revert Revert) error {
-	entry := RevertEntry{Commit: revert.Head, Revert: revert}
+	entry := RevertEntry{About: r.about(revert.Head), Revert: revert}
 	taken, err := r.Source.Between(ctx, revert.Good, revert.Head)
 	if err != nil { // the range is for people; going back does not wait for it
 		r.Logger.Warn("history of a revert", "commit", revert.Head, "stage", "gate", "err", err)

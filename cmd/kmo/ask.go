@@ -23,7 +23,7 @@ import (
 func (h *host) status(ctx context.Context) (Status, error) {
 	s := Status{Site: string(h.config.Site), Branch: string(h.config.Branch), Zone: string(h.config.Zone), Version: version, Agent: h.agent, Workloads: []reconciler.Have{}}
 	var err error
-	if s.Record, err = h.journal.Load(); err != nil {
+	if s.Record, err = h.record(); err != nil {
 		return s, err
 	}
 	if s.Workloads, err = h.observe(ctx); err != nil {
@@ -31,6 +31,22 @@ func (h *host) status(ctx context.Context) (Status, error) {
 	}
 	return s, nil
 }
+
+// record is the journal's; where there was one before, none is an alarm.
+func (h *host) record() (reconciler.Record, error) {
+	rec, err := h.journal.Load()
+	if err == nil && rec.Seq == 0 {
+		err = noJournal(h.journal.Path)
+	}
+	return rec, err
+}
+
+func noJournal(path string) error {
+	return &refusal.Error{Code: "E_STATE", Subject: path, Got: "no journal, although this host has accepted commits", Want: "the journal as kMO left it; " + wayOut}
+}
+
+// wayOut is what an operator can do whose host has lost its memory for good.
+const wayOut = "if it cannot be had, stop the agent, move journal.json, trust.json and audit away together, and approve what is to run with --base none"
 
 // observe lists the workloads of every backend that answers, sorted by name.
 func (h *host) observe(ctx context.Context) ([]reconciler.Have, error) {
@@ -99,7 +115,7 @@ func (h *host) commit(ctx context.Context, revision string) (string, error) {
 		return head.ID, err
 	}
 	if err != nil { // the head cannot be had: what this host knows can still be asked about
-		rec, err := h.journal.Load()
+		rec, err := h.record()
 		if err != nil {
 			return "", err
 		}

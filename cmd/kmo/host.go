@@ -279,7 +279,7 @@ func (h *host) openReconciler(context.Context) error {
 			return err
 		}
 		if _, err := state.Load(); !errors.Is(err, fs.ErrNotExist) || tree.N > 0 {
-			return &refusal.Error{Code: "E_STATE", Subject: h.journal.Path, Got: "no journal, although this host has accepted commits", Want: "the journal as kMO left it"}
+			return noJournal(h.journal.Path)
 		}
 		if err := h.journal.Save(reconciler.Record{Seq: 1, Host: string(h.config.Host)}); err != nil {
 			return err
