@@ -172,6 +172,9 @@ func (c *ruleCache) of(load func(fs.FS) (*policy.Set, error), tree trust.Tree) (
 // render loads a commit's site and renders it for this host.
 func (r *Reconciler) render(ctx context.Context, commit Commit) (*desired, error) {
 	site, err := r.loader.Load(commit.Tree)
+	if err == nil {
+		err = r.ours(site.Config)
+	}
 	if err != nil {
 		return nil, err
 	}
@@ -184,6 +187,16 @@ func (r *Reconciler) render(ctx context.Context, commit Commit) (*desired, error
 		return nil, err
 	}
 	return &desired{commit: commit, site: site, plan: plan, prints: host.Fingerprints}, nil
+}
+
+// ours refuses a site that is not the one this host follows, or that does not know the host's zone: nothing would run, and well.
+func (r *Reconciler) ours(site template.Config) error {
+	got := fmt.Sprintf("site %s, branch %s, zones %v", site.Site, site.Branch, site.Zones)
+	if string(site.Site) != r.Trust.Site || string(site.Branch) != r.Trust.Branch || !slices.Contains(site.Zones, template.Name(r.Host.Zone)) {
+		return &refusal.Error{Code: "E_FIT", Subject: "site.yaml", Got: refusal.Clip(got, 300),
+			Want: fmt.Sprintf("what this host's agent.yaml says: site %s, branch %s, zone %s", r.Trust.Site, r.Trust.Branch, r.Host.Zone)}
+	}
+	return nil
 }
 
 // host is the facts of this host with what its backends can do now.
