@@ -59,7 +59,7 @@ func (h *host) serve(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	server := &http.Server{Handler: h.api(), ReadHeaderTimeout: 10 * time.Second, MaxHeaderBytes: 64 << 10,
+	server := &http.Server{Handler: h.api(ctx), ReadHeaderTimeout: 10 * time.Second, MaxHeaderBytes: 64 << 10,
 		BaseContext: func(net.Listener) context.Context { return ctx }}
 	h.agent = true
 	var group sync.WaitGroup

@@ -33,15 +33,16 @@ type Status struct {
 	Trouble   string            `json:"trouble,omitempty"` // why the workloads could not be listed
 }
 
-// api is what the other commands ask of a host: over its agent's socket, or of a host opened for the one command.
-func (h *host) api() http.Handler {
+// api is what the other commands ask of a host: over its agent's socket, or of a host opened for the one command. A reconcile that is asked for
+// ends with running, not with the request: who has stopped waiting stops no try.
+func (h *host) api(running context.Context) http.Handler {
 	mux := http.NewServeMux()
 	mux.HandleFunc("GET /healthz", func(w http.ResponseWriter, _ *http.Request) { _, _ = io.WriteString(w, "ok\n") })
 	mux.HandleFunc("GET /metrics", h.metrics)
 	mux.HandleFunc("GET /status", answer(func(r *http.Request) (any, error) { return h.status(r.Context()) }))
 	mux.HandleFunc("GET /plan", answer(func(r *http.Request) (any, error) { return h.plan(r.Context(), r.FormValue("revision")) }))
 	mux.HandleFunc("GET /explain", answer(func(r *http.Request) (any, error) { return h.explain(r.Context(), r.FormValue("revision")) }))
-	mux.HandleFunc("POST /reconcile", answer(func(r *http.Request) (any, error) { return h.reconcile(r.Context()) }))
+	mux.HandleFunc("POST /reconcile", answer(func(*http.Request) (any, error) { return h.reconcile(running) }))
 	mux.HandleFunc("GET /logs", h.logs)
 	return mux
 }
@@ -131,7 +132,7 @@ func dialOnce(ctx context.Context, flags *hostFlags) (*client, error) {
 	if err != nil {
 		return nil, err
 	}
-	transport := &local{handler: h.api()}
+	transport := &local{handler: h.api(ctx)}
 	return &client{http: http.Client{Transport: transport}, close: func() error {
 		transport.running.Wait() // it works with what is closed next
 		return h.close()
