@@ -31,6 +31,7 @@ type vitals struct {
 	failing map[string]failing   // those whose last probe failed
 	checked int                  // index of the workload whose base was last checked
 	when    time.Time            // of that check
+	ailing  Outcome              // what the last probes came to; "" if nothing is wrong
 }
 
 type failing struct {
@@ -179,7 +180,36 @@ func (r *Reconciler) health(ctx context.Context, good *desired, have []Have) tro
 			break
 		}
 	}
+	r.vitals.ailing = worst.outcome
 	return worst
+}
+
+// Due is how long it is until a probe of the good commit is to be made; ok is false where none is, and while another commit is being tried.
+func (r *Reconciler) Due() (wait time.Duration, ok bool) {
+	if r.good == nil || !r.good.ready || r.saved.Trying != "" {
+		return 0, false
+	}
+	for _, target := range r.good.all() {
+		left := time.Until(r.vitals.asked[target.Workload].Add(target.Probe.Every))
+		if !ok || left < wait {
+			wait, ok = left, true
+		}
+	}
+	return max(wait, 0), ok
+}
+
+// Probe makes the probes that are due between two looks at the branch: it asks no remote and mends nothing. news says that they come to
+// something else than those before, which is for Reconcile to tell and to act on.
+func (r *Reconciler) Probe(ctx context.Context) (news bool, err error) {
+	if _, due := r.Due(); !due {
+		return false, nil
+	}
+	have, err := r.observe(ctx)
+	if err != nil {
+		return false, err
+	}
+	before := r.vitals.ailing
+	return r.health(ctx, r.good, have).outcome != before, nil
 }
 
 // checkBase reads the base of one workload again, each time another one's, and makes it good if a byte has changed. One that could not be

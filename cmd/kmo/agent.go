@@ -108,14 +108,51 @@ func (h *host) loop(ctx context.Context) error {
 		case err != nil:
 			h.logger.Error("reconcile", "err", err)
 		}
-		timer := time.NewTimer(delay.after(rec, err))
+		h.rest(ctx, pushed, time.Now().Add(delay.after(rec, err)))
+	}
+}
+
+// probePause bounds how often what runs is probed, however often its units ask for it.
+const probePause = 250 * time.Millisecond
+
+// rest waits until the branch is to be looked at: at that time, after a push, or when the probes that are made meanwhile come to something new.
+func (h *host) rest(ctx context.Context, pushed <-chan struct{}, look time.Time) {
+	for probing := true; ; {
+		wait, due := h.due()
+		due = due && probing
+		if left := time.Until(look); !due || left < wait {
+			wait, due = left, false
+		} else {
+			wait = max(wait, probePause)
+		}
+		timer := time.NewTimer(wait)
 		select {
 		case <-ctx.Done():
 		case <-pushed:
 		case <-timer.C:
+			if due {
+				news, err := h.probe(ctx)
+				probing = err == nil // what does not answer now is for the next look to tell
+				if !news {
+					continue
+				}
+			}
 		}
 		timer.Stop()
+		return
 	}
+}
+
+func (h *host) due() (time.Duration, bool) {
+	h.line.Lock()
+	defer h.line.Unlock()
+	return h.reconciler.Due()
+}
+
+func (h *host) probe(ctx context.Context) (news bool, err error) {
+	h.line.Lock()
+	defer h.line.Unlock()
+	return h.reconciler.Probe(ctx)
 }
 
 // delay spaces the looks: the poll with jitter, sooner and then ever later while the world does not answer.

@@ -56,7 +56,7 @@ type host struct {
 	reconciler *reconciler.Reconciler
 	preview    preview
 	agent      bool
-	line       sync.Mutex // one reconcile at a time
+	line       sync.Mutex // one reconcile or probe at a time
 	counts     counts
 }
 
