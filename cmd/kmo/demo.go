@@ -260,7 +260,7 @@ func (d *demo) perform(ctx context.Context, number int, a act) error {
 		_, _ = fmt.Fprintf(d.out, "   %s: %s\n", rec.Stage, strings.ReplaceAll(rec.Reason, "\n", "\n   "))
 	}
 	if err != nil || !strings.Contains(rec.Reason, a.says) {
-		return fmt.Errorf("act %d, %s: it ended %s at %s: %s; it must end %s and say %q (%w)", number, a.title, rec.Outcome, rec.Stage, rec.Reason, a.outcome, a.says, err)
+		return errors.Join(fmt.Errorf("act %d, %s: it ended %s at %s: %s; it must end %s and say %q", number, a.title, rec.Outcome, rec.Stage, rec.Reason, a.outcome, a.says), err)
 	}
 	if a.check == nil {
 		return nil
@@ -324,7 +324,7 @@ func (d *demo) takenBack(ctx context.Context) (string, error) {
 		return "", err
 	}
 	if same, err := d.git(ctx, "diff", "HEAD", "HEAD~2"); err != nil || same != "" || !strings.Contains(log, "Revert to") {
-		return "", fmt.Errorf("the branch does not end in a revert to the good content (%w): %s", err, log)
+		return "", errors.Join(fmt.Errorf("the branch does not end in a revert to the good content: %s%s", log, same), err)
 	}
 	page, err := d.serves("relay", "relay 1")(ctx)
 	return "git log:\n" + log + page, err

@@ -19,6 +19,7 @@ import (
 	"github.com/spf13/cobra"
 	"golang.org/x/term"
 
+	"github.com/kindos/kmo/policy/refusal"
 	"github.com/kindos/kmo/policy/trust"
 	"github.com/kindos/kmo/reconciler"
 )
@@ -400,7 +401,7 @@ func printPlan(w io.Writer, p reconciler.Preview) {
 	}
 }
 
-// compact is a value in one line of JSON, at most 120 bytes of it.
+// compact is a value in one line of JSON, at most 120 bytes of it and none that would steer a terminal.
 func compact(value any) string {
 	if value == nil {
 		return "nothing"
@@ -409,10 +410,7 @@ func compact(value any) string {
 	if err != nil {
 		return err.Error()
 	}
-	if len(text) > 120 {
-		return string(text[:117]) + "..."
-	}
-	return string(text)
+	return refusal.Clip(string(text), 120)
 }
 
 // approvalsInWords says which approvals of a unit count, which do not and why, and how many are missing.
