@@ -19,7 +19,7 @@ import (
 )
 
 func agentCommand() *cobra.Command {
-	flags := &hostFlags{}
+	flags := &hostFlags{makes: true}
 	cmd := &cobra.Command{
 		Use:   "agent",
 		Short: "Keep this host as the branch says, until stopped",

@@ -128,7 +128,10 @@ func dialOnce(ctx context.Context, flags *hostFlags) (*client, error) {
 		}}
 		return &client{http: http.Client{Transport: transport}, close: func() error { transport.CloseIdleConnections(); return nil }, agent: true}, nil
 	}
-	h, err := openHost(ctx, &hostFlags{config: flags.config, state: flags.state, command: true}, os.Stderr)
+	if flags.glances {
+		return glance(flags)
+	}
+	h, err := openHost(ctx, &hostFlags{config: flags.config, state: flags.state, makes: flags.makes, command: true}, os.Stderr)
 	if err != nil {
 		return nil, err
 	}
@@ -137,6 +140,25 @@ func dialOnce(ctx context.Context, flags *hostFlags) (*client, error) {
 		transport.running.Wait() // it works with what is closed next
 		return h.close()
 	}}, nil
+}
+
+// glance answers what the status is from the journal alone: it takes no lock and starts no plugin, so that it can be asked every second,
+// and an agent can start meanwhile.
+func glance(flags *hostFlags) (*client, error) {
+	config, err := loadConfig(flags.config)
+	if err != nil {
+		return nil, err
+	}
+	if err := claim(flags.state, false); err != nil {
+		return nil, err
+	}
+	h := &host{config: config, journal: reconciler.FileJournal{Path: filepath.Join(flags.state, "journal.json")}}
+	status := answer(func(r *http.Request) (any, error) {
+		s, err := h.status(r.Context())
+		s.Trouble = "not looked at while no agent is running; 'kmo status' without --watch does"
+		return s, err
+	})
+	return &client{http: http.Client{Transport: &local{handler: status}}, close: func() error { return nil }}, nil
 }
 
 // local answers requests by calling the handler.

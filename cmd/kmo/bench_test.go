@@ -139,7 +139,7 @@ func many(b *testing.B, n int) (*world, *host) {
 	w.write("many", files)
 	w.push()
 	commit := w.accept()
-	h, err := openHost(b.Context(), &hostFlags{config: filepath.Join(w.dir, "agent.yaml"), state: w.state()}, os.Stderr)
+	h, err := openHost(b.Context(), &hostFlags{config: filepath.Join(w.dir, "agent.yaml"), state: w.state(), makes: true}, os.Stderr)
 	if err != nil {
 		b.Fatal(err)
 	}

@@ -55,6 +55,7 @@ type host struct {
 	plugins    []*plugin.Client
 	reconciler *reconciler.Reconciler
 	preview    preview
+	makes      bool // the state folder may be made
 	agent      bool
 	line       sync.Mutex // one reconcile or probe at a time
 	counts     counts
@@ -68,7 +69,10 @@ type preview struct {
 
 // openHost opens this host for one process: it takes the lock and starts the backends' plugins.
 func openHost(ctx context.Context, flags *hostFlags, stderr io.Writer) (h *host, err error) {
-	h = &host{backends: map[string]backends.Backend{}}
+	if err := runsHere(); err != nil {
+		return nil, err
+	}
+	h = &host{backends: map[string]backends.Backend{}, makes: flags.makes}
 	defer func() {
 		if err != nil {
 			err = errors.Join(err, h.close())
@@ -116,12 +120,9 @@ func onceFree[T any](ctx context.Context, try func() (T, error)) (T, error) {
 	}
 }
 
-// openState makes and locks the state folder and opens the audit log.
+// openState claims and locks the state folder and opens the audit log.
 func (h *host) openState(context.Context) error {
-	if err := os.MkdirAll(h.dir, 0o700); err != nil {
-		return err
-	}
-	if err := os.Chmod(h.dir, 0o700); err != nil {
+	if err := claim(h.dir, h.makes); err != nil {
 		return err
 	}
 	lock, err := os.OpenFile(filepath.Join(h.dir, "lock"), os.O_CREATE|os.O_RDWR, 0o600)
@@ -134,7 +135,7 @@ func (h *host) openState(context.Context) error {
 	} else if err != nil {
 		return fmt.Errorf("locking the state folder %s: %w", h.dir, err)
 	}
-	if err := sweep(h.dir, filepath.Join(h.dir, "audit")); err != nil {
+	if err := sweep(h.dir); err != nil {
 		return err
 	}
 	key, err := auditKey(filepath.Join(h.dir, "audit.key"))
@@ -150,29 +151,6 @@ func (h *host) openState(context.Context) error {
 	return err
 }
 
-// sweep removes what a process killed while it replaced a file has left beside it: .NAME and a number. The lock is held.
-func sweep(folders ...string) error {
-	for _, folder := range folders {
-		list, err := os.ReadDir(folder)
-		if errors.Is(err, fs.ErrNotExist) {
-			continue
-		}
-		if err != nil {
-			return err
-		}
-		for _, one := range list {
-			name := one.Name()
-			if name[0] != '.' || name[len(name)-1] < '0' || name[len(name)-1] > '9' {
-				continue
-			}
-			if err := os.Remove(filepath.Join(folder, name)); err != nil {
-				return fmt.Errorf("removing a half-written file: %w", err)
-			}
-		}
-	}
-	return nil
-}
-
 // auditKey reads the key that signs the audit log's checkpoints, and makes one on a new host.
 func auditKey(path string) (ed25519.PrivateKey, error) {
 	seed, err := os.ReadFile(path)
@@ -182,6 +160,9 @@ func auditKey(path string) (ed25519.PrivateKey, error) {
 			return nil, err
 		}
 		if err := renameio.WriteFile(path, seed, 0o600, renameio.WithTempDir(filepath.Dir(path))); err != nil { // half a key would be an alarm for ever
+			return nil, err
+		}
+		if err := syncFolder(filepath.Dir(path)); err != nil {
 			return nil, err
 		}
 	} else if err != nil {

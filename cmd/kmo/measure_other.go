@@ -9,7 +9,9 @@ import (
 	"github.com/kindos/kmo/reconciler/template"
 )
 
-// measure says that only Linux hosts run anything.
-func measure(*template.Host, string) error {
-	return fmt.Errorf("a host that runs workloads needs Linux; this is %s, for writing, planning and approving", runtime.GOOS)
+// runsHere says what works on a system that no host runs on.
+func runsHere() error {
+	return fmt.Errorf("hosts run on Linux, and 'kmo plan' compares with what one runs; this is %s, which has kmo site, image, policy, key and approve", runtime.GOOS)
 }
+
+func measure(*template.Host, string) error { return runsHere() }

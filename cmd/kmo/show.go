@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"maps"
@@ -49,8 +50,8 @@ func (o *output) print(w io.Writer, value any, text func(io.Writer)) error {
 }
 
 // ask makes a command that gets one value of a host and prints it; the value's own outcome may become the exit status.
-func ask[T any](cmd *cobra.Command, method, path string, query func(args []string) url.Values, text func(io.Writer, T), outcome func(T) error) *cobra.Command {
-	flags, out := &hostFlags{}, &output{}
+func ask[T any](cmd *cobra.Command, flags *hostFlags, method, path string, query func(args []string) url.Values, text func(io.Writer, T), outcome func(T) error) *cobra.Command {
+	out := &output{}
 	flags.add(cmd)
 	out.add(cmd)
 	cmd.RunE = func(cmd *cobra.Command, args []string) error {
@@ -80,7 +81,7 @@ func reconcileCommand() *cobra.Command {
 Exit statuses: 0 converged, 1 error or waiting, 2 usage, 3 refused, 4 reverted or stuck.`,
 		Example: "  kmo reconcile\n  kmo reconcile -o json | jq .reason",
 		Args:    cobra.NoArgs,
-	}, "POST", "/reconcile", noQuery, printRecord, func(rec reconciler.Record) error { return exitOf(rec) })
+	}, &hostFlags{makes: true}, "POST", "/reconcile", noQuery, printRecord, func(rec reconciler.Record) error { return exitOf(rec) })
 }
 
 func noQuery([]string) url.Values { return nil }
@@ -128,7 +129,7 @@ func printRecord(w io.Writer, rec reconciler.Record) {
 }
 
 func statusCommand() *cobra.Command {
-	var watch bool
+	flags := &hostFlags{}
 	cmd := &cobra.Command{
 		Use:   "status",
 		Short: "What this host runs, and how the last reconcile ended",
@@ -138,22 +139,22 @@ Exit statuses: 0 converged, 1 error, waiting or still trying, 2 usage, 3 refused
 		Example: "  kmo status\n  kmo status --watch\n  kmo status -o json | jq -r '.workloads[].name'",
 		Args:    cobra.NoArgs,
 	}
-	cmd = ask(cmd, "GET", "/status", noQuery, printStatus, func(s Status) error { return exitOf(s.Record) })
+	cmd = ask(cmd, flags, "GET", "/status", noQuery, printStatus, func(s Status) error { return exitOf(s.Record) })
 	once := cmd.RunE
 	cmd.RunE = func(cmd *cobra.Command, args []string) error {
-		if !watch {
+		if !flags.glances {
 			return once(cmd, args)
 		}
 		return redraw(cmd, func(out io.Writer) {
 			cmd.SetOut(out)
 			if err := once(cmd, args); err != nil {
-				if _, said := err.(status); !said { //nolint:errorlint // made in this file, never wrapped
+				if exit := status(0); !errors.As(err, &exit) {
 					_, _ = fmt.Fprintln(out, "kmo:", err)
 				}
 			}
 		})
 	}
-	cmd.Flags().BoolVarP(&watch, "watch", "w", false, "draw again every second, in place, until interrupted")
+	cmd.Flags().BoolVarP(&flags.glances, "watch", "w", false, "draw again every second, in place, until interrupted")
 	return cmd
 }
 
@@ -333,7 +334,7 @@ approvals count and which are missing. Without a commit it is the branch's head.
 Exit statuses: 0 it would run, 1 error, 2 usage, 3 it would be refused.`,
 		Example: "  kmo plan\n  kmo plan 3f9a2c1d -o json | jq .steps",
 		Args:    cobra.MaximumNArgs(1),
-	}, "GET", "/plan", revisionQuery, printPlan, func(p reconciler.Preview) error {
+	}, &hostFlags{}, "GET", "/plan", revisionQuery, printPlan, func(p reconciler.Preview) error {
 		if p.Stage != "" {
 			return status(exitRefused)
 		}
@@ -351,7 +352,7 @@ commit it is the branch's head.
 Exit statuses: 0 good, 1 error, 2 usage.`,
 		Example: "  kmo explain 3f9a2c1d\n  kmo explain -o json",
 		Args:    cobra.MaximumNArgs(1),
-	}, "GET", "/explain", revisionQuery, printExplanation, func(Explanation) error { return nil })
+	}, &hostFlags{}, "GET", "/explain", revisionQuery, printExplanation, func(Explanation) error { return nil })
 }
 
 func revisionQuery(args []string) url.Values {
