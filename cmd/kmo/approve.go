@@ -2,6 +2,7 @@ package main
 
 import (
 	"bufio"
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -16,6 +17,7 @@ import (
 	"github.com/spf13/cobra"
 	"golang.org/x/crypto/ssh"
 
+	"github.com/kindos/kmo/policy/refusal"
 	"github.com/kindos/kmo/policy/trust"
 	"github.com/kindos/kmo/reconciler"
 	"github.com/kindos/kmo/reconciler/gitrepo"
@@ -40,12 +42,16 @@ func approveCommand() *cobra.Command {
 under approvals/. Commit and push those files; hosts count them. An approval names contents, so it survives a rebase and
 dies with the slightest change.
 
+Without --base the upstream is what hosts run: right before a push. After a pull there is nothing between the two, and it says which commits
+can be the base instead.
+
 The key is a private SSH key file, a public one whose private half the ssh-agent holds, or, without --key, the agent's only key.
 
 Exit statuses: 0 approved, 1 error or not approved, 2 usage, 3 refused.`,
 		Example: `  git commit -S -am "relay: lower latency"
   kmo approve --base origin/main --key ~/.ssh/id_ed25519
-  git add approvals && git commit -S -m "approve relay" && git push`,
+  git add approvals && git commit -S -m "approve relay" && git push
+  git pull && kmo approve --base 3f9a2c1d    # what 'kmo status' on a host shows as good`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error { return a.run(cmd) },
 	}
@@ -90,6 +96,9 @@ func (a *approving) run(cmd *cobra.Command) (err error) {
 	changed = slices.DeleteFunc(changed, func(u trust.UnitFacts) bool {
 		return len(a.units) == 0 && u.Need == 0 || len(a.units) > 0 && !slices.Contains(a.units, u.Unit)
 	})
+	if len(changed) == 0 && before.ID == after.ID {
+		return a.noBase(cmd.Context(), source, verifier, after)
+	}
 	if len(changed) == 0 {
 		return errors.New("nothing to approve: no changed unit needs it")
 	}
@@ -116,6 +125,38 @@ func (a *approving) run(cmd *cobra.Command) (err error) {
 		_, _ = fmt.Fprintln(cmd.OutOrStdout(), name)
 	}
 	return nil
+}
+
+// bases is how many commits before the head are proposed as a base.
+const bases = 5
+
+// noBase says that the head is compared with itself, as it is after a pull, and what else it can be compared with.
+func (a *approving) noBase(ctx context.Context, source *gitrepo.Repository, verifier *trust.Verifier, head reconciler.Commit) error {
+	text := "nothing to approve: the base, " + cmp.Or(a.base, "the branch's upstream") + ", is the head itself.\n" +
+		"--base must name the commit that the hosts run, which 'kmo status' on one of them shows as good"
+	list, err := a.git(ctx, "log", "--first-parent", "--skip=1", fmt.Sprintf("--max-count=%d", bases), "--format=%H %s", head.ID)
+	if err != nil {
+		return err
+	}
+	for _, line := range strings.Split(list, "\n") {
+		id, subject, _ := strings.Cut(line, " ")
+		before, err := source.At(ctx, id)
+		if err != nil {
+			break // there is none before the first
+		}
+		changed, err := verifier.Compare(before, head)
+		if err != nil {
+			return err
+		}
+		var need []string
+		for _, unit := range changed {
+			if unit.Need > 0 {
+				need = append(need, unit.Unit)
+			}
+		}
+		text += fmt.Sprintf("\n  --base %s  %s: %s to approve", short(id), refusal.Clip(subject, 60), cmp.Or(strings.Join(need, ", "), "nothing"))
+	}
+	return errors.New(text + "\n  --base none  if no host runs anything yet")
 }
 
 // keep writes an approval's file into the checked-out site.
