@@ -21,6 +21,8 @@ type Preview struct {
 	Stage    string           `json:"stage,omitempty"` // where it would be refused; empty if it would run
 	Refusals []*refusal.Error `json:"refusals,omitempty"`
 	Facts    trust.Facts      `json:"facts"`
+	Policy   string           `json:"policy,omitempty"`    // digest of the rules that judged; "" if it did not come to that
+	Rules    int              `json:"evaluated,omitempty"` // how many of the shipped rules looked
 	Warned   []policy.Denial  `json:"warned,omitempty"`
 	Steps    []Step           `json:"steps"`
 	Skipped  []template.Skip  `json:"skipped,omitempty"` // units not placed on this host, and why
@@ -51,6 +53,7 @@ func (r *Reconciler) Preview(ctx context.Context, id string) (Preview, error) {
 	next, stage, err := r.assess(ctx, rec, commit)
 	if next != nil {
 		preview.Facts, preview.Warned, preview.Skipped = next.facts, next.decision.Warned, next.plan.Skipped
+		preview.Policy, preview.Rules = next.decision.Policy.String(), len(next.decision.Evaluated)
 	}
 	if err == nil {
 		stage, err = "policy", next.decision.Refusal()

@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"net/http"
 	"slices"
 	"strings"
@@ -142,8 +143,10 @@ func (h *host) commit(ctx context.Context, revision string) (string, error) {
 
 // Explanation is what the audit log says of a commit.
 type Explanation struct {
-	Commit  string         `json:"commit"`
-	Records []audit.Record `json:"records"`
+	Commit   string           `json:"commit"`
+	Records  []audit.Record   `json:"records"`
+	Replayed map[int64]string `json:"replayed,omitempty"` // by a decision's index, what deciding again came to
+	Within   string           `json:"within,omitempty"`   // the good commit, if this one has no record and came in with it
 }
 
 // explain collects the audit log's records of a commit: also of one that was not let in, or that the branch has no more.
@@ -156,8 +159,84 @@ func (h *host) explain(ctx context.Context, revision string) (e Explanation, err
 		return e, err
 	}
 	e.Commit = id
-	e.Records, err = h.audit.ByCommit(id)
+	if e.Records, err = h.audit.ByCommit(id); err != nil {
+		return e, err
+	}
+	if len(e.Records) == 0 {
+		e.Within, err = h.within(ctx, id)
+	}
+	for _, record := range e.Records {
+		if record.Kind == "decision" {
+			if e.Replayed == nil {
+				e.Replayed = map[int64]string{}
+			}
+			e.Replayed[record.Index] = h.replay(ctx, record)
+		}
+	}
 	return e, err
+}
+
+// within is the good commit if that commit is an ancestor of it.
+func (h *host) within(ctx context.Context, id string) (string, error) {
+	rec, err := h.journal.Load()
+	if err != nil || rec.Good == "" {
+		return "", err
+	}
+	in, err := h.source.Ancestor(ctx, id, rec.Good)
+	if !in {
+		return "", err
+	}
+	return rec.Good, err
+}
+
+// replay decides again what a record holds the decision of, from the bytes that were judged and the rules that judged, and says what came of it.
+func (h *host) replay(ctx context.Context, record audit.Record) string {
+	var entry reconciler.DecisionEntry
+	var judged policy.Input
+	err := json.Unmarshal(record.Body, &entry)
+	if err == nil {
+		err = json.Unmarshal(entry.Decision.Input, &judged)
+	}
+	if err != nil {
+		return "not replayed: " + err.Error()
+	}
+	then := entry.Decision
+	set, err := h.rulesAt(ctx, cmp.Or(judged.Change.Base, judged.Commit))
+	switch {
+	case err != nil:
+		return "not replayed: " + err.Error()
+	case set.Digest() != then.Policy:
+		return fmt.Sprintf("not replayed: it was made by policy %s, and this kmo with the site's rules of then is policy %s", then.Policy.Short(), set.Digest().Short())
+	}
+	now, err := set.Replay(ctx, then.Input)
+	if err != nil && refusal.Of(err) == nil {
+		return "not replayed: " + err.Error()
+	}
+	return again(then, now)
+}
+
+// again compares a decision with itself made again.
+func again(then, now policy.Decision) string {
+	if !slices.Equal(now.Denied, then.Denied) || !slices.Equal(now.Warned, then.Warned) || !slices.Equal(now.Evaluated, then.Evaluated) {
+		return fmt.Sprintf("REPLAY DIFFERS: %d rules look, denied: %v", len(now.Evaluated), now.Denied)
+	}
+	return "replayed: the same answer"
+}
+
+// rulesAt are the shipped rules with the site's own as a commit has them.
+func (h *host) rulesAt(ctx context.Context, id string) (*policy.Set, error) {
+	commit, err := h.source.At(ctx, id)
+	if err != nil {
+		return nil, err
+	}
+	if commit.Tree.ObjectID("policy") == "" {
+		return rules(nil)
+	}
+	own, err := fs.Sub(commit.Tree, "policy")
+	if err != nil {
+		return nil, err
+	}
+	return rules(own)
 }
 
 // judged is the one commit of which the audit log speaks and whose id begins so, "" if there is none.
@@ -184,11 +263,18 @@ func abbreviated(text string) bool {
 // printExplanation tells it in plain words.
 func printExplanation(w io.Writer, e Explanation) {
 	_, _ = fmt.Fprintf(w, "commit %s\n", e.Commit)
-	if len(e.Records) == 0 {
+	switch {
+	case e.Within != "":
+		_, _ = fmt.Fprintf(w, "  not judged by itself: it came in as part of an accepted head, and is in the history of the good commit %s\n", short(e.Within))
+	case len(e.Records) == 0:
 		_, _ = fmt.Fprintln(w, "  this host has not judged it")
 	}
 	for _, record := range e.Records {
-		_, _ = fmt.Fprintf(w, "%s  #%d %s\n", record.Time.Local().Format("2006-01-02 15:04:05"), record.Index, strings.Join(inWords(record), "\n    "))
+		lines := inWords(record)
+		if replayed := e.Replayed[record.Index]; replayed != "" {
+			lines = append(lines, refusal.Clip(replayed, 500))
+		}
+		_, _ = fmt.Fprintf(w, "%s  #%d %s\n", record.Time.Local().Format("2006-01-02 15:04:05"), record.Index, strings.Join(lines, "\n    "))
 	}
 }
 

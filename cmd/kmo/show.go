@@ -23,6 +23,7 @@ import (
 	"github.com/kindos/kmo/policy/refusal"
 	"github.com/kindos/kmo/policy/trust"
 	"github.com/kindos/kmo/reconciler"
+	"github.com/kindos/kmo/registry/merkle"
 )
 
 // output is how a command prints its answer.
@@ -346,8 +347,8 @@ func explainCommand() *cobra.Command {
 	return ask(&cobra.Command{
 		Use:   "explain [COMMIT]",
 		Short: "Why a commit was accepted, refused or reverted here",
-		Long: `Why a commit was accepted, refused or reverted on this host, in plain words, with the records of the audit log behind it. Without a
-commit it is the branch's head.
+		Long: `Why a commit was accepted, refused or reverted on this host, in plain words, with the records of the audit log behind it. Each decision is
+made again, from the same input by the same rules, and it says whether the answer is the same. Without a commit it is the branch's head.
 
 Exit statuses: 0 good, 1 error, 2 usage.`,
 		Example: "  kmo explain 3f9a2c1d\n  kmo explain -o json",
@@ -369,6 +370,9 @@ func printPlan(w io.Writer, p reconciler.Preview) {
 	}
 	for _, refused := range p.Refusals {
 		_, _ = fmt.Fprintf(w, "refused at %s: %v\n", p.Stage, refused)
+	}
+	if policy, err := merkle.Parse(p.Policy); err == nil && p.Stage != "policy" {
+		_, _ = fmt.Fprintf(w, "policy %s: allowed, %d rules\n", policy.Short(), p.Rules)
 	}
 	for _, warning := range p.Facts.Warnings {
 		_, _ = fmt.Fprintf(w, "warning: %s\n", warning)
