@@ -3,11 +3,18 @@ package main
 import (
 	"context"
 	"errors"
+	"fmt"
 	"net/http"
+	"net/http/httptest"
+	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
+	"github.com/kindos/kmo/backends"
 	"github.com/kindos/kmo/reconciler"
+	"github.com/kindos/kmo/registry"
+	"github.com/kindos/kmo/registry/merkle"
 )
 
 // TestDelay: a revert is looked for at once, once; a world that does not answer is asked ever less often.
@@ -64,5 +71,60 @@ func TestLocalEndsWithItsHandler(t *testing.T) {
 	case <-ended:
 	default:
 		t.Error("the wait was over before the handler")
+	}
+}
+
+// TestFetchThatNobodyWaitedFor: how it ended is told to who asks soon, since a look may wait less than a fetch takes; later it is no news.
+func TestFetchThatNobodyWaitedFor(t *testing.T) {
+	asked, release := make(chan struct{}, 100), make(chan struct{})
+	var requests atomic.Int64
+	server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+		asked <- struct{}{}
+		<-release
+		http.Error(w, fmt.Sprintf("no such thing %d", requests.Add(1)), http.StatusNotFound)
+	}))
+	defer server.Close()
+	patience := 10 * time.Millisecond
+	i := &images{store: &registry.Store{Dir: t.TempDir()}, jobs: map[string]*job{}, patience: func() time.Duration { return patience }}
+	image := backends.Image{Ref: server.Listener.Addr().String() + "/relay@sha256:" + strings.Repeat("0", 64), Root: merkle.BlobRoot(nil)}
+	fetch := func() error {
+		_, err := i.Fetch(t.Context(), image, backends.Native)
+		return err
+	}
+	late := func() *job {
+		t.Helper()
+		if err := fetch(); !errors.Is(err, errFetching) {
+			t.Fatalf("%v, want that it is being fetched", err)
+		}
+		i.mu.Lock()
+		defer i.mu.Unlock()
+		for _, one := range i.jobs {
+			return one
+		}
+		t.Fatal("no fetch is under way")
+		return nil
+	}
+	begun := late()
+	<-asked
+	if late() != begun {
+		t.Fatal("the fetch was begun twice")
+	}
+	close(release)
+	<-begun.done
+	patience = 0
+	if err := fetch(); err == nil || err != begun.err { //nolint:errorlint // the very one
+		t.Fatalf("%v, want how the fetch ended, %v", err, begun.err)
+	}
+	if len(i.jobs) != 0 {
+		t.Fatal("it is told twice")
+	}
+	old := &job{done: begun.done, err: begun.err, ended: time.Now().Add(-time.Hour)}
+	i.jobs[fmt.Sprintln(image.Ref, image.Root, backends.Native)] = old
+	i.jobs["another"] = old
+	if err := fetch(); err == nil || err == begun.err { //nolint:errorlint // the very one
+		t.Fatalf("%v, want how it ends now", err)
+	}
+	if len(i.jobs) != 0 {
+		t.Fatalf("%d fetches that ended long ago are kept", len(i.jobs))
 	}
 }

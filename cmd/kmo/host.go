@@ -9,6 +9,7 @@ import (
 	"io"
 	"io/fs"
 	"log/slog"
+	"maps"
 	"os"
 	"path/filepath"
 	"runtime"
@@ -337,12 +338,16 @@ type images struct {
 	jobs     map[string]*job // fetches under way, by what was asked for
 }
 
-// job is one fetch under way.
+// job is one fetch under way, or one that ended while nobody waited.
 type job struct {
 	done    chan struct{}
+	ended   time.Time // zero while it is under way; images.mu guards it
 	content registry.Content
 	err     error
 }
+
+// news is how long the end of a fetch is told to who asks for it next; after that the fetch is begun anew.
+const news = 5 * time.Minute
 
 // errFetching says that an image is on its way.
 var errFetching = errors.New("its image is still being fetched")
@@ -387,6 +392,7 @@ func (i *images) Fetch(ctx context.Context, image backends.Image, format backend
 func (i *images) fetch(ctx context.Context, ref registry.Reference, image backends.Image, format backends.Format) *job {
 	i.mu.Lock()
 	defer i.mu.Unlock()
+	maps.DeleteFunc(i.jobs, func(_ string, known *job) bool { return !known.ended.IsZero() && time.Since(known.ended) > news })
 	key := fmt.Sprintln(image.Ref, image.Root, format)
 	if known := i.jobs[key]; known != nil {
 		return known
@@ -396,6 +402,12 @@ func (i *images) fetch(ctx context.Context, ref registry.Reference, image backen
 	go func() {
 		defer close(begun.done)
 		begun.content, begun.err = i.store.Fetch(context.WithoutCancel(ctx), ref, image.Root, registry.Format(format))
+		i.mu.Lock()
+		defer i.mu.Unlock()
+		begun.ended = time.Now()
+		if begun.err == nil { // the store has it
+			delete(i.jobs, key)
+		}
 	}()
 	return begun
 }
