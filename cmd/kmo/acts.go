@@ -3,10 +3,12 @@ package main
 import (
 	"context"
 	"fmt"
+	"os"
 	"path/filepath"
 	"strings"
 
 	"github.com/kindos/kmo/reconciler"
+	"github.com/kindos/kmo/registry"
 )
 
 // unit is the text of a demo unit; rest follows the lines that all of them have.
@@ -45,7 +47,6 @@ func (d *demo) acts() []act {
 	_, privileged := d.unit("relay", "relay-1", 3, "needs: [bus]\nsecurity: {privileged: true}\n"+serving)
 	_, broken := d.unit("relay", "relay-2", 3, "needs: [bus]\n"+serving)
 	ledger, ledgerText := d.unit("ledger", "relay-1", 1, serving)
-	changed := strings.Replace(relayText, d.pins["relay-1"], d.swapped(), 1)
 	return []act{
 		{"v1: a native program that needs a WASM module", func(ctx context.Context) error {
 			if err := d.commit(ctx, "bus and relay", true, files(bus, busText, relay, relayText)); err != nil {
@@ -59,8 +60,12 @@ func (d *demo) acts() []act {
 		{"a unit that asks for all of the host", func(ctx context.Context) error {
 			return d.commit(ctx, "privileged", true, files(relay, privileged))
 		}, reconciler.Refused, "KT001", nil},
-		{"an image whose bytes were changed in the registry", func(ctx context.Context) error {
-			return d.commit(ctx, "another image under the same root", true, files(relay, changed))
+		{"an image whose bytes were changed in the registry, and the sha256 in the commit with them", func(ctx context.Context) error {
+			pins, err := d.tampered(ctx)
+			if err != nil {
+				return err
+			}
+			return d.commit(ctx, "relay as the registry has it", true, files(relay, strings.Replace(relayText, d.pins["relay-1"], pins, 1)))
 		}, reconciler.Refused, "E_MERKLE_ROOT", nil},
 		{"a tier-1 unit without its quorum", func(ctx context.Context) error {
 			return d.commit(ctx, "ledger", true, files(relay, relayText, ledger, ledgerText))
@@ -74,11 +79,24 @@ func (d *demo) acts() []act {
 	}
 }
 
-// swapped pins the sha256 of relay-2 with the kmo1 root of relay-1: what somebody gets who can push to the registry and change the
-// digest, but not find other bytes with the root that was reviewed.
-func (d *demo) swapped() string {
-	ours, theirs := strings.SplitAfter(d.pins["relay-1"], "\n"), strings.SplitAfter(d.pins["relay-2"], "\n")
-	return theirs[0] + ours[1]
+// tampered changes a byte of relay-1 in the registry, makes its manifest fit, and returns the pins of a commit that follows the registry:
+// the sha256 that it has now, with the root of what was reviewed. Whoever can do both cannot find other bytes with that root.
+func (d *demo) tampered(ctx context.Context) (pins string, err error) {
+	program, err := os.ReadFile(filepath.Join(d.programs, "relay-1"))
+	if err != nil {
+		return "", err
+	}
+	program[len(program)-1] ^= 1
+	path := filepath.Join(d.dir, "tampered")
+	if err := os.WriteFile(path, program, 0o755); err != nil {
+		return "", err
+	}
+	err = withStore(func(store *registry.Store) error {
+		pins, err = d.pushImage(ctx, store, path, "relay-1", registry.Native)
+		return err
+	})
+	now, reviewed := strings.SplitAfter(pins, "\n"), strings.SplitAfter(d.pins["relay-1"], "\n")
+	return now[0] + reviewed[1], err
 }
 
 // good is the commit that the host runs.

@@ -135,18 +135,22 @@ func (d *demo) serveImages(ctx context.Context) error {
 			if _, err := os.Stat(path); err != nil {
 				return fmt.Errorf("the demo's programs are not built: %w; 'make demo' builds them", err)
 			}
-			place, err := registry.ParsePlace(d.registry + "/" + strings.TrimSuffix(program, ".wasm"))
-			if err != nil {
+			if d.pins[program], err = d.pushImage(ctx, store, path, strings.TrimSuffix(program, ".wasm"), as); err != nil {
 				return err
 			}
-			ref, root, err := store.PushFile(ctx, path, place, as)
-			if err != nil {
-				return err
-			}
-			d.pins[program] = fmt.Sprintf("  - %s: %s\n    merkle: %s\n", as, ref, root)
 		}
 		return nil
 	})
+}
+
+// pushImage pushes a program and returns the lines of unit.yaml that pin it.
+func (d *demo) pushImage(ctx context.Context, store *registry.Store, path, name string, as registry.Format) (string, error) {
+	place, err := registry.ParsePlace(d.registry + "/" + name)
+	if err != nil {
+		return "", err
+	}
+	ref, root, err := store.PushFile(ctx, path, place, as)
+	return fmt.Sprintf("  - %s: %s\n    merkle: %s\n", as, ref, root), err
 }
 
 func (d *demo) buildSite(ctx context.Context) error {

@@ -70,6 +70,26 @@ func TestScripts(t *testing.T) {
 	})
 }
 
+// TestDemo: 'kmo demo' plays every act to its end, and leaves nothing.
+func TestDemo(t *testing.T) {
+	b := binaries(t)
+	folder, err := os.MkdirTemp("/tmp", "kmo-demo-test-") // short: sockets lie below it
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = os.RemoveAll(folder) })
+	cmd := exec.CommandContext(t.Context(), b.kmo, "demo")
+	cmd.Env = append(os.Environ(), "TMPDIR="+folder)
+	out, err := cmd.CombinedOutput()
+	if err != nil || !strings.Contains(string(out), "\n7 acts ended as they must, in ") {
+		t.Fatalf("%v:\n%s", err, out)
+	}
+	if left, err := os.ReadDir(folder); err != nil || len(left) > 0 {
+		t.Errorf("%v is left, %v", left, err)
+	}
+	t.Logf("%s", out)
+}
+
 // setUp gives a script its home and its state folder, whose path must be short, and clears up after it.
 func setUp(env *testscript.Env, b built, bin string) error {
 	folder, err := os.MkdirTemp("/tmp", "kmo-")
