@@ -170,8 +170,9 @@ func threatTests(t *testing.T) map[string]map[string]bool {
 		if err != nil {
 			return err
 		}
-		for _, line := range strings.Split(string(text), "\n") {
-			if strings.HasPrefix(strings.TrimSpace(line), "//") {
+		lines := strings.Split(string(text), "\n")
+		for i, line := range lines {
+			if strings.HasPrefix(strings.TrimSpace(line), "//") || strings.HasPrefix(line, "#") && !doesSomething(lines[i+1:]) {
 				continue
 			}
 			for _, id := range testIDs(line) {
@@ -187,6 +188,23 @@ func threatTests(t *testing.T) map[string]map[string]bool {
 		t.Fatal(err)
 	}
 	return shown
+}
+
+// doesSomething says whether a script's lines begin with a command: an id in a comment stands for what is done right below it.
+func doesSomething(lines []string) bool {
+	return len(lines) > 0 && strings.TrimSpace(lines[0]) != "" && !strings.HasPrefix(lines[0], "#") && !strings.HasPrefix(lines[0], "-- ")
+}
+
+// TestAnIDStandsForACommand: a comment alone shows nothing.
+func TestAnIDStandsForACommand(t *testing.T) {
+	for text, want := range map[string]bool{"kmo status": true, "": false, "\nkmo status": false, "# more\nkmo status": false, "-- file --": false} {
+		if got := doesSomething(strings.Split(text, "\n")); got != want {
+			t.Errorf("%q: %v, want %v", text, got, want)
+		}
+	}
+	if doesSomething(nil) {
+		t.Error("the end of a script is no command")
+	}
 }
 
 var functionID = regexp.MustCompile(`^func Test[A-Za-z]*?((?:[TUP][0-9]{2})+)`)
