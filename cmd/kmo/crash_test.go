@@ -224,8 +224,8 @@ func (s *scene) strike(old []string, target step, i int, pushed <-chan error) {
 	s.t.Helper()
 	runtime.LockOSThread()
 	defer runtime.UnlockOSThread()
-	if err := unix.Setpriority(unix.PRIO_PROCESS, unix.Gettid(), -15); err != nil {
-		s.t.Fatal(err)
+	if err := unix.Setpriority(unix.PRIO_PROCESS, unix.Gettid(), -15); err != nil && i == 0 {
+		s.t.Logf("without more priority than the load, a kill may fall late: %v", err)
 	}
 	defer func() { _ = unix.Setpriority(unix.PRIO_PROCESS, unix.Gettid(), 0) }()
 	for deadline := time.Now().Add(30 * time.Second); !target.now(s); {
