@@ -7,7 +7,7 @@ VERSION := $(shell git describe --tags --always --dirty 2>/dev/null || echo unkn
 LDFLAGS := -s -w -X main.version=$(VERSION)
 TOOLS   := .cache/tools
 
-.PHONY: build demo test test-fast check bench fuzz generate cross clean need
+.PHONY: build demo test test-fast check vulnerabilities bench fuzz generate cross clean need
 
 build: ## the one binary, and the programs of the demo
 	CGO_ENABLED=0 $(GO) build -trimpath -ldflags '$(LDFLAGS)' -o bin/kmo ./cmd/kmo
@@ -15,7 +15,8 @@ build: ## the one binary, and the programs of the demo
 	CGO_ENABLED=0 $(GO) build -trimpath -ldflags '-s -w -X main.version=2 -X main.health=500' -o bin/programs/relay-2 ./fixtures/programs/relay
 	GOOS=wasip1 GOARCH=wasm $(GO) build -trimpath -ldflags '-s -w' -o bin/programs/bus.wasm ./fixtures/programs/bus
 
-demo: need build ## the whole story on this machine, in a temporary folder
+demo: build ## the whole story on this machine, in a temporary folder; git signs with ssh-keygen
+	.ci/need git ssh-keygen
 	bin/kmo demo
 
 test: need check cross ## everything, with the race detector
@@ -24,12 +25,15 @@ test: need check cross ## everything, with the race detector
 test-fast: ## the edit loop
 	$(GO) test -short $(PKGS)
 
-check: ## formatting, vet, linters, known vulnerabilities
+check: ## formatting, vet, linters; known vulnerabilities, or a loud word that nobody looked for them
 	$(GO) vet $(PKGS)
 	$(GO) tool -modfile=.ci/tools/go.mod golangci-lint run
+	.ci/vulnerabilities || [ $$? -eq 75 ]
+
+vulnerabilities: ## as in check, but not to have looked is a failure: for a release
 	.ci/vulnerabilities
 
-cross: ## the platforms people author, plan and approve on, and those that run things
+cross: ## the platforms people author and approve on, and those that run things
 	GOOS=linux GOARCH=arm64 $(GO) build -o /dev/null ./cmd/kmo
 	GOOS=darwin GOARCH=arm64 $(GO) build -o /dev/null ./cmd/kmo
 
@@ -43,7 +47,7 @@ generate: ## what is generated from the code: protocol, schemas, documents
 	$(GO) generate ./...
 
 need: ## what the tests need beside Go
-	.ci/need
+	.ci/need git ssh-keygen gcc
 
 clean:
 	rm -rf bin .cache

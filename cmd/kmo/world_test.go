@@ -93,7 +93,7 @@ func (w *world) start() {
 		w.t.Fatal(err)
 	}
 	defer func() { _ = log.Close() }()
-	w.agent = exec.Command(w.self, "agent", "--config", filepath.Join(w.dir, "agent.yaml"), "--state", w.state()) //nolint:noctx // killed by hand
+	w.agent = exec.Command(w.self, "agent", "--config", filepath.Join(w.dir, "agent.yaml"), "--state", w.state()) // killed by hand
 	w.agent.Stderr = log
 	if err := w.agent.Start(); err != nil {
 		w.t.Fatal(err)
@@ -179,7 +179,7 @@ func (w *world) status() (Status, error) {
 	client := http.Client{Timeout: 10 * time.Second, Transport: &http.Transport{DisableKeepAlives: true, DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
 		return (&net.Dialer{}).DialContext(ctx, "unix", filepath.Join(w.state(), "agent.sock"))
 	}}}
-	response, err := client.Get("http://agent/status") //nolint:noctx // bounded by the client
+	response, err := client.Get("http://agent/status") // bounded by the client
 	if err != nil {
 		return s, err
 	}
@@ -202,7 +202,7 @@ func (w *world) get(unit, path string) (string, error) {
 			continue
 		}
 		client := http.Client{Timeout: time.Second, Transport: &http.Transport{DisableKeepAlives: true}}
-		response, err := client.Get("http://" + have.Addresses[0].Address + path) //nolint:noctx // bounded by the client
+		response, err := client.Get("http://" + have.Addresses[0].Address + path) // bounded by the client
 		if err != nil {
 			return "", err
 		}
