@@ -408,6 +408,18 @@ func TestFilesAndMounts(t *testing.T) {
 			t.Errorf("it is there: %+v", s)
 		}
 	})
+	t.Run("U-05 a file by way of a link to a descriptor", func(t *testing.T) {
+		bad := workload("streamed", "wait")
+		bad.Format, bad.Image.Content = backends.OCI, oci(t)
+		bad.Files = []backends.File{{To: "/etc/relay.toml", Mode: 0o644, Content: []byte("level = 1")}}
+		if err := os.Symlink("/dev/stdout", filepath.Join(bad.Image.Content, "etc/relay.toml")); err != nil {
+			t.Fatal(err)
+		}
+		var fault *backends.StartError
+		if err := k.Apply(t.Context(), bad); !errors.As(err, &fault) || !strings.Contains(err.Error(), "want a path outside /dev and /proc") {
+			t.Fatalf("got %v, want a *StartError", err)
+		}
+	})
 	t.Run("T42 paths", func(t *testing.T) {
 		for _, change := range []func(*backends.Workload){
 			func(w *backends.Workload) { w.Files[0].To = "/etc/../x" },
