@@ -10,6 +10,7 @@ import (
 	"os"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -51,10 +52,11 @@ func (k *Keeper) Apply(ctx context.Context, w backends.Workload) error {
 	if err := k.stop(ctx, e, !e.record.Removing); err != nil {
 		return err
 	}
-	e.mu.Lock()
-	e.record = record{Workload: w, Pending: len(w.Hooks.PostInit) > 0}
-	e.mu.Unlock()
-	if err = k.choosePorts(e); err == nil {
+	ports, err := k.choosePorts(w)
+	if err == nil {
+		e.mu.Lock()
+		e.record = record{Workload: w, Ports: ports, Pending: len(w.Hooks.PostInit) > 0} // whole: Observe reads it from here on
+		e.mu.Unlock()
 		err = k.start(ctx, e)
 	}
 	if err != nil {
@@ -290,39 +292,33 @@ func freePorts() int {
 	return n
 }
 
-// choosePorts gives every port of a workload its number, once. Those that are free to choose lie below the range from which
-// the kernel takes its own, and begin at a place that depends on the name alone, so that they seldom change.
-func (k *Keeper) choosePorts(e *entry) error {
-	if len(e.record.Ports) == len(e.record.Workload.Run.Ports) {
-		return nil
-	}
+// choosePorts gives every port of a workload its number. Those that are free to choose lie below the range from which the kernel
+// takes its own, and begin at a place that depends on the name alone, so that they seldom change.
+func (k *Keeper) choosePorts(w backends.Workload) (ports []int, err error) {
 	const first, count = 20000, 12000
 	k.mu.Lock()
 	defer k.mu.Unlock()
-	var ports []int
-	for _, p := range e.record.Workload.Run.Ports {
+	for _, p := range w.Run.Ports {
 		port := max(p.Port, p.Host)
 		if port == 0 {
 			hash := fnv.New32a()
-			_, _ = hash.Write([]byte(e.name + "/" + p.Name))
+			_, _ = hash.Write([]byte(w.Name + "/" + p.Name))
 			for i := range count {
 				candidate := first + int(hash.Sum32()+uint32(i))%count
-				if k.ports[candidate] == "" && freePort(candidate) == nil {
+				mine := k.ports[candidate] == w.Name && !slices.Contains(ports, candidate)
+				if (k.ports[candidate] == "" || mine) && freePort(candidate) == nil {
 					port = candidate
 					break
 				}
 			}
 			if port == 0 {
-				return fmt.Errorf("%s: port %s: none of %d numbers from %d on is free", e.name, p.Name, count, first)
+				return nil, fmt.Errorf("%s: port %s: none of %d numbers from %d on is free", w.Name, p.Name, count, first)
 			}
-			k.ports[port] = e.name
+			k.ports[port] = w.Name
 		}
 		ports = append(ports, port)
 	}
-	e.mu.Lock()
-	e.record.Ports = ports
-	e.mu.Unlock()
-	return nil
+	return ports, nil
 }
 
 // checkPorts sees that every port of a workload is the program's to have: what answered there would pass for it. One that is taken

@@ -1,12 +1,15 @@
 package process
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"io"
 	"net"
 	"os"
+	"slices"
 	"strings"
+	"sync"
 	"syscall"
 	"testing"
 
@@ -94,4 +97,47 @@ func TestLingeringPort(t *testing.T) {
 	w := workload("web", "wait")
 	w.Run.Ports = []backends.Port{{Name: "http", Host: port}}
 	apply(t, k, w)
+}
+
+// Whoever observes a workload that is just applied sees all of it or nothing.
+func TestObserveBesideApply(t *testing.T) {
+	k := fresh(t)
+	w := workload("web")
+	w.Image.Config.Entrypoint = []string{"/none"} // starts nothing, so that there are many first moments
+	for i := range 50 {
+		w.Run.Ports = append(w.Run.Ports, backends.Port{Name: fmt.Sprint("port-", i)})
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	var observers sync.WaitGroup
+	for range 16 {
+		observers.Go(func() {
+			for ctx.Err() == nil {
+				if list, err := k.Observe(t.Context()); err != nil || len(list) == 1 && len(list[0].Addresses) != len(w.Run.Ports) {
+					t.Errorf("%+v, %v", list, err)
+				}
+			}
+		})
+	}
+	for range 8 {
+		if err := k.Apply(t.Context(), w); err == nil {
+			t.Error("a program that is not there was started")
+		}
+	}
+	cancel()
+	observers.Wait()
+}
+
+// What is applied again with another base keeps its ports.
+func TestChosenPortStays(t *testing.T) {
+	k := fresh(t)
+	w := workload("web", "wait")
+	w.Format, w.Image.Content = backends.OCI, oci(t)
+	w.Run.Ports = []backends.Port{{Name: "a"}, {Name: "b"}}
+	apply(t, k, w)
+	before := status(t, k, w.Name).Addresses
+	w.Image.Content = oci(t)
+	apply(t, k, w)
+	if after := status(t, k, w.Name).Addresses; !slices.Equal(after, before) {
+		t.Errorf("addresses %v, were %v", after, before)
+	}
 }
