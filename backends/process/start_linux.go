@@ -69,7 +69,7 @@ func (k *Keeper) start(ctx context.Context, e *entry) (err error) {
 		return errors.Join(err, k.groups.Remove(e.name))
 	}
 	k.step("recorded")
-	fault, err := c.instruct(ctx, func() { k.step("ordered") }, k.preInit(ctx, e, c.pidfd, hooks, log))
+	fault, err := c.instruct(ctx, func() { k.step("ordered") }, k.preInit(ctx, e, c.program, hooks, log))
 	if err != nil || fault != nil {
 		c.abandon()
 		if fault != nil && fault.Blames {
@@ -80,12 +80,12 @@ func (k *Keeper) start(ctx context.Context, e *entry) (err error) {
 		return errors.Join(err, k.groups.Remove(e.name))
 	}
 	k.step("started")
-	k.adopt(e, c.program())
+	k.adopt(e, c.program)
 	return nil
 }
 
 // preInit is what runs the hooks before a program, inside what its stage has built, or nil if there are none.
-func (k *Keeper) preInit(ctx context.Context, e *entry, stage int, hooks [][]string, log *os.File) func() error {
+func (k *Keeper) preInit(ctx context.Context, e *entry, stage *program, hooks [][]string, log *os.File) func() error {
 	if len(hooks) == 0 {
 		return nil
 	}
@@ -245,11 +245,11 @@ func outside(p Program, path string) string {
 	return path
 }
 
-// child is a stage that waits for its orders.
+// child is a stage that waits for its orders, and may become a program.
 type child struct {
-	pid, pidfd int
-	orders     stage.Orders
-	to, from   *os.File // orders and report
+	*program
+	orders   stage.Orders
+	to, from *os.File // orders and report
 }
 
 // spawn clones a stage. It joins the namespaces of the process that pidfd in holds, or, if own, gets new ones.
@@ -293,13 +293,13 @@ func spawn(orders stage.Orders, joins []string, out *os.File, in int, own bool) 
 	if err != nil {
 		return nil, errors.Join(err, ordersWrite.Close(), reportRead.Close())
 	}
-	return &child{pid: pid, pidfd: pidfd, orders: orders, to: ordersWrite, from: reportRead}, nil
+	return &child{program: hold(pid, pidfd, orders.Confine.Bare), orders: orders, to: ordersWrite, from: reportRead}, nil
 }
 
 // instruct sends the orders, runs hooks when the stage has built what they need, if there are any, and waits until the program is
 // executed, or is not.
 func (c *child) instruct(ctx context.Context, sent func(), hooks func() error) (*stage.Failure, error) {
-	defer context.AfterFunc(ctx, func() { _ = unix.PidfdSendSignal(c.pidfd, unix.SIGKILL, nil, 0) })()
+	defer context.AfterFunc(ctx, func() { c.signal(unix.SIGKILL) })()
 	c.orders.Pause = hooks != nil
 	text, err := json.Marshal(c.orders)
 	if err == nil {
@@ -335,10 +335,11 @@ func (c *child) instruct(ctx context.Context, sent func(), hooks func() error) (
 // abandon kills what has not become a program.
 func (c *child) abandon() {
 	_, _ = c.to.Close(), c.from.Close()
-	_ = unix.PidfdSendSignal(c.pidfd, unix.SIGKILL, nil, 0)
+	c.signal(unix.SIGKILL)
 	c.reap()
 }
 
+// reap takes the status of an ended child. Who would signal it afterwards reaches nobody.
 func (c *child) reap() unix.WaitStatus {
 	var status unix.WaitStatus
 	for {
@@ -346,7 +347,7 @@ func (c *child) reap() unix.WaitStatus {
 			break
 		}
 	}
-	_ = unix.Close(c.pidfd)
+	c.release()
 	return status
 }
 
@@ -361,16 +362,16 @@ func (k *Keeper) join(ctx context.Context, e *entry, argv []string, log *os.File
 	if p == nil {
 		return 0, nil, backends.ErrNotFound
 	}
+	return k.inside(ctx, e, w, p, argv, log)
+}
+
+// inside runs a command in the namespaces of a program, or of a stage that waits.
+func (k *Keeper) inside(ctx context.Context, e *entry, w backends.Workload, p *program, argv []string, log *os.File) (int, []byte, error) {
 	in, err := p.duplicate()
 	if err != nil {
 		return 0, nil, err
 	}
 	defer unix.Close(in)
-	return k.inside(ctx, e, w, in, argv, log)
-}
-
-// inside runs a command in the namespaces of the process that pidfd in holds.
-func (k *Keeper) inside(ctx context.Context, e *entry, w backends.Workload, in int, argv []string, log *os.File) (int, []byte, error) {
 	w.Hooks.PreInit = [][]string{argv}
 	orders, hooks, err := k.orders(w, e.dir)
 	if err != nil {
@@ -409,7 +410,7 @@ func spawnInside(in int, orders stage.Orders, joins []string, out *os.File) (c *
 
 // finish waits for a command and reads its output, of which the first 64 KiB count.
 func (c *child) finish(ctx context.Context, name string, output *os.File) (int, []byte, error) {
-	defer context.AfterFunc(ctx, func() { _ = unix.PidfdSendSignal(c.pidfd, unix.SIGKILL, nil, 0) })()
+	defer context.AfterFunc(ctx, func() { c.signal(unix.SIGKILL) })()
 	text := make(chan []byte, 1)
 	if output != nil {
 		go func() {
@@ -424,9 +425,9 @@ func (c *child) finish(ctx context.Context, name string, output *os.File) (int, 
 	}
 	fault, err := c.instruct(ctx, func() {}, nil)
 	if err == nil {
-		err = untilEnd(ctx, c.pidfd)
+		err = c.wait() // the end of ctx kills it
 	}
-	_ = unix.PidfdSendSignal(c.pidfd, unix.SIGKILL, nil, 0)
+	c.signal(unix.SIGKILL)
 	_ = unix.Kill(-c.pid, unix.SIGKILL) // its session; the number is ours until it is reaped
 	status := c.reap()
 	if output != nil { // something it left behind may hold the other end for ever

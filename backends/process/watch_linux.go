@@ -17,7 +17,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// program is a process that was executed, held by a pidfd: a signal reaches it or nobody.
+// program is a process of ours, held by a pidfd: a signal reaches it or nobody, also one that comes after its end, when the number of
+// the process or of the pidfd is another's.
 type program struct {
 	pid  int
 	fd   *os.File      // the pidfd, in the runtime's poller: waiting costs no thread
@@ -25,9 +26,10 @@ type program struct {
 	done chan struct{} // closed when it has ended and that is recorded
 }
 
-func (c *child) program() *program {
-	_ = unix.SetNonblock(c.pidfd, true)
-	return &program{pid: c.pid, fd: os.NewFile(uintptr(c.pidfd), "pidfd"), bare: c.orders.Confine.Bare, done: make(chan struct{})}
+// hold takes over a pidfd.
+func hold(pid, pidfd int, bare bool) *program {
+	_ = unix.SetNonblock(pidfd, true)
+	return &program{pid: pid, fd: os.NewFile(uintptr(pidfd), "pidfd"), bare: bare, done: make(chan struct{})}
 }
 
 // control calls f with the pidfd, and does not if it was released.
@@ -96,17 +98,6 @@ func over(pidfd int) bool {
 	fds := []unix.PollFd{{Fd: int32(pidfd), Events: unix.POLLIN}}
 	n, err := unix.Poll(fds, 0)
 	return n > 0 && err == nil
-}
-
-// untilEnd waits for a child that no poller holds.
-func untilEnd(ctx context.Context, pidfd int) error {
-	fds := []unix.PollFd{{Fd: int32(pidfd), Events: unix.POLLIN}}
-	for ctx.Err() == nil { // its end kills the child, and that ends the poll
-		if n, err := unix.Poll(fds, -1); n > 0 || err != nil && !errors.Is(err, unix.EINTR) {
-			return err
-		}
-	}
-	return ctx.Err()
 }
 
 // adopt makes a program the workload's and watches it.
@@ -356,7 +347,7 @@ func (k *Keeper) reattach(e *entry) (p *program, half bool) {
 	if err != nil {
 		return nil, false
 	}
-	p = &program{pid: id.PID, fd: os.NewFile(uintptr(fd), "pidfd"), bare: !k.support.Mounts, done: make(chan struct{})}
+	p = hold(id.PID, fd, !k.support.Mounts)
 	// Asked after the pidfd was taken: if the number still means the same process now, the pidfd does.
 	started, err := startTime(id.PID)
 	if err != nil || started != id.Start {
