@@ -25,6 +25,12 @@ func denied() []uint32 {
 	}
 }
 
+// families are the kinds of socket that a program may make. All others, Bluetooth or CAN among them, are doors of the host that its
+// root, its user and landlock do not close, and new ones come with new kernels.
+func families() []uint32 {
+	return []uint32{unix.AF_UNIX, unix.AF_INET, unix.AF_INET6, unix.AF_NETLINK}
+}
+
 const (
 	newNamespaces = unix.CLONE_NEWNS | unix.CLONE_NEWCGROUP | unix.CLONE_NEWUTS | unix.CLONE_NEWIPC | unix.CLONE_NEWUSER |
 		unix.CLONE_NEWPID | unix.CLONE_NEWNET
@@ -74,7 +80,17 @@ func filter(bare, bounded bool) []unix.SockFilter {
 		load(atNumber)
 	}
 	argument(unix.SYS_CLONE, atFirst, unix.BPF_JSET, []uint32{newNamespaces}, unix.EPERM)
-	argument(unix.SYS_SOCKET, atFirst, unix.BPF_JEQ, []uint32{unix.AF_VSOCK, unix.AF_ALG, unix.AF_PACKET}, unix.EAFNOSUPPORT)
+	only := func(number uint32, families []uint32) {
+		add(unix.BPF_JMP|unix.BPF_JEQ|unix.BPF_K, 0, uint8(len(families)+3), number)
+		load(atFirst)
+		for i, family := range families {
+			add(unix.BPF_JMP|unix.BPF_JEQ|unix.BPF_K, uint8(len(families)-i), 0, family)
+		}
+		answer(unix.EAFNOSUPPORT)
+		load(atNumber)
+	}
+	only(unix.SYS_SOCKET, families())
+	only(unix.SYS_SOCKETPAIR, []uint32{unix.AF_UNIX})
 	argument(unix.SYS_IOCTL, atSecond, unix.BPF_JEQ, []uint32{unix.TIOCSTI, 0x541c}, unix.EPERM) // typing into a terminal
 	if bounded {
 		const keep = unix.FALLOC_FL_KEEP_SIZE
