@@ -203,6 +203,9 @@ func (k *Keeper) check(w backends.Workload) error {
 	if !names.MatchString(w.Name) || !names.MatchString(w.Unit) {
 		return &refusal.Error{Code: "E_PATH", Subject: "workload name and unit", Got: fmt.Sprintf("%.100q, %.100q", w.Name, w.Unit), Want: names.String()}
 	}
+	if !k.Confines() {
+		return &backends.FeatureError{Backend: k.options.Backend, Feature: backends.Feature(w.Format), Detail: "without root a program needs landlock and seccomp to be kept from what is its user's"}
+	}
 	if err := lacks(w, k.options.Backend, k.Features()); err != nil {
 		return err
 	}

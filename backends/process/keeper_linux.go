@@ -174,6 +174,11 @@ func (k *Keeper) trimLogs() {
 // Mounts says whether programs get a root of their own. Without, they see the host's paths, as far as landlock lets them.
 func (k *Keeper) Mounts() bool { return k.support.Mounts }
 
+// Confines says whether programs can be kept from what is not theirs. Without, none is run.
+func (k *Keeper) Confines() bool {
+	return k.support.Mounts || k.support.Landlock > 0 && k.support.Seccomp
+}
+
 // Kernel is the release of the kernel, which is the runtime.
 func (k *Keeper) Kernel() string {
 	var name unix.Utsname
@@ -210,7 +215,8 @@ func (k *Keeper) Missing() []string {
 		lacks bool
 		words string
 	}{
-		{!k.support.Mounts, "namespaces, a root and a user of its own: needs root with the right to mount; files of the host are kept away by landlock only"},
+		{!k.support.Mounts, "namespaces, a root and a user of its own: needs root with the right to mount; landlock keeps files of the host away, seccomp all unix sockets"},
+		{!k.Confines(), "programs: without root they need landlock and seccomp to be kept from the files and sockets of their user; none is run"},
 		{k.support.Mounts && !k.support.Overlay, "overlay: the kernel has no overlayfs"},
 		{k.support.Landlock == 0, "landlock: the kernel has none"},
 		{k.support.Landlock > 0 && k.support.Landlock < 6, fmt.Sprintf("landlock: version %d does not keep abstract sockets of the host away, 6 does", k.support.Landlock)},

@@ -4,22 +4,17 @@ import (
 	"bufio"
 	"context"
 	"encoding/json"
-	"errors"
-	"fmt"
 	"io"
 	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
-	"slices"
 	"strings"
 	"syscall"
 	"testing"
 	"time"
 
 	"github.com/kindos/kmo/backends"
-	"github.com/kindos/kmo/backends/process/stage"
-	"golang.org/x/sys/unix"
 )
 
 type netListener struct{}
@@ -334,92 +329,6 @@ func TestFollow(t *testing.T) {
 	}
 }
 
-// A keeper that is not root: no mounts, no namespaces, no cgroups, and it says so. As root the test runs itself as nobody.
-func TestNotRoot(t *testing.T) {
-	if os.Geteuid() != 0 {
-		asNobody(t)
-		return
-	}
-	state, self := t.TempDir(), filepath.Join(t.TempDir(), "self")
-	text, err := os.ReadFile("/proc/self/exe")
-	if err != nil {
-		t.Fatal(err)
-	}
-	for _, err := range []error{os.WriteFile(self, text, 0o755), os.Chown(state, 65534, 65534), openUp(state), openUp(self)} {
-		if err != nil {
-			t.Fatal(err)
-		}
-	}
-	cmd := exec.Command(self, "-test.run=^TestNotRoot$", "-test.v")
-	cmd.Env = append(os.Environ(), "TMPDIR="+state)
-	cmd.Dir = "/"
-	cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: 65534, Gid: 65534}}
-	if output, err := cmd.CombinedOutput(); err != nil {
-		t.Errorf("%v\n%s", err, output)
-	}
-}
-
-func asNobody(t *testing.T) {
-	state := t.TempDir()
-	k := start(t, state)
-	if k.Mounts() || len(k.Missing()) < 4 || !slices.Equal(k.Features(), []backends.Feature{backends.Exec, backends.Hooking, backends.HostNetwork}) {
-		t.Errorf("mounts %t, missing %q, features %q", k.Mounts(), k.Missing(), k.Features())
-	}
-	w := workload("nobody", "read /etc/passwd", "write "+filepath.Join(state, "x"), "mount", "setsid", "ptrace", "status CapEff", "status NoNewPrivs",
-		"status Seccomp", "env", "child setsid", "child nobody-mark", "wait nobody-mark")
-	w.Hooks.PreInit = [][]string{{"/app", "id"}}
-	apply(t, k, w)
-	for step, want := range map[string]string{
-		"read /etc/passwd":                   "error: open /etc/passwd: permission denied",
-		"write " + filepath.Join(state, "x"): "error: open " + filepath.Join(state, "x") + ": permission denied",
-		"mount":                              "error: operation not permitted",
-		"setsid":                             "error: operation not permitted",
-		"ptrace":                             "error: operation not permitted",
-		"status NoNewPrivs":                  "error: open /proc/thread-self/status: permission denied",
-		"env":                                "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
-		"child setsid":                       "error: fork/exec " + probe() + ": operation not permitted",
-		"child nobody-mark":                  "ok",
-	} {
-		if got := said(t, k, w.Name, step); got != want {
-			t.Errorf("%s: got %q, want %q", step, got, want)
-		}
-	}
-	if s := status(t, k, w.Name); len(s.Unapplied) != 4 || s.State != backends.Running {
-		t.Errorf("status %+v, want three bounds and the namespaces unapplied", s)
-	}
-	if code, output, err := k.Exec(t.Context(), w.Name, []string{"/app", "mount"}); code != 0 || err != nil || string(output) != "mount: error: operation not permitted\n" {
-		t.Errorf("exec: %d, %q, %v", code, output, err)
-	}
-	for _, change := range []func(*backends.Workload){
-		func(w *backends.Workload) { w.Overlay.Size = 1 },
-		func(w *backends.Workload) { w.Overlay.Keep = []string{"/a"} },
-		func(w *backends.Workload) { w.Mounts = []backends.Mount{{From: "/a", To: "/a"}} },
-		func(w *backends.Workload) { w.Files = []backends.File{{To: "/a"}} },
-		func(w *backends.Workload) { w.Format = backends.OCI },
-	} {
-		bad := workload("refused", "wait")
-		change(&bad)
-		var lacking *backends.FeatureError
-		if err := k.Apply(t.Context(), bad); !errors.As(err, &lacking) {
-			t.Errorf("%+v: got %v, want a *FeatureError", bad.Overlay, err)
-		}
-	}
-	if err := k.Remove(t.Context(), w.Name); err != nil {
-		t.Fatal(err)
-	}
-	until(t, "the end of all its processes", func() (string, bool) { return "", len(processes("nobody-mark")) == 0 })
-	sweep(t, k)
-}
-
-func openUp(path string) error {
-	for dir := filepath.Dir(path); dir != "/tmp" && dir != "/"; dir = filepath.Dir(dir) {
-		if err := os.Chmod(dir, 0o755); err != nil {
-			return err
-		}
-	}
-	return nil
-}
-
 func TestRecordForm(t *testing.T) {
 	w := workload("formed")
 	w.Run.Ports = []backends.Port{{Name: "a"}}
@@ -442,45 +351,5 @@ func TestRecordForm(t *testing.T) {
 	}
 	if p := got.resolved().Run.Ports[0]; p.Port != 20001 || p.Host != 20001 || got.Workload.Run.Ports[0].Port != 0 {
 		t.Errorf("resolved port %+v", p)
-	}
-}
-
-// What comes too late for a child, as its deadline may, reaches nobody: not the process whose pidfd has the child's number now.
-func TestNoSignalAfterTheEnd(t *testing.T) {
-	stranger := exec.Command(probe(), "wait")
-	if err := stranger.Start(); err != nil {
-		t.Fatal(err)
-	}
-	defer func() {
-		_ = stranger.Process.Kill()
-		_ = stranger.Wait()
-	}()
-	out, err := os.Create(filepath.Join(t.TempDir(), "out"))
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer out.Close()
-	c, err := spawn(stage.Orders{Argv: []string{"/none"}, Dir: "/"}, nil, out, -1, false)
-	if err != nil {
-		t.Fatal(err)
-	}
-	was := -1
-	if err := c.control(func(fd int) error { was = fd; return nil }); err != nil {
-		t.Fatal(err)
-	}
-	c.abandon()
-	for number := -1; number < was; {
-		if number, err = unix.PidfdOpen(stranger.Process.Pid, 0); err != nil {
-			t.Fatal(err)
-		}
-		defer unix.Close(number)
-	}
-	c.signal(unix.SIGKILL)
-	c.kill()
-	if err := stranger.Process.Signal(syscall.Signal(0)); err != nil {
-		t.Error(err)
-	}
-	if text, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", stranger.Process.Pid)); err != nil || strings.Contains(string(text), ") Z ") {
-		t.Errorf("the stranger was killed: %s, %v", text, err)
 	}
 }

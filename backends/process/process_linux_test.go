@@ -289,6 +289,8 @@ func TestConfinement(t *testing.T) {
 		{"bpf", "bpf", "answered EPERM"},
 		{"keys", "keyctl", "error: operation not permitted"},
 		{"vsock", "vsock", "error: address family not supported by protocol"},
+		{"a car's bus", "socket 29", "error: address family not supported by protocol"},
+		{"a local socket", "socket 1", "ok"},
 		{"typing into a terminal", "tiocsti", "answered EPERM"},
 		{"an abstract socket of the host", "abstract kmo-test-abstract", "error: dial unix @kmo-test-abstract: connect: operation not permitted"},
 		{"a device node", "mknod /tmp/null", "error: read-only file system"},

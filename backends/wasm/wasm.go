@@ -152,8 +152,12 @@ func (b *Backend) Close() error { return b.keeper.Close() }
 func (b *Backend) Fingerprint(context.Context) (backends.Fingerprint, error) {
 	features := append(slices.Clone(b.keeper.Features()), backends.PortMap, backends.LimitPIDs)
 	slices.Sort(features)
+	var formats []backends.Format
+	if b.keeper.Confines() {
+		formats = []backends.Format{backends.WASM}
+	}
 	return backends.Fingerprint{
-		Backend: Name, Version: "wazero " + wazeroVersion(), Formats: []backends.Format{backends.WASM},
+		Backend: Name, Version: "wazero " + wazeroVersion(), Formats: formats,
 		Platforms: []string{"wasip1/wasm"}, Isolation: backends.IsolationSandbox,
 		Features: slices.Compact(features), Missing: b.keeper.Missing(),
 	}, nil

@@ -26,9 +26,14 @@ func denied() []uint32 {
 }
 
 // families are the kinds of socket that a program may make. All others, Bluetooth or CAN among them, are doors of the host that its
-// root, its user and landlock do not close, and new ones come with new kernels.
-func families() []uint32 {
-	return []uint32{unix.AF_UNIX, unix.AF_INET, unix.AF_INET6, unix.AF_NETLINK}
+// root, its user and landlock do not close, and new ones come with new kernels. Landlock does not hold sockets that are paths: a bare
+// program would reach all that its user reaches, a container engine or the keys of an ssh agent.
+func families(bare bool) []uint32 {
+	list := []uint32{unix.AF_INET, unix.AF_INET6, unix.AF_NETLINK}
+	if !bare {
+		list = append(list, unix.AF_UNIX)
+	}
+	return list
 }
 
 const (
@@ -89,8 +94,18 @@ func filter(bare, bounded bool) []unix.SockFilter {
 		answer(unix.EAFNOSUPPORT)
 		load(atNumber)
 	}
-	only(unix.SYS_SOCKET, families())
+	only(unix.SYS_SOCKET, families(bare))
 	only(unix.SYS_SOCKETPAIR, []uint32{unix.AF_UNIX})
+	if bare { // half a pair of datagrams can be connected to a path, half a pair of streams cannot
+		add(unix.BPF_JMP|unix.BPF_JEQ|unix.BPF_K, 0, 7, unix.SYS_SOCKETPAIR)
+		load(atSecond)
+		add(unix.BPF_ALU|unix.BPF_AND|unix.BPF_K, 0, 0, 0xf) // the type without its flags
+		for _, kind := range []uint32{unix.SOCK_DGRAM, unix.SOCK_RAW} {
+			is(unix.BPF_JEQ, kind)
+			answer(unix.EPERM)
+		}
+		load(atNumber)
+	}
 	argument(unix.SYS_IOCTL, atSecond, unix.BPF_JEQ, []uint32{unix.TIOCSTI, 0x541c}, unix.EPERM) // typing into a terminal
 	if bounded {
 		const keep = unix.FALLOC_FL_KEEP_SIZE

@@ -69,7 +69,7 @@ type Bind struct {
 // Confine is what a program may not do.
 type Confine struct {
 	User    int      `json:"user"` // uid and gid; with Bare it is who we are already
-	Bare    bool     `json:"bare"` // no root and no namespaces: it may not leave its process group nor signal others
+	Bare    bool     `json:"bare"` // no root and no namespaces: it may not leave its process group, signal others or reach a unix socket
 	Write   []string `json:"write,omitempty"`
 	Execute []string `json:"execute,omitempty"`
 	// FileSize is the bytes that a file it writes may have, its log among them; 0 is no bound.

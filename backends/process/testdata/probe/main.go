@@ -10,6 +10,7 @@ import (
 	"path/filepath"
 	"runtime"
 	"sort"
+	"strconv"
 	"strings"
 	"syscall"
 	"time"
@@ -62,6 +63,19 @@ func try(verb, rest string) (string, error) {
 		return "answered " + unix.ErrnoName(no), nil
 	case "vsock":
 		_, err := unix.Socket(unix.AF_VSOCK, unix.SOCK_STREAM, 0)
+		return "ok", err
+	case "socket":
+		family, err := strconv.Atoi(rest)
+		if err != nil {
+			return "", err
+		}
+		fd, err := unix.Socket(family, unix.SOCK_STREAM, 0)
+		if err == nil {
+			err = unix.Close(fd)
+		}
+		return "ok", err
+	case "pair":
+		_, err := unix.Socketpair(unix.AF_UNIX, map[string]int{"stream": unix.SOCK_STREAM, "datagram": unix.SOCK_DGRAM}[rest], 0)
 		return "ok", err
 	case "tiocsti":
 		var b byte
