@@ -324,20 +324,31 @@ func (k *Keeper) choosePorts(w backends.Workload) (ports []int, err error) {
 	return ports, nil
 }
 
-// checkPorts sees that every port of a workload is the program's to have: what answered there would pass for it. One that is taken
-// is asked for a little longer, as what held it may just have ended.
-func checkPorts(ctx context.Context, r *record) error {
+// settlePorts sees that every port of a workload is the program's to have: what answered there would pass for it. One that is taken
+// is asked for a little longer, as what held it may just have ended. Then one that was chosen is chosen anew; for one that the unit
+// names there is nothing to do but wait, and who holds it is no fault of the unit's.
+func (k *Keeper) settlePorts(ctx context.Context, e *entry) error {
+	r := &e.record
 	for i, p := range r.Workload.Run.Ports {
 		port := r.Ports[i]
 		err := freePort(port)
 		for deadline := time.Now().Add(portTime); errors.Is(err, unix.EADDRINUSE) && time.Now().Before(deadline) && ctx.Err() == nil; err = freePort(port) {
 			time.Sleep(portTime / 10)
 		}
-		if errors.Is(err, unix.EADDRINUSE) {
-			return &backends.StartError{Workload: r.Workload.Name, Stage: "port " + p.Name, Cause: fmt.Sprintf("port %d is taken by another program", port)}
-		}
-		if err != nil {
-			return fmt.Errorf("%s: port %s: %v", r.Workload.Name, p.Name, err)
+		switch {
+		case errors.Is(err, unix.EADDRINUSE) && max(p.Port, p.Host) == 0:
+			ports, err := k.choosePorts(r.Workload)
+			if err != nil {
+				return err
+			}
+			e.mu.Lock()
+			e.record.Ports = ports
+			e.mu.Unlock()
+			return nil // just found free; a fixed one that is not is met by the program
+		case errors.Is(err, unix.EADDRINUSE):
+			return fmt.Errorf("%s: port %s: port %d is taken by another program of this host", e.name, p.Name, port)
+		case err != nil:
+			return fmt.Errorf("%s: port %s: %v", e.name, p.Name, err)
 		}
 	}
 	return nil

@@ -220,6 +220,8 @@ func (k *Keeper) Missing() []string {
 		{k.support.Mounts && !k.support.Overlay, "overlay: the kernel has no overlayfs"},
 		{k.support.Landlock == 0, "landlock: the kernel has none"},
 		{k.support.Landlock > 0 && k.support.Landlock < 6, fmt.Sprintf("landlock: version %d does not keep abstract sockets of the host away, 6 does", k.support.Landlock)},
+		{k.support.HoldsPorts(), "network: the host's is shared: a program reaches what listens on it, and may use any UDP port; TCP ports it binds are its own only"},
+		{!k.support.HoldsPorts(), "network: the host's is shared: a program reaches what listens on it, and may use any port, a neighbour's too; landlock 4 and seccomp would hold TCP ports"},
 		{!k.support.Seccomp, "seccomp: the kernel or this architecture has none"},
 		{!k.groups.Has("memory"), "memory bound: no memory cgroup may be written"},
 		{!k.groups.Has("cpu"), "cpu bound: no cpu cgroup may be written"},

@@ -35,8 +35,12 @@
 // room cannot be had beyond a file's end. A program with kept paths or writable mounts has no such bound, as what it keeps may
 // be of any size; its Status says so in Unapplied.
 //
-// No program is started while anybody listens on one of its ports, on whatever address: Apply returns a *backends.StartError, and a
-// restart is tried again.
+// No program is started while anybody listens on one of its ports, on whatever address. A port that the unit leaves open is chosen
+// anew then. For one that it names Apply returns an error that blames nobody, for a stranger on the host is no fault of the
+// workload's, and a restart is tried again.
+//
+// A program shares the host's network. Where landlock knows ports it binds no TCP port but its own; to make that hold, the filter
+// answers that there is no multipath TCP, which landlock does not see. UDP ports and connections are not held.
 //
 // Inside, the root is the content, read-only, under a layer with the unit's files and the mount points; with Overlay.Size a
 // tmpfs of that size takes what is written, and is new at each start (its pages count as the workload's memory). /proc is

@@ -32,7 +32,7 @@ func (k *Keeper) start(ctx context.Context, e *entry) (err error) {
 		}
 	}()
 	r := &e.record
-	if err := checkPorts(ctx, r); err != nil {
+	if err := k.settlePorts(ctx, e); err != nil {
 		return err
 	}
 	orders, hooks, err := k.orders(r.resolved(), e.dir)
@@ -170,6 +170,9 @@ func (k *Keeper) orders(w backends.Workload, dir string) (o stage.Orders, preIni
 	}
 	for _, name := range slices.Sorted(maps.Keys(p.Env)) {
 		o.Env = append(o.Env, name+"="+p.Env[name])
+	}
+	for _, p := range w.Run.Ports {
+		o.Confine.Ports = append(o.Confine.Ports, p.Port)
 	}
 	for _, device := range stage.Devices() {
 		o.Confine.Write = append(o.Confine.Write, "/dev/"+device)

@@ -57,6 +57,7 @@ const (
 	llRefer, llTruncate, llIoctl                  = 1 << 13, 1 << 14, 1 << 15
 	llOfFiles                                     = llExecute | llWriteFile | llReadFile | llTruncate | llIoctl
 	llScopeAbstract, llScopeSignal                = 1 << 0, 1 << 1
+	llBindTCP, llRulePort                         = 1 << 0, 2
 )
 
 func abi() int {
@@ -89,6 +90,9 @@ func (c *Confine) fence() (int, error) {
 	all := handled(version)
 	attr := unix.LandlockRulesetAttr{Handled_access_fs: all}
 	size := uintptr(8)
+	if version >= 4 {
+		size, attr.Handled_access_net = 16, llBindTCP
+	}
 	if version >= 6 {
 		size, attr.Scoped = 24, llScopeAbstract
 		if c.Bare { // elsewhere the pid namespace keeps signals in, and hooks may signal the program
@@ -107,6 +111,15 @@ func (c *Confine) fence() (int, error) {
 			if err := allow(int(fd), path, rule.rights&all); err != nil {
 				return -1, fmt.Errorf("%s: %v", path, err)
 			}
+		}
+	}
+	if version < 4 {
+		return int(fd), nil
+	}
+	for _, port := range append([]int{0}, c.Ports...) { // 0: one of the kernel's range, which it gives a listener that binds none too
+		rule := struct{ access, port uint64 }{llBindTCP, uint64(port)}
+		if _, _, no := unix.Syscall6(unix.SYS_LANDLOCK_ADD_RULE, fd, llRulePort, uintptr(unsafe.Pointer(&rule)), 0, 0, 0); no != 0 {
+			return -1, fmt.Errorf("port %d: %v", port, no)
 		}
 	}
 	return int(fd), nil

@@ -39,8 +39,8 @@ func families(bare bool) []uint32 {
 const (
 	newNamespaces = unix.CLONE_NEWNS | unix.CLONE_NEWCGROUP | unix.CLONE_NEWUTS | unix.CLONE_NEWIPC | unix.CLONE_NEWUSER |
 		unix.CLONE_NEWPID | unix.CLONE_NEWNET
-	atNumber, atArch, atFirst, atSecond = 0, 4, 16, 24 // in struct seccomp_data, low words
-	x32                                 = 0x40000000
+	atNumber, atArch, atFirst, atSecond, atThird = 0, 4, 16, 24, 32 // in struct seccomp_data, low words
+	x32                                          = 0x40000000
 )
 
 // filter is the seccomp program. Every way into the kernel that is not this architecture's own answers ENOSYS: under a list
@@ -94,6 +94,7 @@ func filter(bare, bounded bool) []unix.SockFilter {
 		answer(unix.EAFNOSUPPORT)
 		load(atNumber)
 	}
+	argument(unix.SYS_SOCKET, atThird, unix.BPF_JEQ, []uint32{unix.IPPROTO_MPTCP}, unix.EPROTONOSUPPORT) // landlock's rules for tcp pass it by
 	only(unix.SYS_SOCKET, families(bare))
 	only(unix.SYS_SOCKETPAIR, []uint32{unix.AF_UNIX})
 	if bare { // half a pair of datagrams can be connected to a path, half a pair of streams cannot

@@ -40,6 +40,8 @@ func TestFilter(t *testing.T) {
 		{"a process", false, seccompData(unix.SYS_CLONE, own, uint32(unix.SIGCHLD)), unix.SECCOMP_RET_ALLOW},
 		{"a user namespace", false, seccompData(unix.SYS_CLONE, own, unix.CLONE_NEWUSER|uint32(unix.SIGCHLD)), answer(unix.EPERM)},
 		{"tcp", false, seccompData(unix.SYS_SOCKET, own, unix.AF_INET), unix.SECCOMP_RET_ALLOW},
+		{"tcp over several paths", false, seccompData(unix.SYS_SOCKET, own, unix.AF_INET, unix.SOCK_STREAM, unix.IPPROTO_MPTCP), answer(unix.EPROTONOSUPPORT)},
+		{"tcp by name", false, seccompData(unix.SYS_SOCKET, own, unix.AF_INET, unix.SOCK_STREAM, unix.IPPROTO_TCP), unix.SECCOMP_RET_ALLOW},
 		{"packets", false, seccompData(unix.SYS_SOCKET, own, unix.AF_PACKET), answer(unix.EAFNOSUPPORT)},
 		{"kernel crypto", false, seccompData(unix.SYS_SOCKET, own, unix.AF_ALG), answer(unix.EAFNOSUPPORT)},
 		{"tcp of version 6", false, seccompData(unix.SYS_SOCKET, own, unix.AF_INET6), unix.SECCOMP_RET_ALLOW},

@@ -87,6 +87,12 @@ func try(verb, rest string) (string, error) {
 	case "abstract":
 		_, err := net.Dial("unix", "@"+rest)
 		return "ok", err
+	case "listen":
+		l, err := net.Listen("tcp", rest)
+		if err == nil {
+			err = l.Close()
+		}
+		return "ok", err
 	case "read":
 		text, err := os.ReadFile(rest)
 		return fmt.Sprintf("ok %q", text), err
