@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"hash/fnv"
+	"math"
 	"net"
 	"os"
 	"path/filepath"
@@ -202,6 +203,9 @@ func (k *Keeper) check(w backends.Workload) error {
 	names := regexp.MustCompile(`^[a-z0-9][a-z0-9._-]{0,99}$`)
 	if !names.MatchString(w.Name) || !names.MatchString(w.Unit) {
 		return &refusal.Error{Code: "E_PATH", Subject: "workload name and unit", Got: fmt.Sprintf("%.100q, %.100q", w.Name, w.Unit), Want: names.String()}
+	}
+	if w.Run.User < 0 || w.Run.User > math.MaxInt32 {
+		return &refusal.Error{Code: "E_DECODE", Subject: w.Unit + ": run.user", Got: strconv.Itoa(w.Run.User), Want: fmt.Sprintf("0 to %d", math.MaxInt32)}
 	}
 	if !k.Confines() {
 		return &backends.FeatureError{Backend: k.options.Backend, Feature: backends.Feature(w.Format), Detail: "without root a program needs landlock and seccomp to be kept from what is its user's"}

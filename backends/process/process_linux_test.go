@@ -16,6 +16,7 @@ import (
 	"time"
 
 	"github.com/kindos/kmo/backends"
+	"github.com/kindos/kmo/policy/refusal"
 	"github.com/kindos/kmo/registry/merkle"
 )
 
@@ -312,6 +313,7 @@ func TestConfinement(t *testing.T) {
 		{"T54 a set-uid program gains nothing", "suid", "id: 65532 65532"},
 		{"user, group and process id", "id", "65532 65532 1"},
 		{"umask", "umask", "022"},
+		{"cores", "core", "0 0"},
 		{"the name of the host", "host", "caged-00000001"},
 		{"other processes", "list /proc/[0-9]*", "/proc/1"},
 		{"devices", "list /dev/*", "/dev/fd /dev/full /dev/null /dev/random /dev/stderr /dev/stdin /dev/stdout /dev/urandom /dev/zero"},
@@ -434,14 +436,16 @@ func TestFilesAndMounts(t *testing.T) {
 			func(w *backends.Workload) { w.Mounts[0].From = filepath.Dir(k.options.State) },
 			func(w *backends.Workload) { w.Name = "../x" },
 			func(w *backends.Workload) { w.Unit = ".." },
+			func(w *backends.Workload) { w.Run.User = -1 },
+			func(w *backends.Workload) { w.Run.User = 1 << 31 },
 		} {
 			bad := w
 			bad.Name = "other-00000002"
 			bad.Files = append([]backends.File(nil), w.Files...)
 			bad.Mounts = append([]backends.Mount(nil), w.Mounts...)
 			change(&bad)
-			if err := k.Apply(t.Context(), bad); err == nil || !strings.HasPrefix(err.Error(), "E_PATH: ") {
-				t.Errorf("%q %+v: got %v, want E_PATH", bad.Name, bad.Files[0].To, err)
+			if err := k.Apply(t.Context(), bad); refusal.Of(err) == nil {
+				t.Errorf("%q %+v: got %v, want a refusal", bad.Name, bad.Files[0].To, err)
 			}
 		}
 	})

@@ -3,6 +3,7 @@ package stage
 import (
 	"errors"
 	"fmt"
+	"math"
 	"os"
 	"os/signal"
 	"path/filepath"
@@ -147,10 +148,13 @@ func allow(ruleset int, path string, rights uint64) error {
 	return nil
 }
 
-// bound keeps files from growing without end, for us and for everything we start. Whoever writes beyond gets EFBIG: the signal
+// bound keeps files from growing without end, and leaves no cores, for us and for everything we start. Whoever writes beyond gets EFBIG: the signal
 // that would end it is ignored, and stays so until the program says otherwise.
 func (c *Confine) bound() error {
 	signal.Ignore(unix.SIGXFSZ)
+	if err := unix.Setrlimit(unix.RLIMIT_CORE, &unix.Rlimit{}); err != nil {
+		return err
+	}
 	if c.FileSize <= 0 {
 		return nil
 	}
@@ -167,6 +171,9 @@ func (c *Confine) bound() error {
 func (c *Confine) drop() error {
 	if c.Bare {
 		return nil
+	}
+	if c.User < 0 || c.User > math.MaxInt32 { // -1 would leave the user as it is: root
+		return fmt.Errorf("user %d is none", c.User)
 	}
 	for capability := uintptr(0); ; capability++ {
 		if err := unix.Prctl(unix.PR_CAPBSET_DROP, capability, 0, 0, 0); errors.Is(err, unix.EINVAL) {

@@ -136,6 +136,10 @@ func try(verb, rest string) (string, error) {
 		return fmt.Sprint(os.Geteuid(), os.Getegid(), os.Getpid()), nil
 	case "umask":
 		return fmt.Sprintf("%#o", unix.Umask(0)), nil
+	case "core":
+		var limit unix.Rlimit
+		err := unix.Getrlimit(unix.RLIMIT_CORE, &limit)
+		return fmt.Sprint(limit.Cur, " ", limit.Max), err
 	case "host":
 		return os.Hostname()
 	case "stamp":
