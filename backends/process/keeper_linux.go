@@ -223,9 +223,9 @@ func (k *Keeper) Missing() []string {
 		{k.support.HoldsPorts(), "network: the host's is shared: a program reaches what listens on it, and may use any UDP port; TCP ports it binds are its own only"},
 		{!k.support.HoldsPorts(), "network: the host's is shared: a program reaches what listens on it, and may use any port, a neighbour's too; landlock 4 and seccomp would hold TCP ports"},
 		{!k.support.Seccomp, "seccomp: the kernel or this architecture has none"},
-		{!k.groups.Has("memory"), "memory bound: no memory cgroup may be written"},
-		{!k.groups.Has("cpu"), "cpu bound: no cpu cgroup may be written"},
-		{!k.groups.Has("pids"), "pids bound: no pids cgroup may be written"},
+		{!k.groups.Has("memory"), "limit-memory: no memory cgroup takes a bound on this host"},
+		{!k.groups.Has("cpu"), "limit-cpu: no cpu cgroup takes a bound on this host"},
+		{!k.groups.Has("pids"), "limit-pids: no pids cgroup takes a bound on this host"},
 	} {
 		if one.lacks {
 			list = append(list, one.words)

@@ -122,14 +122,9 @@ func Env(w backends.Workload) map[string]string {
 	return env
 }
 
-// lacks refuses what w asks for and have does not hold. Bounds are no part of it: one that no cgroup can set is kept by the backend
-// itself, or told as not applied.
+// lacks refuses what w asks for and have does not hold, bounds among it: what is to be bounded never runs unbounded.
 func lacks(w backends.Workload, backend string, have []backends.Feature) error {
 	for _, f := range w.Needs() {
-		switch f {
-		case backends.LimitCPU, backends.LimitMemory, backends.LimitPIDs, backends.LimitDisk:
-			continue
-		}
 		if !slices.Contains(have, f) {
 			return &backends.FeatureError{Backend: backend, Feature: f, Detail: "its programs are never given it, or this host does not let it"}
 		}

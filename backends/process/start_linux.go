@@ -54,9 +54,8 @@ func (k *Keeper) start(ctx context.Context, e *entry) (err error) {
 	if err := k.groups.Remove(e.name); err != nil { // a fresh one counts from 0
 		return fmt.Errorf("%s: removing its old cgroup: %v", e.name, err)
 	}
-	unapplied, err := k.groups.Make(e.name, r.Workload.Resources)
-	if err != nil {
-		return fmt.Errorf("%s: making its cgroup: %v", e.name, err)
+	if err := k.groups.Make(e.name, r.Workload.Resources); err != nil {
+		return errors.Join(fmt.Errorf("%s: making its cgroup: %v", e.name, err), k.groups.Remove(e.name))
 	}
 	k.step("clone")
 	c, err := spawn(orders, k.groups.Joins(e.name), log, -1, k.support.Mounts)
@@ -64,7 +63,7 @@ func (k *Keeper) start(ctx context.Context, e *entry) (err error) {
 		return errors.Join(fmt.Errorf("%s: starting a stage: %v", e.name, err), k.groups.Remove(e.name))
 	}
 	k.step("cloned")
-	if err := k.recordStart(e, c, append(unapplied, k.unapplied(r.Workload, orders)...)); err != nil {
+	if err := k.recordStart(e, c, k.unapplied(r.Workload, orders)); err != nil {
 		c.abandon()
 		return errors.Join(err, k.groups.Remove(e.name))
 	}

@@ -237,6 +237,9 @@ func (b *Backend) inner(ctx context.Context, w backends.Workload) (backends.Work
 	}
 	if w.Resources.PIDs > 0 {
 		w.Resources.PIDs = max(w.Resources.PIDs, runnerPIDs)
+		if !slices.Contains(b.keeper.Features(), backends.LimitPIDs) {
+			w.Resources.PIDs = 0 // kept all the same: a guest has one thread
+		}
 	}
 	w.Files, w.Mounts, w.Overlay.Keep = slices.Clone(w.Files), slices.Clone(w.Mounts), slices.Clone(w.Overlay.Keep)
 	for i := range w.Files {
