@@ -350,6 +350,9 @@ func (e *entry) status() (backends.Status, bool) {
 	}
 	if r.Ended != nil {
 		s.ExitCode, s.OOM = r.Ended.Code, r.Ended.OOM
+		if !r.Ended.Known && s.Detail == "" {
+			s.Detail = unknownEnd
+		}
 	}
 	if e.program != nil {
 		s.PID, s.Started, s.Usage = e.program.pid, r.Started, e.usage

@@ -113,8 +113,15 @@ func TestOutlivesItsKeeper(t *testing.T) {
 		after := status(t, k, name)
 		return after.Detail, after.State == backends.Running && after.Restarts == 1 && after.PID != s.PID
 	})
-	if got := status(t, k, name).ExitCode; got != 137 && got != 0 {
-		t.Errorf("exit code %d, want 137, or 0 for not known", got)
+	if s := status(t, k, name); s.ExitCode != 137 && (s.ExitCode != 0 || s.Detail != unknownEnd) {
+		t.Errorf("exit code %d, %q; want 137, or 0 and that it is not known", s.ExitCode, s.Detail)
+	}
+	e := k.entry(name)
+	e.mu.Lock()
+	e.record.Ended = &end{} // as a kernel before 6.15 has it
+	e.mu.Unlock()
+	if s := status(t, k, name); s.State != backends.Running || s.Detail != unknownEnd {
+		t.Errorf("state %s, detail %q; want that the last end is not known", s.State, s.Detail)
 	}
 }
 
@@ -220,6 +227,22 @@ func TestBounds(t *testing.T) {
 			s := status(t, k, w.Name)
 			return s.Detail, s.OOM && s.ExitCode == 137 && s.Restarts > 0
 		})
+	})
+	t.Run("a child's want of memory is not its parent's end", func(t *testing.T) {
+		k := fresh(t)
+		w := workload("feeding", "feed", "exit xxx")
+		w.Resources.Memory = 32 << 20
+		apply(t, k, w)
+		if got := said(t, k, w.Name, "feed"); got != "signal: killed" {
+			t.Errorf("the child says %q", got)
+		}
+		until(t, "its end", func() (string, bool) {
+			s := status(t, k, w.Name)
+			return s.Detail, s.ExitCode == 3
+		})
+		if s := status(t, k, w.Name); s.OOM || strings.Contains(s.Detail, "memory") {
+			t.Errorf("it is %+v, want no want of memory", s)
+		}
 	})
 	t.Run("less memory than a stage needs", func(t *testing.T) {
 		k := fresh(t)

@@ -148,7 +148,8 @@ func (k *Keeper) ended(e *entry, p *program) time.Duration {
 		how.Known, how.Code = collect(fd, p.pid)
 		return nil
 	})
-	how.OOM = k.groups.OOMs(e.name) > 0
+	short := k.groups.OOMs(e.name) > 0 // of a cgroup as old as the program: it may have been a child
+	how.OOM = short && how.Known && how.Code == 128+int(unix.SIGKILL)
 	p.release()
 
 	e.mu.Lock()
@@ -161,9 +162,9 @@ func (k *Keeper) ended(e *entry, p *program) time.Duration {
 	}
 	words := fmt.Sprintf("ended with status %d", how.Code)
 	if !how.Known {
-		words = "ended; its status went to the process that had started it"
+		words = unknownEnd
 	}
-	if how.OOM {
+	if how.OOM || short && !how.Known {
 		words += ", for want of memory"
 	}
 	pause := k.options.Backoff(max(e.record.Quick-1, 0))
@@ -176,6 +177,9 @@ func (k *Keeper) ended(e *entry, p *program) time.Duration {
 	}
 	return max(pause, time.Nanosecond)
 }
+
+// unknownEnd is the detail of a workload whose last program ended as nobody knows: its ExitCode says 0, and does not mean it.
+const unknownEnd = "its last program ended with a status that went to the process that had started it"
 
 // collect reaps an ended process if it is our child, and says its status if that is to be had.
 func collect(pidfd, pid int) (known bool, exit int) {
