@@ -103,6 +103,15 @@ func asNobody(t *testing.T) {
 		}
 		k.support = whole
 	}
+	k.support.Groups = false // as a kernel before 6.9
+	old := workload("older", "child older-mark", "wait older-mark")
+	old.Resources = backends.Resources{}
+	apply(t, k, old)
+	said(t, k, old.Name, "child older-mark")
+	if err := k.Remove(t.Context(), old.Name); err != nil {
+		t.Fatal(err)
+	}
+	until(t, "the end of all its processes by number", func() (string, bool) { return "", len(processes("older-mark")) == 0 })
 	if err := k.Remove(t.Context(), w.Name); err != nil {
 		t.Fatal(err)
 	}

@@ -28,7 +28,7 @@ func TestNoSignalAfterTheEnd(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer out.Close()
-	c, err := spawn(stage.Orders{Argv: []string{"/none"}, Dir: "/"}, nil, out, -1, false)
+	c, err := spawn(stage.Orders{Argv: []string{"/none"}, Dir: "/"}, nil, out, -1, kinGroup)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -217,6 +217,7 @@ func (k *Keeper) Missing() []string {
 	}{
 		{!k.support.Mounts, "namespaces, a root and a user of its own: needs root with the right to mount; landlock keeps files of the host away, seccomp all unix sockets"},
 		{!k.Confines(), "programs: without root they need landlock and seccomp to be kept from the files and sockets of their user; none is run"},
+		{k.kin() == kinNumber, "process groups: what a program started may outlive it when it ends after a restart of this backend; the kernel is older than 6.9"},
 		{k.support.Mounts && !k.support.Overlay, "overlay: the kernel has no overlayfs"},
 		{k.support.Landlock == 0, "landlock: the kernel has none"},
 		{k.support.Landlock > 0 && k.support.Landlock < 6, fmt.Sprintf("landlock: version %d does not keep abstract sockets of the host away, 6 does", k.support.Landlock)},

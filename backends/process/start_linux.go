@@ -58,7 +58,7 @@ func (k *Keeper) start(ctx context.Context, e *entry) (err error) {
 		return errors.Join(fmt.Errorf("%s: making its cgroup: %v", e.name, err), k.groups.Remove(e.name))
 	}
 	k.step("clone")
-	c, err := spawn(orders, k.groups.Joins(e.name), log, -1, k.support.Mounts)
+	c, err := spawn(orders, k.groups.Joins(e.name), log, -1, k.kin())
 	if err != nil {
 		return errors.Join(fmt.Errorf("%s: starting a stage: %v", e.name, err), k.groups.Remove(e.name))
 	}
@@ -254,8 +254,8 @@ type child struct {
 	to, from *os.File // orders and report
 }
 
-// spawn clones a stage. It joins the namespaces of the process that pidfd in holds, or, if own, gets new ones.
-func spawn(orders stage.Orders, joins []string, out *os.File, in int, own bool) (*child, error) {
+// spawn clones a stage. It joins the namespaces of the process that pidfd in holds, or, if they are to be its kin's, gets new ones.
+func spawn(orders stage.Orders, joins []string, out *os.File, in int, how kin) (*child, error) {
 	orders.Cgroups = len(joins)
 	null, err := os.Open(os.DevNull)
 	if err != nil {
@@ -284,7 +284,7 @@ func spawn(orders stage.Orders, joins []string, out *os.File, in int, own bool) 
 	}
 	pidfd := -1
 	sys := &syscall.SysProcAttr{Setsid: true, PidFD: &pidfd}
-	if own {
+	if how == kinSpace && in < 0 {
 		sys.Cloneflags = namespaces
 	}
 	if in >= 0 {
@@ -295,7 +295,7 @@ func spawn(orders stage.Orders, joins []string, out *os.File, in int, own bool) 
 	if err != nil {
 		return nil, errors.Join(err, ordersWrite.Close(), reportRead.Close())
 	}
-	return &child{program: hold(pid, pidfd, orders.Confine.Bare), orders: orders, to: ordersWrite, from: reportRead}, nil
+	return &child{program: hold(pid, pidfd, how), orders: orders, to: ordersWrite, from: reportRead}, nil
 }
 
 // instruct sends the orders, runs hooks when the stage has built what they need, if there are any, and waits until the program is
@@ -400,11 +400,11 @@ func (k *Keeper) inside(ctx context.Context, e *entry, w backends.Workload, p *p
 // spawnInside clones a stage into the pid namespace of a program, by a thread that enters it.
 func spawnInside(in int, orders stage.Orders, joins []string, out *os.File) (c *child, err error) {
 	if orders.Confine.Bare {
-		return spawn(orders, nil, out, -1, false)
+		return spawn(orders, nil, out, -1, kinNumber) // our child until it is reaped
 	}
 	stage.OnThread(func() {
 		if err = unix.Setns(in, unix.CLONE_NEWPID); err == nil {
-			c, err = spawn(orders, joins, out, in, false)
+			c, err = spawn(orders, joins, out, in, kinNumber)
 		}
 	})
 	return c, err
@@ -429,8 +429,7 @@ func (c *child) finish(ctx context.Context, name string, output *os.File) (int, 
 	if err == nil {
 		err = c.wait() // the end of ctx kills it
 	}
-	c.signal(unix.SIGKILL)
-	_ = unix.Kill(-c.pid, unix.SIGKILL) // its session; the number is ours until it is reaped
+	c.kill()
 	status := c.reap()
 	if output != nil { // something it left behind may hold the other end for ever
 		err = errors.Join(err, output.SetReadDeadline(time.Now().Add(100*time.Millisecond)))

@@ -22,14 +22,34 @@ import (
 type program struct {
 	pid  int
 	fd   *os.File      // the pidfd, in the runtime's poller: waiting costs no thread
-	bare bool          // its group is all that holds together what it started
+	kin  kin           // how what it started ends with it
 	done chan struct{} // closed when it has ended and that is recorded
 }
 
+// kin is how what a program started ends with it.
+type kin int
+
+const (
+	kinSpace  kin = iota // as process 1 of its namespace
+	kinGroup             // by its process group, through the pidfd
+	kinNumber            // by its process group's number, where the kernel is older than 6.9
+)
+
 // hold takes over a pidfd.
-func hold(pid, pidfd int, bare bool) *program {
+func hold(pid, pidfd int, how kin) *program {
 	_ = unix.SetNonblock(pidfd, true)
-	return &program{pid: pid, fd: os.NewFile(uintptr(pidfd), "pidfd"), bare: bare, done: make(chan struct{})}
+	return &program{pid: pid, fd: os.NewFile(uintptr(pidfd), "pidfd"), kin: how, done: make(chan struct{})}
+}
+
+// kin is what holds together a program and what it starts.
+func (k *Keeper) kin() kin {
+	switch {
+	case k.support.Mounts:
+		return kinSpace
+	case k.support.Groups:
+		return kinGroup
+	}
+	return kinNumber
 }
 
 // control calls f with the pidfd, and does not if it was released.
@@ -48,14 +68,33 @@ func (p *program) signal(s unix.Signal) {
 	_ = p.control(func(fd int) error { return unix.PidfdSendSignal(fd, s, nil, 0) })
 }
 
-// kill ends the program, and with it, as process 1 of its namespace, all it started.
+// kill ends the program and all it started.
 func (p *program) kill() {
-	if p.bare {
-		_ = p.control(func(fd int) error {
-			return unix.PidfdSendSignal(fd, unix.SIGKILL, nil, unix.PIDFD_SIGNAL_PROCESS_GROUP)
-		})
-	}
+	p.killGroup()
 	p.signal(unix.SIGKILL)
+}
+
+// killGroup ends what a bare program started. It is false if that may go on: its group's number says nothing any more.
+func (p *program) killGroup() bool {
+	how := func(fd int) error {
+		return unix.PidfdSendSignal(fd, unix.SIGKILL, nil, unix.PIDFD_SIGNAL_PROCESS_GROUP)
+	}
+	switch p.kin {
+	case kinSpace:
+		return true
+	case kinNumber:
+		how = func(fd int) error {
+			// While it is not reaped the number is its own. We reap our children ourselves, later; of what others reap it is known
+			// while it runs, and numbers are given out in turn: the next moment's is no other's.
+			ours := unix.Waitid(unix.P_PIDFD, fd, nil, unix.WEXITED|unix.WNOHANG|unix.WNOWAIT, nil) == nil
+			if !ours && over(fd) {
+				return unix.ESTALE
+			}
+			return unix.Kill(-p.pid, unix.SIGKILL)
+		}
+	}
+	err := p.control(how)
+	return err == nil || errors.Is(err, unix.ESRCH)
 }
 
 func (p *program) release() { _ = p.fd.Close() }
@@ -71,7 +110,7 @@ func (p *program) duplicate() (fd int, err error) {
 // catches says whether the program catches a signal, true where that cannot be told: one that a process 1 does not catch does nothing to it.
 func (p *program) catches(s unix.Signal) bool {
 	text, err := os.ReadFile("/proc/" + strconv.Itoa(p.pid) + "/status")
-	if err != nil || p.bare {
+	if err != nil || p.kin != kinSpace {
 		return true
 	}
 	for line := range strings.SplitSeq(string(text), "\n") {
@@ -139,10 +178,8 @@ func (k *Keeper) watch(e *entry, p *program) {
 // ended records how a program ended and returns the pause before the next start.
 func (k *Keeper) ended(e *entry, p *program) time.Duration {
 	how := end{}
-	if p.bare {
-		_ = p.control(func(fd int) error {
-			return unix.PidfdSendSignal(fd, unix.SIGKILL, nil, unix.PIDFD_SIGNAL_PROCESS_GROUP)
-		})
+	if !p.killGroup() {
+		k.options.Logger.Warn("ending what a program left behind: it was not our child, and this kernel knows its group by number only", "workload", e.name, "group", p.pid)
 	}
 	_ = p.control(func(fd int) error {
 		how.Known, how.Code = collect(fd, p.pid)
@@ -351,7 +388,7 @@ func (k *Keeper) reattach(e *entry) (p *program, half bool) {
 	if err != nil {
 		return nil, false
 	}
-	p = hold(id.PID, fd, !k.support.Mounts)
+	p = hold(id.PID, fd, k.kin())
 	// Asked after the pidfd was taken: if the number still means the same process now, the pidfd does.
 	started, err := startTime(id.PID)
 	if err != nil || started != id.Start {

@@ -16,6 +16,10 @@ import (
 // Measure finds out what this kernel lets this user do, by doing it; scratch is an empty folder.
 func Measure(scratch string) Support {
 	s := Support{Landlock: abi(), Seccomp: filters()}
+	if own, err := unix.PidfdOpen(os.Getpid(), 0); err == nil {
+		s.Groups = unix.PidfdSendSignal(own, 0, nil, unix.PIDFD_SIGNAL_PROCESS_GROUP) == nil
+		_ = unix.Close(own)
+	}
 	OnThread(func() {
 		if unix.Unshare(unix.CLONE_FS|unix.CLONE_NEWNS) != nil || unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, "") != nil {
 			return

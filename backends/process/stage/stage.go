@@ -92,6 +92,7 @@ type Support struct {
 	Overlay  bool // overlayfs
 	Landlock int  // ABI; 0 is none
 	Seccomp  bool
+	Groups   bool // a pidfd signals its whole process group: Linux 6.9
 }
 
 // HoldsPorts says whether Confine.Ports is kept: landlock's rules are, by the filter, all there is of TCP.
