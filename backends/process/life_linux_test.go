@@ -288,6 +288,49 @@ func TestBounds(t *testing.T) {
 	})
 }
 
+// A cgroup that cannot be removed is shown, and keeps nothing else from being kept.
+func TestStuckCgroup(t *testing.T) {
+	state := t.TempDir()
+	k, err := Open(options(state))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if !k.groups.Has("memory") {
+		t.Skip("no memory cgroup", k.Close())
+	}
+	name := workload("stuck").Name
+	if err := k.groups.Make(name, backends.Resources{}); err != nil {
+		t.Fatal(err)
+	}
+	inner := filepath.Join(filepath.Dir(k.groups.Joins(name)[0]), "inner")
+	if err := os.Mkdir(inner, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	defer os.Remove(inner)
+	apply(t, k, workload("well", "wait"))
+	if err := k.Close(); err != nil {
+		t.Fatal(err)
+	}
+	again, err := Open(options(state))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer again.Close()
+	if s := status(t, again, name); s.State != backends.Damaged || !strings.Contains(s.Detail, "cannot be removed") {
+		t.Errorf("the stuck one is %+v, want it damaged", s)
+	}
+	if s := status(t, again, workload("well").Name); s.State != backends.Running || s.Restarts != 0 {
+		t.Errorf("the other is %+v, want it running", s)
+	}
+	if err := again.Remove(t.Context(), name); err == nil {
+		t.Error("it was removed")
+	}
+	if err := os.Remove(inner); err != nil {
+		t.Fatal(err)
+	}
+	sweep(t, again)
+}
+
 func TestAnotherContentReplaces(t *testing.T) {
 	k := fresh(t)
 	w := workload("moved", "wait")

@@ -8,12 +8,12 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
-	"syscall"
 	"time"
 	"unsafe"
 
 	"github.com/kindos/kmo/backends"
 	"github.com/kindos/kmo/backends/process/stage"
+	"github.com/kindos/kmo/policy/refusal"
 	"golang.org/x/sys/unix"
 )
 
@@ -311,21 +311,31 @@ func (k *Keeper) find() error {
 			}
 		}
 	}
+	known := k.list()
 	for _, name := range k.groups.Names() {
-		if k.entries[name] != nil {
-			continue
-		}
-		for _, pid := range k.groups.Processes(name) { // of an unrecorded start: the cgroup is ours alone
-			_ = syscall.Kill(pid, syscall.SIGKILL)
-		}
-		if err := k.groups.Remove(name); err != nil {
-			return err
+		if k.entries[name] == nil {
+			k.undo(name)
 		}
 	}
-	for _, e := range k.entries {
+	for _, e := range known {
 		k.resume(e)
 	}
 	return nil
+}
+
+// undo ends what is left of a start that was never recorded: the cgroup is ours alone. One that cannot be removed is shown, damaged,
+// for as long as Remove does not succeed, and is in nobody else's way.
+func (k *Keeper) undo(name string) {
+	k.groups.Kill(name)
+	err := k.groups.Remove(name)
+	if err == nil {
+		return
+	}
+	k.options.Logger.Warn("removing the cgroup of an unrecorded start", "workload", name, "err", err)
+	e := k.fresh(name)
+	e.record.Workload.Name = name
+	e.state, e.detail = backends.Damaged, refusal.Clip("its cgroup is left of a start that was never recorded, and cannot be removed: "+err.Error(), 400)
+	k.entries[name] = e
 }
 
 // resume goes on with one workload of an earlier process.

@@ -88,8 +88,15 @@ func TestVersionTwo(t *testing.T) {
 	if got := g.OOMs("relay-1"); got != 1 {
 		t.Errorf("%d ends for want of memory, want 1", got)
 	}
-	if got := g.Processes("relay-1"); !slices.Equal(got, []int{17, 23}) {
+	if got := members(dir); !slices.Equal(got, []int{17, 23}) {
 		t.Errorf("processes %v", got)
+	}
+	if err := os.WriteFile(filepath.Join(dir, "cgroup.kill"), nil, 0o644); err != nil {
+		t.Fatal(err)
+	}
+	g.Kill("relay-1") // by the file: 17 and 23 are nobody here
+	if text, err := os.ReadFile(filepath.Join(dir, "cgroup.kill")); err != nil || string(text) != "1" {
+		t.Errorf("cgroup.kill has %q, %v", text, err)
 	}
 	if got := g.Names(); !slices.Equal(got, []string{"relay-1"}) {
 		t.Errorf("names %q", got)
