@@ -367,7 +367,7 @@ func (k *Keeper) Logs(ctx context.Context, name string, options backends.LogOpti
 	if e == nil {
 		return nil, backends.ErrNotFound
 	}
-	return readLog(ctx, e.dir, options)
+	return readLog(ctx, k.ctx, e.dir, options)
 }
 
 // Exec runs a command inside a running workload, confined and bounded as its program is.
