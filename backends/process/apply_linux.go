@@ -22,7 +22,7 @@ import (
 )
 
 const (
-	hookTime     = 30 * time.Second       // for each postInit and exit hook
+	hookTime     = 30 * time.Second       // for each hook
 	defaultGrace = 10 * time.Second       // where a workload says none
 	restartTime  = 2 * time.Minute        // for a start without a caller, preInit hooks and all
 	portTime     = 500 * time.Millisecond // for a port to be let go
@@ -40,7 +40,8 @@ func (k *Keeper) Apply(ctx context.Context, w backends.Workload) error {
 	}
 	defer release()
 	known := e.record.Workload.Name != ""
-	same := known && !e.record.Removing && e.record.Workload.Spec == w.Spec && e.record.Workload.Image.Content == w.Image.Content
+	removing := e.removing()
+	same := known && !removing && e.record.Workload.Spec == w.Spec && e.record.Workload.Image.Content == w.Image.Content
 	if same && e.now() != nil {
 		return k.postInit(ctx, e)
 	}
@@ -50,7 +51,7 @@ func (k *Keeper) Apply(ctx context.Context, w backends.Workload) error {
 		}
 		return k.postInit(ctx, e)
 	}
-	if err := k.stop(ctx, e, !e.record.Removing); err != nil {
+	if err := k.stop(ctx, e, !removing); err != nil {
 		return err
 	}
 	ports, err := k.choosePorts(w)
@@ -69,19 +70,65 @@ func (k *Keeper) Apply(ctx context.Context, w backends.Workload) error {
 // Remove ends a workload: exit hooks, SIGTERM, its grace, SIGKILL. When ctx ends before, the workload is still there, is not
 // started again, and the next Remove goes on.
 func (k *Keeper) Remove(ctx context.Context, name string) error {
+	if e := k.entry(name); e != nil && ctx.Err() == nil {
+		if err := e.leave(); err != nil { // before its turn: what the keeper itself does with it ends now
+			return err
+		}
+	}
 	e, release, err := k.take(ctx, name, false)
 	if err != nil || e == nil {
 		return err
 	}
 	defer release()
-	err = e.change(func(r *record) { r.Removing, e.detail = true, "being removed" })
-	if err != nil && !errors.Is(err, os.ErrNotExist) { // somebody took the folder away: the rest is to go too
+	if err := e.leave(); err != nil { // again: an Apply may have had the turn before
 		return err
 	}
 	if err := k.stop(ctx, e, true); err != nil {
 		return err
 	}
 	return k.clear(e)
+}
+
+// leave marks a workload as one that is being removed, and ends a start or hooks that nobody but the keeper waits for.
+func (e *entry) leave() error {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	if e.record.Workload.Name == "" {
+		return nil // asked for, and not there yet
+	}
+	e.record.Removing, e.detail = true, "being removed"
+	if e.interrupt != nil {
+		e.interrupt()
+	}
+	if err := e.record.save(e.dir); err != nil && !errors.Is(err, os.ErrNotExist) { // somebody took the folder away: the rest is to go too
+		return err
+	}
+	return nil
+}
+
+// removing says whether Remove has begun, which marks that without the turn.
+func (e *entry) removing() bool {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	return e.record.Removing
+}
+
+// unasked is the context of what the keeper does with a workload of its own accord. It is ended by Close, by Remove, and by done, which
+// the caller must call.
+func (k *Keeper) unasked(e *entry, limit time.Duration) (ctx context.Context, done func()) {
+	ctx, cancel := context.WithTimeout(k.ctx, limit)
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	if e.record.Removing {
+		cancel()
+	}
+	e.interrupt = cancel
+	return ctx, func() {
+		e.mu.Lock()
+		defer e.mu.Unlock()
+		e.interrupt = nil
+		cancel()
+	}
 }
 
 // stop ends the program of a workload, if there is one, and everything it started.
@@ -179,14 +226,12 @@ func (e *entry) note(state backends.State, detail string) {
 
 // runHook runs a command inside a running workload, with its log for output.
 func (k *Keeper) runHook(ctx context.Context, e *entry, moment string, argv []string) error {
-	ctx, cancel := context.WithTimeout(ctx, hookTime)
-	defer cancel()
 	log, err := openLog(e.dir)
 	if err != nil {
 		return err
 	}
 	defer log.Close()
-	return k.hook(e, moment, argv, log, func() (int, error) {
+	return k.hook(ctx, e, moment, argv, log, func(ctx context.Context) (int, error) {
 		status, _, err := k.join(ctx, e, argv, log)
 		return status, err
 	})

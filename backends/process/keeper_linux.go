@@ -29,6 +29,8 @@ type Keeper struct {
 	lock    *os.File     // held on the state folder: one keeper at a time
 	step    func(string) // called at each step of a start; a test ends this process there
 
+	hookTime time.Duration
+
 	ctx     context.Context // of watching and restarting; ended by Close
 	cancel  context.CancelFunc
 	working sync.WaitGroup
@@ -54,6 +56,8 @@ type entry struct {
 	cleared bool     // gone from the keeper: who waited for its turn must look again
 	usage   backends.Usage
 	read    time.Time // of usage
+
+	interrupt context.CancelFunc // ends what the keeper does under the turn of its own accord; nil when it does nothing
 }
 
 // Open takes the state folder, which no other process may have, and goes on with what an earlier one left there: programs that run are
@@ -73,7 +77,7 @@ func Open(o Options) (*Keeper, error) {
 		return nil, err
 	}
 	o.State = state
-	k := &Keeper{options: o, entries: map[string]*entry{}, ports: map[int]string{}, starts: make(chan struct{}, 4), step: func(string) {}}
+	k := &Keeper{options: o, entries: map[string]*entry{}, ports: map[int]string{}, hookTime: hookTime, starts: make(chan struct{}, 4), step: func(string) {}}
 	if k.boot, err = bootID(); err != nil {
 		return nil, fmt.Errorf("boot id: %v", err)
 	}

@@ -90,7 +90,7 @@ func (k *Keeper) preInit(ctx context.Context, e *entry, stage *program, hooks []
 	}
 	return func() error {
 		for _, argv := range hooks {
-			if err := k.hook(e, "preInit", argv, log, func() (int, error) {
+			if err := k.hook(ctx, e, "preInit", argv, log, func(ctx context.Context) (int, error) {
 				status, _, err := k.inside(ctx, e, e.record.resolved(), stage, argv, log)
 				return status, err
 			}); err != nil {
@@ -101,16 +101,20 @@ func (k *Keeper) preInit(ctx context.Context, e *entry, stage *program, hooks []
 	}
 }
 
-// hook runs a hook and turns how it ended into an error with what it wrote.
-func (k *Keeper) hook(e *entry, moment string, argv []string, log *os.File, run func() (int, error)) error {
+// hook runs a hook and turns how it ended into an error with what it wrote. One that does not end in its time is at fault itself.
+func (k *Keeper) hook(ctx context.Context, e *entry, moment string, argv []string, log *os.File, run func(context.Context) (int, error)) error {
 	before, err := log.Stat()
 	if err != nil {
 		return err
 	}
-	status, err := run()
+	within, cancel := context.WithTimeout(ctx, k.hookTime)
+	defer cancel()
+	status, err := run(within)
 	fault := &backends.StartError{Workload: e.name, Stage: fmt.Sprintf("%s %v", moment, argv)}
 	var cause *backends.StartError
 	switch {
+	case err != nil && ctx.Err() == nil && within.Err() != nil:
+		fault.Cause = fmt.Sprintf("has not ended within %v", k.hookTime)
 	case errors.As(err, &cause):
 		fault.Cause = cause.Stage + ": " + cause.Cause
 	case err != nil:

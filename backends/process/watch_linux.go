@@ -1,7 +1,6 @@
 package process
 
 import (
-	"context"
 	"errors"
 	"fmt"
 	"os"
@@ -267,15 +266,15 @@ func (k *Keeper) restart(e *entry, p *program) time.Duration {
 		return 0
 	}
 	defer release()
-	if taken != e || e.last != p || e.now() != nil || e.record.Removing {
+	if taken != e || e.last != p || e.now() != nil || e.removing() {
 		return 0
 	}
 	e.mu.Lock()
 	e.record.Restarts++
 	e.record.Pending = len(e.record.Workload.Hooks.PostInit) > 0
 	e.mu.Unlock()
-	ctx, cancel := context.WithTimeout(k.ctx, restartTime)
-	defer cancel()
+	ctx, done := k.unasked(e, restartTime)
+	defer done()
 	if err = k.start(ctx, e); err == nil {
 		if err := k.postInit(ctx, e); err != nil {
 			k.options.Logger.Warn("running a postInit hook", "workload", e.name, "err", err)
@@ -385,7 +384,9 @@ func (k *Keeper) finishHooks(e *entry) error {
 		return err
 	}
 	defer release()
-	return k.postInit(k.ctx, e)
+	ctx, done := k.unasked(e, restartTime)
+	defer done()
+	return k.postInit(ctx, e)
 }
 
 // reattach finds the process of a record, if it is beyond doubt the same; half says that it had not become the program yet.

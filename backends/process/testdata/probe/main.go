@@ -193,6 +193,12 @@ func try(verb, rest string) (string, error) {
 			return "", err
 		}
 		return "ok", f.Truncate(1 << 30)
+	case "hang": // unless the file is there
+		name, _, _ := strings.Cut(rest, " ")
+		if _, err := os.Stat(name); err != nil {
+			time.Sleep(time.Hour)
+		}
+		return "ok", nil
 	case "deaf":
 		signal.Ignore(syscall.SIGTERM)
 		return "ok", nil
