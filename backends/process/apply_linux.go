@@ -46,25 +46,41 @@ func (k *Keeper) Apply(ctx context.Context, w backends.Workload) error {
 		return k.postInit(ctx, e)
 	}
 	if same { // between two starts: not waited for any longer
-		if err := k.start(ctx, e); err != nil {
+		if err := k.start(ctx, e, nil); err != nil {
 			return err
 		}
 		return k.postInit(ctx, e)
 	}
-	if err := k.stop(ctx, e, !removing); err != nil {
+	if err := k.replace(ctx, e, w, !removing); err != nil {
+		if e.record.Workload.Name == "" { // it never came to be
+			err = errors.Join(err, k.clear(e))
+		}
 		return err
 	}
+	return k.postInit(ctx, e)
+}
+
+// replace makes an entry's program the one of w. What is refused is refused before the old one is touched.
+func (k *Keeper) replace(ctx context.Context, e *entry, w backends.Workload, exitHooks bool) error {
 	ports, err := k.choosePorts(w)
-	if err == nil {
-		e.mu.Lock()
-		e.record = record{Workload: w, Ports: ports, Pending: len(w.Hooks.PostInit) > 0} // whole: Observe reads it from here on
-		e.mu.Unlock()
-		err = k.start(ctx, e)
-	}
 	if err != nil {
+		return err
+	}
+	next := record{Workload: w, Ports: ports, Pending: len(w.Hooks.PostInit) > 0}
+	p, err := k.plan(ctx, &next)
+	if err != nil {
+		return err
+	}
+	if err := k.stop(ctx, e, exitHooks); err != nil {
+		return err
+	}
+	e.mu.Lock()
+	e.record = next // whole: Observe reads it from here on
+	e.mu.Unlock()
+	if err := k.start(ctx, e, p); err != nil {
 		return errors.Join(err, k.clear(e))
 	}
-	return k.postInit(ctx, e)
+	return nil
 }
 
 // Remove ends a workload: exit hooks, SIGTERM, its grace, SIGKILL. When ctx ends before, the workload is still there, is not
@@ -271,18 +287,58 @@ func (k *Keeper) check(w backends.Workload) error {
 				Detail: fmt.Sprintf("port %s: numbers below %d need a capability; a program here has none", p.Name, free)}
 		}
 	}
-	resolved := w
-	resolved.Run.Ports = append([]backends.Port(nil), w.Run.Ports...)
-	program, err := k.options.Plan(resolved)
+	return nil
+}
+
+// plan asks for the program of a workload, and refuses one that cannot be run here.
+func (k *Keeper) plan(ctx context.Context, r *record) (*Program, error) {
+	p, err := k.options.Plan(ctx, r.resolved())
 	switch {
 	case err != nil:
-		return err
-	case program.Root != "" && !k.support.Overlay:
-		return &backends.FeatureError{Backend: k.options.Backend, Feature: backends.Overlays, Detail: "an image's root needs overlayfs, and root to mount it"}
-	case len(program.Argv) == 0:
-		return &backends.StartError{Workload: w.Name, Stage: "exec", Cause: "neither the image nor the unit names a command"}
+		return nil, err
+	case p.Root != "" && !k.support.Overlay:
+		return nil, &backends.FeatureError{Backend: k.options.Backend, Feature: backends.Overlays, Detail: "an image's root needs overlayfs, and root to mount it"}
+	case len(p.Argv) == 0:
+		return nil, &backends.StartError{Workload: r.Workload.Name, Stage: "exec", Cause: "neither the image nor the unit names a command"}
 	}
-	return nil
+	return &p, nil
+}
+
+// settle gives a start its ports and its plan, which is made anew if the ports are others than it was made for.
+func (k *Keeper) settle(ctx context.Context, e *entry, p *Program) (*Program, error) {
+	changed, err := k.settlePorts(ctx, e)
+	if err != nil {
+		return nil, err
+	}
+	if p == nil || changed {
+		if p, err = k.plan(ctx, &e.record); err != nil {
+			return nil, err
+		}
+	}
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	e.plan = p
+	return p, nil
+}
+
+// planned is what a workload's present program was started by. Of one that an earlier process started it is asked for now.
+func (k *Keeper) planned(ctx context.Context, e *entry) (*Program, error) {
+	e.mu.Lock()
+	p, r := e.plan, e.record
+	e.mu.Unlock()
+	if p != nil {
+		return p, nil
+	}
+	p, err := k.plan(ctx, &r)
+	if err != nil {
+		return nil, err
+	}
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	if e.plan == nil {
+		e.plan = p
+	}
+	return p, nil
 }
 
 // checkPaths sees that every path has one spelling and that none lies below a folder that the program can write.
@@ -376,7 +432,7 @@ func (k *Keeper) choosePorts(w backends.Workload) (ports []int, err error) {
 // settlePorts sees that every port of a workload is the program's to have: what answered there would pass for it. One that is taken
 // is asked for a little longer, as what held it may just have ended. Then one that was chosen is chosen anew; for one that the unit
 // names there is nothing to do but wait, and who holds it is no fault of the unit's.
-func (k *Keeper) settlePorts(ctx context.Context, e *entry) error {
+func (k *Keeper) settlePorts(ctx context.Context, e *entry) (changed bool, err error) {
 	r := &e.record
 	for i, p := range r.Workload.Run.Ports {
 		port := r.Ports[i]
@@ -388,19 +444,19 @@ func (k *Keeper) settlePorts(ctx context.Context, e *entry) error {
 		case errors.Is(err, unix.EADDRINUSE) && max(p.Port, p.Host) == 0:
 			ports, err := k.choosePorts(r.Workload)
 			if err != nil {
-				return err
+				return false, err
 			}
 			e.mu.Lock()
 			e.record.Ports = ports
 			e.mu.Unlock()
-			return nil // just found free; a fixed one that is not is met by the program
+			return true, nil // just found free; a fixed one that is not is met by the program
 		case errors.Is(err, unix.EADDRINUSE):
-			return fmt.Errorf("%s: port %s: port %d is taken by another program of this host", e.name, p.Name, port)
+			return false, fmt.Errorf("%s: port %s: port %d is taken by another program of this host", e.name, p.Name, port)
 		case err != nil:
-			return fmt.Errorf("%s: port %s: %v", e.name, p.Name, err)
+			return false, fmt.Errorf("%s: port %s: %v", e.name, p.Name, err)
 		}
 	}
-	return nil
+	return false, nil
 }
 
 // freePort returns EADDRINUSE for a port on which anybody listens, on whatever address.

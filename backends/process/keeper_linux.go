@@ -53,6 +53,7 @@ type entry struct {
 	detail  string
 	program *program // nil when there is none
 	last    *program // the newest there was; only its watcher starts another; written under the turn
+	plan    *Program // of the present program; nil if an earlier process started it and nobody has asked since
 	cleared bool     // gone from the keeper: who waited for its turn must look again
 	usage   backends.Usage
 	read    time.Time // of usage

@@ -49,6 +49,7 @@
 package process
 
 import (
+	"context"
 	"log/slog"
 	"maps"
 	"path"
@@ -71,10 +72,10 @@ func Stage() { stage.Main() }
 type Options struct {
 	Backend string // names errors, the cgroup folder and the log
 	State   string // the state folder; made if there is none
-	// Plan turns a workload into the program to run, and is asked again at each restart. The ports of the workload it is
-	// given are resolved: Port is the number the program listens on. It must return a *backends.FeatureError for what it
-	// cannot give, and change nothing.
-	Plan   func(backends.Workload) (Program, error)
+	// Plan turns a workload into the program to run, and is asked once for each start; hooks and Exec go by the same answer. The
+	// ports of the workload it is given are resolved: Port is the number the program listens on. It must return a
+	// *backends.FeatureError for what it cannot give, soon after its context ends, and change nothing of a workload.
+	Plan   func(context.Context, backends.Workload) (Program, error)
 	Logger *slog.Logger // nil is silent
 
 	Backoff func(restarts int) time.Duration // pause before the next start; nil is 1 s doubling to 1 min

@@ -22,8 +22,9 @@ import (
 
 const namespaces = unix.CLONE_NEWNS | unix.CLONE_NEWPID | unix.CLONE_NEWIPC | unix.CLONE_NEWUTS
 
-// start makes the program of a workload that has none. Whatever it returns, there is a recorded program or nothing. The turn is held.
-func (k *Keeper) start(ctx context.Context, e *entry) (err error) {
+// start makes the program of a workload that has none, by a plan for it if there is one already. Whatever it returns, there is a
+// recorded program or nothing. The turn is held.
+func (k *Keeper) start(ctx context.Context, e *entry, p *Program) (err error) {
 	defer func() {
 		if err != nil {
 			e.mu.Lock()
@@ -32,10 +33,10 @@ func (k *Keeper) start(ctx context.Context, e *entry) (err error) {
 		}
 	}()
 	r := &e.record
-	if err := k.settlePorts(ctx, e); err != nil {
+	if p, err = k.settle(ctx, e, p); err != nil {
 		return err
 	}
-	orders, hooks, err := k.orders(r.resolved(), e.dir)
+	orders, hooks, err := k.orders(r.resolved(), *p, e.dir)
 	if err != nil {
 		return err
 	}
@@ -162,11 +163,7 @@ func (k *Keeper) unapplied(w backends.Workload, o stage.Orders) (list []string) 
 }
 
 // orders is what the stage is told. The kept folders are made here.
-func (k *Keeper) orders(w backends.Workload, dir string) (o stage.Orders, preInit [][]string, err error) {
-	p, err := k.options.Plan(w)
-	if err != nil {
-		return o, nil, err
-	}
+func (k *Keeper) orders(w backends.Workload, p Program, dir string) (o stage.Orders, preInit [][]string, err error) {
 	o = stage.Orders{Argv: slices.Clone(p.Argv), Dir: p.Dir, Confine: stage.Confine{User: w.Run.User}}
 	if o.Dir == "" {
 		o.Dir = "/"
@@ -378,8 +375,12 @@ func (k *Keeper) inside(ctx context.Context, e *entry, w backends.Workload, p *p
 		return 0, nil, err
 	}
 	defer unix.Close(in)
+	plan, err := k.planned(ctx, e)
+	if err != nil {
+		return 0, nil, err
+	}
 	w.Hooks.PreInit = [][]string{argv}
-	orders, hooks, err := k.orders(w, e.dir)
+	orders, hooks, err := k.orders(w, *plan, e.dir)
 	if err != nil {
 		return 0, nil, err
 	}

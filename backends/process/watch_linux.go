@@ -275,7 +275,7 @@ func (k *Keeper) restart(e *entry, p *program) time.Duration {
 	e.mu.Unlock()
 	ctx, done := k.unasked(e, restartTime)
 	defer done()
-	if err = k.start(ctx, e); err == nil {
+	if err = k.start(ctx, e, nil); err == nil {
 		if err := k.postInit(ctx, e); err != nil {
 			k.options.Logger.Warn("running a postInit hook", "workload", e.name, "err", err)
 		}

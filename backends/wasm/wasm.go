@@ -289,12 +289,16 @@ func (b *Backend) hook(argv []string) []string {
 }
 
 // plan is what package process runs for a workload of inner's, with its ports resolved.
-func (b *Backend) plan(w backends.Workload) (process.Program, error) {
-	<-b.opened
+func (b *Backend) plan(ctx context.Context, w backends.Workload) (process.Program, error) {
+	select {
+	case <-b.opened:
+	case <-ctx.Done():
+		return process.Program{}, ctx.Err()
+	}
 	if b.keeper == nil {
 		return process.Program{}, errors.New("the backend is not open")
 	}
-	code, err := b.cache.ready(context.Background(), w.Image.Content, w.Run.User)
+	code, err := b.cache.ready(ctx, w.Image.Content, w.Run.User)
 	if err != nil {
 		return process.Program{}, startError(w, "compiling "+w.Image.Content, err)
 	}
