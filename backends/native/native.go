@@ -6,7 +6,7 @@
 // in each status.
 //
 // A bare program ([backends.Native]) is seen at /app inside, in a root that holds nothing else. A backend that is not root
-// runs bare programs only.
+// runs bare programs only, and none where the kernel lacks landlock or seccomp, which then are all that holds them.
 package native
 
 import (
@@ -61,6 +61,9 @@ func (b *Backend) Fingerprint(context.Context) (backends.Fingerprint, error) {
 }
 
 func (b *Backend) formats() []backends.Format {
+	if !b.Confines() {
+		return nil
+	}
 	if slices.Contains(b.Features(), backends.Overlays) {
 		return []backends.Format{backends.OCI, backends.Native}
 	}
@@ -68,7 +71,7 @@ func (b *Backend) formats() []backends.Format {
 }
 
 // plan says what of a workload is run, and how.
-func plan(w backends.Workload) (process.Program, error) {
+func plan(_ context.Context, w backends.Workload) (process.Program, error) {
 	p := process.Program{Argv: process.Argv(w), Env: process.Env(w), Dir: w.Run.Dir}
 	if p.Dir == "" {
 		p.Dir = w.Image.Config.Dir

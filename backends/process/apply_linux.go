@@ -6,10 +6,12 @@ import (
 	"errors"
 	"fmt"
 	"hash/fnv"
+	"math"
 	"net"
 	"os"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -20,7 +22,7 @@ import (
 )
 
 const (
-	hookTime     = 30 * time.Second       // for each postInit and exit hook
+	hookTime     = 30 * time.Second       // for each hook
 	defaultGrace = 10 * time.Second       // where a workload says none
 	restartTime  = 2 * time.Minute        // for a start without a caller, preInit hooks and all
 	portTime     = 500 * time.Millisecond // for a port to be let go
@@ -38,47 +40,111 @@ func (k *Keeper) Apply(ctx context.Context, w backends.Workload) error {
 	}
 	defer release()
 	known := e.record.Workload.Name != ""
-	same := known && !e.record.Removing && e.record.Workload.Spec == w.Spec && e.record.Workload.Image.Content == w.Image.Content
+	removing := e.removing()
+	same := known && !removing && e.record.Workload.Spec == w.Spec && e.record.Workload.Image.Content == w.Image.Content
 	if same && e.now() != nil {
 		return k.postInit(ctx, e)
 	}
 	if same { // between two starts: not waited for any longer
-		if err := k.start(ctx, e); err != nil {
+		if err := k.start(ctx, e, nil); err != nil {
 			return err
 		}
 		return k.postInit(ctx, e)
 	}
-	if err := k.stop(ctx, e, !e.record.Removing); err != nil {
+	if err := k.replace(ctx, e, w, !removing); err != nil {
+		if e.record.Workload.Name == "" { // it never came to be
+			err = errors.Join(err, k.clear(e))
+		}
+		return err
+	}
+	return k.postInit(ctx, e)
+}
+
+// replace makes an entry's program the one of w. What is refused is refused before the old one is touched.
+func (k *Keeper) replace(ctx context.Context, e *entry, w backends.Workload, exitHooks bool) error {
+	ports, err := k.choosePorts(w)
+	if err != nil {
+		return err
+	}
+	next := record{Workload: w, Ports: ports, Pending: len(w.Hooks.PostInit) > 0}
+	p, err := k.plan(ctx, &next)
+	if err != nil {
+		return err
+	}
+	if err := k.stop(ctx, e, exitHooks); err != nil {
 		return err
 	}
 	e.mu.Lock()
-	e.record = record{Workload: w, Pending: len(w.Hooks.PostInit) > 0}
+	e.record = next // whole: Observe reads it from here on
 	e.mu.Unlock()
-	if err = k.choosePorts(e); err == nil {
-		err = k.start(ctx, e)
-	}
-	if err != nil {
+	if err := k.start(ctx, e, p); err != nil {
 		return errors.Join(err, k.clear(e))
 	}
-	return k.postInit(ctx, e)
+	return nil
 }
 
 // Remove ends a workload: exit hooks, SIGTERM, its grace, SIGKILL. When ctx ends before, the workload is still there, is not
 // started again, and the next Remove goes on.
 func (k *Keeper) Remove(ctx context.Context, name string) error {
+	if e := k.entry(name); e != nil && ctx.Err() == nil {
+		if err := e.leave(); err != nil { // before its turn: what the keeper itself does with it ends now
+			return err
+		}
+	}
 	e, release, err := k.take(ctx, name, false)
 	if err != nil || e == nil {
 		return err
 	}
 	defer release()
-	err = e.change(func(r *record) { r.Removing, e.detail = true, "being removed" })
-	if err != nil && !errors.Is(err, os.ErrNotExist) { // somebody took the folder away: the rest is to go too
+	if err := e.leave(); err != nil { // again: an Apply may have had the turn before
 		return err
 	}
 	if err := k.stop(ctx, e, true); err != nil {
 		return err
 	}
 	return k.clear(e)
+}
+
+// leave marks a workload as one that is being removed, and ends a start or hooks that nobody but the keeper waits for.
+func (e *entry) leave() error {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	if e.record.Workload.Name == "" {
+		return nil // asked for, and not there yet
+	}
+	e.record.Removing, e.detail = true, "being removed"
+	if e.interrupt != nil {
+		e.interrupt()
+	}
+	if err := e.record.save(e.dir); err != nil && !errors.Is(err, os.ErrNotExist) { // somebody took the folder away: the rest is to go too
+		return err
+	}
+	return nil
+}
+
+// removing says whether Remove has begun, which marks that without the turn.
+func (e *entry) removing() bool {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	return e.record.Removing
+}
+
+// unasked is the context of what the keeper does with a workload of its own accord. It is ended by Close, by Remove, and by done, which
+// the caller must call.
+func (k *Keeper) unasked(e *entry, limit time.Duration) (ctx context.Context, done func()) {
+	ctx, cancel := context.WithTimeout(k.ctx, limit)
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	if e.record.Removing {
+		cancel()
+	}
+	e.interrupt = cancel
+	return ctx, func() {
+		e.mu.Lock()
+		defer e.mu.Unlock()
+		e.interrupt = nil
+		cancel()
+	}
 }
 
 // stop ends the program of a workload, if there is one, and everything it started.
@@ -176,14 +242,12 @@ func (e *entry) note(state backends.State, detail string) {
 
 // runHook runs a command inside a running workload, with its log for output.
 func (k *Keeper) runHook(ctx context.Context, e *entry, moment string, argv []string) error {
-	ctx, cancel := context.WithTimeout(ctx, hookTime)
-	defer cancel()
 	log, err := openLog(e.dir)
 	if err != nil {
 		return err
 	}
 	defer log.Close()
-	return k.hook(e, moment, argv, log, func() (int, error) {
+	return k.hook(ctx, e, moment, argv, log, func(ctx context.Context) (int, error) {
 		status, _, err := k.join(ctx, e, argv, log)
 		return status, err
 	})
@@ -201,6 +265,12 @@ func (k *Keeper) check(w backends.Workload) error {
 	if !names.MatchString(w.Name) || !names.MatchString(w.Unit) {
 		return &refusal.Error{Code: "E_PATH", Subject: "workload name and unit", Got: fmt.Sprintf("%.100q, %.100q", w.Name, w.Unit), Want: names.String()}
 	}
+	if w.Run.User < 0 || w.Run.User > math.MaxInt32 {
+		return &refusal.Error{Code: "E_DECODE", Subject: w.Unit + ": run.user", Got: strconv.Itoa(w.Run.User), Want: fmt.Sprintf("0 to %d", math.MaxInt32)}
+	}
+	if !k.Confines() {
+		return &backends.FeatureError{Backend: k.options.Backend, Feature: backends.Feature(w.Format), Detail: "without root a program needs landlock and seccomp to be kept from what is its user's"}
+	}
 	if err := lacks(w, k.options.Backend, k.Features()); err != nil {
 		return err
 	}
@@ -217,18 +287,58 @@ func (k *Keeper) check(w backends.Workload) error {
 				Detail: fmt.Sprintf("port %s: numbers below %d need a capability; a program here has none", p.Name, free)}
 		}
 	}
-	resolved := w
-	resolved.Run.Ports = append([]backends.Port(nil), w.Run.Ports...)
-	program, err := k.options.Plan(resolved)
+	return nil
+}
+
+// plan asks for the program of a workload, and refuses one that cannot be run here.
+func (k *Keeper) plan(ctx context.Context, r *record) (*Program, error) {
+	p, err := k.options.Plan(ctx, r.resolved())
 	switch {
 	case err != nil:
-		return err
-	case program.Root != "" && !k.support.Overlay:
-		return &backends.FeatureError{Backend: k.options.Backend, Feature: backends.Overlays, Detail: "an image's root needs overlayfs, and root to mount it"}
-	case len(program.Argv) == 0:
-		return &backends.StartError{Workload: w.Name, Stage: "exec", Cause: "neither the image nor the unit names a command"}
+		return nil, err
+	case p.Root != "" && !k.support.Overlay:
+		return nil, &backends.FeatureError{Backend: k.options.Backend, Feature: backends.Overlays, Detail: "an image's root needs overlayfs, and root to mount it"}
+	case len(p.Argv) == 0:
+		return nil, &backends.StartError{Workload: r.Workload.Name, Stage: "exec", Cause: "neither the image nor the unit names a command"}
 	}
-	return nil
+	return &p, nil
+}
+
+// settle gives a start its ports and its plan, which is made anew if the ports are others than it was made for.
+func (k *Keeper) settle(ctx context.Context, e *entry, p *Program) (*Program, error) {
+	changed, err := k.settlePorts(ctx, e)
+	if err != nil {
+		return nil, err
+	}
+	if p == nil || changed {
+		if p, err = k.plan(ctx, &e.record); err != nil {
+			return nil, err
+		}
+	}
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	e.plan = p
+	return p, nil
+}
+
+// planned is what a workload's present program was started by. Of one that an earlier process started it is asked for now.
+func (k *Keeper) planned(ctx context.Context, e *entry) (*Program, error) {
+	e.mu.Lock()
+	p, r := e.plan, e.record
+	e.mu.Unlock()
+	if p != nil {
+		return p, nil
+	}
+	p, err := k.plan(ctx, &r)
+	if err != nil {
+		return nil, err
+	}
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	if e.plan == nil {
+		e.plan = p
+	}
+	return p, nil
 }
 
 // checkPaths sees that every path has one spelling and that none lies below a folder that the program can write.
@@ -290,58 +400,63 @@ func freePorts() int {
 	return n
 }
 
-// choosePorts gives every port of a workload its number, once. Those that are free to choose lie below the range from which
-// the kernel takes its own, and begin at a place that depends on the name alone, so that they seldom change.
-func (k *Keeper) choosePorts(e *entry) error {
-	if len(e.record.Ports) == len(e.record.Workload.Run.Ports) {
-		return nil
-	}
+// choosePorts gives every port of a workload its number. Those that are free to choose lie below the range from which the kernel
+// takes its own, and begin at a place that depends on the name alone, so that they seldom change.
+func (k *Keeper) choosePorts(w backends.Workload) (ports []int, err error) {
 	const first, count = 20000, 12000
 	k.mu.Lock()
 	defer k.mu.Unlock()
-	var ports []int
-	for _, p := range e.record.Workload.Run.Ports {
+	for _, p := range w.Run.Ports {
 		port := max(p.Port, p.Host)
 		if port == 0 {
 			hash := fnv.New32a()
-			_, _ = hash.Write([]byte(e.name + "/" + p.Name))
+			_, _ = hash.Write([]byte(w.Name + "/" + p.Name))
 			for i := range count {
 				candidate := first + int(hash.Sum32()+uint32(i))%count
-				if k.ports[candidate] == "" && freePort(candidate) == nil {
+				mine := k.ports[candidate] == w.Name && !slices.Contains(ports, candidate)
+				if (k.ports[candidate] == "" || mine) && freePort(candidate) == nil {
 					port = candidate
 					break
 				}
 			}
 			if port == 0 {
-				return fmt.Errorf("%s: port %s: none of %d numbers from %d on is free", e.name, p.Name, count, first)
+				return nil, fmt.Errorf("%s: port %s: none of %d numbers from %d on is free", w.Name, p.Name, count, first)
 			}
-			k.ports[port] = e.name
+			k.ports[port] = w.Name
 		}
 		ports = append(ports, port)
 	}
-	e.mu.Lock()
-	e.record.Ports = ports
-	e.mu.Unlock()
-	return nil
+	return ports, nil
 }
 
-// checkPorts sees that every port of a workload is the program's to have: what answered there would pass for it. One that is taken
-// is asked for a little longer, as what held it may just have ended.
-func checkPorts(ctx context.Context, r *record) error {
+// settlePorts sees that every port of a workload is the program's to have: what answered there would pass for it. One that is taken
+// is asked for a little longer, as what held it may just have ended. Then one that was chosen is chosen anew; for one that the unit
+// names there is nothing to do but wait, and who holds it is no fault of the unit's.
+func (k *Keeper) settlePorts(ctx context.Context, e *entry) (changed bool, err error) {
+	r := &e.record
 	for i, p := range r.Workload.Run.Ports {
 		port := r.Ports[i]
 		err := freePort(port)
 		for deadline := time.Now().Add(portTime); errors.Is(err, unix.EADDRINUSE) && time.Now().Before(deadline) && ctx.Err() == nil; err = freePort(port) {
 			time.Sleep(portTime / 10)
 		}
-		if errors.Is(err, unix.EADDRINUSE) {
-			return &backends.StartError{Workload: r.Workload.Name, Stage: "port " + p.Name, Cause: fmt.Sprintf("port %d is taken by another program", port)}
-		}
-		if err != nil {
-			return fmt.Errorf("%s: port %s: %v", r.Workload.Name, p.Name, err)
+		switch {
+		case errors.Is(err, unix.EADDRINUSE) && max(p.Port, p.Host) == 0:
+			ports, err := k.choosePorts(r.Workload)
+			if err != nil {
+				return false, err
+			}
+			e.mu.Lock()
+			e.record.Ports = ports
+			e.mu.Unlock()
+			return true, nil // just found free; a fixed one that is not is met by the program
+		case errors.Is(err, unix.EADDRINUSE):
+			return false, fmt.Errorf("%s: port %s: port %d is taken by another program of this host", e.name, p.Name, port)
+		case err != nil:
+			return false, fmt.Errorf("%s: port %s: %v", e.name, p.Name, err)
 		}
 	}
-	return nil
+	return false, nil
 }
 
 // freePort returns EADDRINUSE for a port on which anybody listens, on whatever address.

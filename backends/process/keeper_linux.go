@@ -29,6 +29,8 @@ type Keeper struct {
 	lock    *os.File     // held on the state folder: one keeper at a time
 	step    func(string) // called at each step of a start; a test ends this process there
 
+	hookTime time.Duration
+
 	ctx     context.Context // of watching and restarting; ended by Close
 	cancel  context.CancelFunc
 	working sync.WaitGroup
@@ -51,9 +53,12 @@ type entry struct {
 	detail  string
 	program *program // nil when there is none
 	last    *program // the newest there was; only its watcher starts another; written under the turn
+	plan    *Program // of the present program; nil if an earlier process started it and nobody has asked since
 	cleared bool     // gone from the keeper: who waited for its turn must look again
 	usage   backends.Usage
 	read    time.Time // of usage
+
+	interrupt context.CancelFunc // ends what the keeper does under the turn of its own accord; nil when it does nothing
 }
 
 // Open takes the state folder, which no other process may have, and goes on with what an earlier one left there: programs that run are
@@ -73,7 +78,7 @@ func Open(o Options) (*Keeper, error) {
 		return nil, err
 	}
 	o.State = state
-	k := &Keeper{options: o, entries: map[string]*entry{}, ports: map[int]string{}, starts: make(chan struct{}, 4), step: func(string) {}}
+	k := &Keeper{options: o, entries: map[string]*entry{}, ports: map[int]string{}, hookTime: hookTime, starts: make(chan struct{}, 4), step: func(string) {}}
 	if k.boot, err = bootID(); err != nil {
 		return nil, fmt.Errorf("boot id: %v", err)
 	}
@@ -174,6 +179,11 @@ func (k *Keeper) trimLogs() {
 // Mounts says whether programs get a root of their own. Without, they see the host's paths, as far as landlock lets them.
 func (k *Keeper) Mounts() bool { return k.support.Mounts }
 
+// Confines says whether programs can be kept from what is not theirs. Without, none is run.
+func (k *Keeper) Confines() bool {
+	return k.support.Mounts || k.support.Landlock > 0 && k.support.Seccomp
+}
+
 // Kernel is the release of the kernel, which is the runtime.
 func (k *Keeper) Kernel() string {
 	var name unix.Utsname
@@ -210,14 +220,18 @@ func (k *Keeper) Missing() []string {
 		lacks bool
 		words string
 	}{
-		{!k.support.Mounts, "namespaces, a root and a user of its own: needs root with the right to mount; files of the host are kept away by landlock only"},
+		{!k.support.Mounts, "namespaces, a root and a user of its own: needs root with the right to mount; landlock keeps files of the host away, seccomp all unix sockets"},
+		{!k.Confines(), "programs: without root they need landlock and seccomp to be kept from the files and sockets of their user; none is run"},
+		{k.kin() == kinNumber, "process groups: what a program started may outlive it when it ends after a restart of this backend; the kernel is older than 6.9"},
 		{k.support.Mounts && !k.support.Overlay, "overlay: the kernel has no overlayfs"},
 		{k.support.Landlock == 0, "landlock: the kernel has none"},
 		{k.support.Landlock > 0 && k.support.Landlock < 6, fmt.Sprintf("landlock: version %d does not keep abstract sockets of the host away, 6 does", k.support.Landlock)},
+		{k.support.HoldsPorts(), "network: the host's is shared: a program reaches what listens on it, and may use any UDP port; TCP ports it binds are its own only"},
+		{!k.support.HoldsPorts(), "network: the host's is shared: a program reaches what listens on it, and may use any port, a neighbour's too; landlock 4 and seccomp would hold TCP ports"},
 		{!k.support.Seccomp, "seccomp: the kernel or this architecture has none"},
-		{!k.groups.Has("memory"), "memory bound: no memory cgroup may be written"},
-		{!k.groups.Has("cpu"), "cpu bound: no cpu cgroup may be written"},
-		{!k.groups.Has("pids"), "pids bound: no pids cgroup may be written"},
+		{!k.groups.Has("memory"), "limit-memory: no memory cgroup takes a bound on this host"},
+		{!k.groups.Has("cpu"), "limit-cpu: no cpu cgroup takes a bound on this host"},
+		{!k.groups.Has("pids"), "limit-pids: no pids cgroup takes a bound on this host"},
 	} {
 		if one.lacks {
 			list = append(list, one.words)
@@ -342,6 +356,9 @@ func (e *entry) status() (backends.Status, bool) {
 	}
 	if r.Ended != nil {
 		s.ExitCode, s.OOM = r.Ended.Code, r.Ended.OOM
+		if !r.Ended.Known && s.Detail == "" {
+			s.Detail = unknownEnd
+		}
 	}
 	if e.program != nil {
 		s.PID, s.Started, s.Usage = e.program.pid, r.Started, e.usage
@@ -355,7 +372,7 @@ func (k *Keeper) Logs(ctx context.Context, name string, options backends.LogOpti
 	if e == nil {
 		return nil, backends.ErrNotFound
 	}
-	return readLog(ctx, e.dir, options)
+	return readLog(ctx, k.ctx, e.dir, options)
 }
 
 // Exec runs a command inside a running workload, confined and bounded as its program is.

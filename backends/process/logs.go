@@ -132,8 +132,9 @@ func (e *extents) ReadAt(p []byte, at int64) (n int, err error) {
 
 func (e *extents) from(at int64) io.Reader { return io.NewSectionReader(e, at, e.size-at) }
 
-// readLog returns both parts, or the last lines of them; with Follow it goes on until ctx ends or the log is gone.
-func readLog(ctx context.Context, dir string, options backends.LogOptions) (io.ReadCloser, error) {
+// readLog returns both parts, or the last lines of them; with Follow it goes on until ctx or the keeper's own ends, the reader is
+// closed or the log is gone.
+func readLog(ctx, keeper context.Context, dir string, options backends.LogOptions) (io.ReadCloser, error) {
 	now, err := os.Open(filepath.Join(dir, logFile))
 	if errors.Is(err, os.ErrNotExist) {
 		return nil, backends.ErrNotFound
@@ -169,14 +170,28 @@ func readLog(ctx context.Context, dir string, options backends.LogOptions) (io.R
 		return nil, errors.Join(err, closeAll(parts))
 	}
 	r, w := io.Pipe()
+	ctx, cancel := context.WithCancel(ctx)
 	go func() {
+		defer cancel()
+		defer context.AfterFunc(keeper, cancel)()
 		_, err := io.Copy(w, text)
 		if err == nil {
 			err = follow(ctx, w, now, found.Size())
 		}
 		w.CloseWithError(errors.Join(err, closeAll(parts)))
 	}()
-	return r, nil
+	return &followed{r, cancel}, nil
+}
+
+// followed ends following when it is closed, whether or not anything more is written.
+type followed struct {
+	*io.PipeReader
+	cancel context.CancelFunc
+}
+
+func (f *followed) Close() error {
+	f.cancel()
+	return f.PipeReader.Close()
 }
 
 // parted reads what lies in several files and closes them all.

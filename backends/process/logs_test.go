@@ -1,12 +1,14 @@
 package process
 
 import (
+	"context"
 	"errors"
 	"io"
 	"os"
 	"path/filepath"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/kindos/kmo/backends"
 )
@@ -39,7 +41,7 @@ func TestTail(t *testing.T) {
 					t.Fatal(err)
 				}
 			}
-			r, err := readLog(t.Context(), dir, backends.LogOptions{Tail: test.tail})
+			r, err := readLog(t.Context(), t.Context(), dir, backends.LogOptions{Tail: test.tail})
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -49,7 +51,7 @@ func TestTail(t *testing.T) {
 			}
 		})
 	}
-	if _, err := readLog(t.Context(), t.TempDir(), backends.LogOptions{}); !errors.Is(err, backends.ErrNotFound) {
+	if _, err := readLog(t.Context(), t.Context(), t.TempDir(), backends.LogOptions{}); !errors.Is(err, backends.ErrNotFound) {
 		t.Errorf("no log: %v, want ErrNotFound", err)
 	}
 }
@@ -103,7 +105,7 @@ func TestHoles(t *testing.T) {
 	if _, err := f.WriteString("b"); err != nil {
 		t.Fatal(err)
 	}
-	r, err := readLog(t.Context(), dir, backends.LogOptions{Tail: 2})
+	r, err := readLog(t.Context(), t.Context(), dir, backends.LogOptions{Tail: 2})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -119,5 +121,50 @@ func TestHoles(t *testing.T) {
 	}
 	if older, err := os.ReadFile(filepath.Join(dir, olderFile)); string(older) != page+"b" {
 		t.Errorf("the older part has %d bytes, %v; want the last 4097 that were written", len(older), err)
+	}
+}
+
+// A reader that is closed, or whose keeper is, leaves nobody waiting for the next line, though its context goes on.
+func TestFollowEndsAtClose(t *testing.T) {
+	for name, end := range map[string]func(r io.Closer, keeper func()) error{
+		"the reader": func(r io.Closer, _ func()) error { return r.Close() }, "the keeper": func(_ io.Closer, keeper func()) error { keeper(); return nil },
+	} {
+		t.Run(name, func(t *testing.T) { followEnds(t, end) })
+	}
+}
+
+func followEnds(t *testing.T, end func(r io.Closer, keeper func()) error) {
+	keeper, closeKeeper := context.WithCancel(t.Context())
+	defer closeKeeper()
+	dir := t.TempDir()
+	if err := os.WriteFile(filepath.Join(dir, logFile), []byte("the last line\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	r, err := readLog(t.Context(), keeper, dir, backends.LogOptions{Follow: true})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := io.ReadFull(r, make([]byte, len("the last line\n"))); err != nil {
+		t.Fatal(err)
+	}
+	open := func() (n int) {
+		found, _ := os.ReadDir("/proc/self/fd")
+		for _, one := range found {
+			if to, err := os.Readlink("/proc/self/fd/" + one.Name()); err == nil && to == filepath.Join(dir, logFile) {
+				n++
+			}
+		}
+		return n
+	}
+	if open() != 1 {
+		t.Fatalf("the log is open %d times, want once", open())
+	}
+	if err := end(r, closeKeeper); err != nil {
+		t.Fatal(err)
+	}
+	for deadline := time.Now().Add(10 * time.Second); open() > 0; time.Sleep(5 * time.Millisecond) {
+		if time.Now().After(deadline) {
+			t.Fatal("the log is still open 10 s after the reader was closed")
+		}
 	}
 }

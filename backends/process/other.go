@@ -30,6 +30,9 @@ func (*Keeper) Missing() []string { return []string{"everything: needs Linux"} }
 // Mounts is false.
 func (*Keeper) Mounts() bool { return false }
 
+// Confines is false.
+func (*Keeper) Confines() bool { return false }
+
 // Kernel is empty.
 func (*Keeper) Kernel() string { return "" }
 

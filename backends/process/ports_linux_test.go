@@ -1,12 +1,15 @@
 package process
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"io"
 	"net"
 	"os"
+	"slices"
 	"strings"
+	"sync"
 	"syscall"
 	"testing"
 
@@ -33,8 +36,8 @@ func TestTakenPort(t *testing.T) {
 			want := fmt.Sprintf("port http: port %d is taken by another program", port)
 			err := k.Apply(t.Context(), w)
 			var fault *backends.StartError
-			if !errors.As(err, &fault) || !strings.Contains(err.Error(), want) {
-				t.Fatalf("apply: %v, want a *StartError with %q", err, want)
+			if err == nil || errors.As(err, &fault) || !strings.Contains(err.Error(), want) {
+				t.Fatalf("apply: %v, want an error that blames nobody with %q", err, want)
 			}
 			if s := status(t, k, w.Name); s.Name != "" {
 				t.Errorf("it is there: %+v", s)
@@ -94,4 +97,92 @@ func TestLingeringPort(t *testing.T) {
 	w := workload("web", "wait")
 	w.Run.Ports = []backends.Port{{Name: "http", Host: port}}
 	apply(t, k, w)
+}
+
+// Whoever observes a workload that is just applied sees all of it or nothing.
+func TestObserveBesideApply(t *testing.T) {
+	k := fresh(t)
+	w := workload("web")
+	w.Image.Config.Entrypoint = []string{"/none"} // starts nothing, so that there are many first moments
+	for i := range 50 {
+		w.Run.Ports = append(w.Run.Ports, backends.Port{Name: fmt.Sprint("port-", i)})
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	var observers sync.WaitGroup
+	for range 16 {
+		observers.Go(func() {
+			for ctx.Err() == nil {
+				if list, err := k.Observe(t.Context()); err != nil || len(list) == 1 && len(list[0].Addresses) != len(w.Run.Ports) {
+					t.Errorf("%+v, %v", list, err)
+				}
+			}
+		})
+	}
+	for range 8 {
+		if err := k.Apply(t.Context(), w); err == nil {
+			t.Error("a program that is not there was started")
+		}
+	}
+	cancel()
+	observers.Wait()
+}
+
+// What is applied again with another base keeps its ports.
+func TestChosenPortStays(t *testing.T) {
+	k := fresh(t)
+	w := workload("web", "wait")
+	w.Format, w.Image.Content = backends.OCI, oci(t)
+	w.Run.Ports = []backends.Port{{Name: "a"}, {Name: "b"}}
+	apply(t, k, w)
+	before := status(t, k, w.Name).Addresses
+	w.Image.Content = oci(t)
+	apply(t, k, w)
+	if after := status(t, k, w.Name).Addresses; !slices.Equal(after, before) {
+		t.Errorf("addresses %v, were %v", after, before)
+	}
+}
+
+// A port that the unit left open is another one when a stranger has taken the first.
+func TestChosenPortIsTaken(t *testing.T) {
+	k := fresh(t)
+	w := workload("web", "env", "wait")
+	w.Run.Ports = []backends.Port{{Name: "http"}}
+	apply(t, k, w)
+	first := status(t, k, w.Name).Addresses[0].Address
+	listen(t, first)
+	if err := syscall.Kill(status(t, k, w.Name).PID, syscall.SIGKILL); err != nil {
+		t.Fatal(err)
+	}
+	until(t, "a start on another port", func() (string, bool) {
+		s := status(t, k, w.Name)
+		_, port, _ := strings.Cut(s.Addresses[0].Address, ":")
+		return s.Detail, s.State == backends.Running && s.Addresses[0].Address != first && strings.Contains(logOf(k, w.Name), "KMO_PORT_HTTP="+port+"|")
+	})
+}
+
+// A program binds its own ports, or one that the kernel gives it. Go's listeners are of multipath TCP where there is such a thing.
+func TestPortsOfOthers(t *testing.T) {
+	k := fresh(t)
+	if !k.support.HoldsPorts() {
+		t.Skip("landlock is older than 4")
+	}
+	free, port := listen(t, "127.0.0.1:0")
+	if err := free.Close(); err != nil {
+		t.Fatal(err)
+	}
+	own := fmt.Sprintf("listen 127.0.0.1:%d", port)
+	w := workload("web", own, "listen 127.0.0.1:23456", "listen 127.0.0.1:0", "wait")
+	w.Run.Ports = []backends.Port{{Name: "http", Port: port}}
+	apply(t, k, w)
+	for step, want := range map[string]string{own: "ok", "listen 127.0.0.1:23456": "error: listen tcp 127.0.0.1:23456: bind: permission denied", "listen 127.0.0.1:0": "ok"} {
+		if got := said(t, k, w.Name, step); got != want {
+			t.Errorf("%s: got %q, want %q", step, got, want)
+		}
+	}
+	if code, output, err := k.Exec(t.Context(), w.Name, []string{"/app", "listen 127.0.0.1:23456"}); err != nil || !strings.Contains(string(output), "permission denied") {
+		t.Errorf("exec: %d, %q, %v", code, output, err)
+	}
+	if list := k.Missing(); len(list) != 1 || !strings.HasPrefix(list[0], "network: ") {
+		t.Errorf("missing is %q, want the network", list)
+	}
 }

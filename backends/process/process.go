@@ -35,8 +35,12 @@
 // room cannot be had beyond a file's end. A program with kept paths or writable mounts has no such bound, as what it keeps may
 // be of any size; its Status says so in Unapplied.
 //
-// No program is started while anybody listens on one of its ports, on whatever address: Apply returns a *backends.StartError, and a
-// restart is tried again.
+// No program is started while anybody listens on one of its ports, on whatever address. A port that the unit leaves open is chosen
+// anew then. For one that it names Apply returns an error that blames nobody, for a stranger on the host is no fault of the
+// workload's, and a restart is tried again.
+//
+// A program shares the host's network. Where landlock knows ports it binds no TCP port but its own; to make that hold, the filter
+// answers that there is no multipath TCP, which landlock does not see. UDP ports and connections are not held.
 //
 // Inside, the root is the content, read-only, under a layer with the unit's files and the mount points; with Overlay.Size a
 // tmpfs of that size takes what is written, and is new at each start (its pages count as the workload's memory). /proc is
@@ -45,6 +49,7 @@
 package process
 
 import (
+	"context"
 	"log/slog"
 	"maps"
 	"path"
@@ -67,10 +72,10 @@ func Stage() { stage.Main() }
 type Options struct {
 	Backend string // names errors, the cgroup folder and the log
 	State   string // the state folder; made if there is none
-	// Plan turns a workload into the program to run, and is asked again at each restart. The ports of the workload it is
-	// given are resolved: Port is the number the program listens on. It must return a *backends.FeatureError for what it
-	// cannot give, and change nothing.
-	Plan   func(backends.Workload) (Program, error)
+	// Plan turns a workload into the program to run, and is asked once for each start; hooks and Exec go by the same answer. The
+	// ports of the workload it is given are resolved: Port is the number the program listens on. It must return a
+	// *backends.FeatureError for what it cannot give, soon after its context ends, and change nothing of a workload.
+	Plan   func(context.Context, backends.Workload) (Program, error)
 	Logger *slog.Logger // nil is silent
 
 	Backoff func(restarts int) time.Duration // pause before the next start; nil is 1 s doubling to 1 min
@@ -118,14 +123,9 @@ func Env(w backends.Workload) map[string]string {
 	return env
 }
 
-// lacks refuses what w asks for and have does not hold. Bounds are no part of it: one that no cgroup can set is kept by the backend
-// itself, or told as not applied.
+// lacks refuses what w asks for and have does not hold, bounds among it: what is to be bounded never runs unbounded.
 func lacks(w backends.Workload, backend string, have []backends.Feature) error {
 	for _, f := range w.Needs() {
-		switch f {
-		case backends.LimitCPU, backends.LimitMemory, backends.LimitPIDs, backends.LimitDisk:
-			continue
-		}
 		if !slices.Contains(have, f) {
 			return &backends.FeatureError{Backend: backend, Feature: f, Detail: "its programs are never given it, or this host does not let it"}
 		}

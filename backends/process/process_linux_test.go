@@ -16,6 +16,7 @@ import (
 	"time"
 
 	"github.com/kindos/kmo/backends"
+	"github.com/kindos/kmo/policy/refusal"
 	"github.com/kindos/kmo/registry/merkle"
 )
 
@@ -79,7 +80,7 @@ func options(state string) Options {
 	return Options{Backend: "probe", State: state, LogSize: testLog, Plan: plan, Backoff: func(n int) time.Duration { return 5 * time.Millisecond << min(n, 5) }}
 }
 
-func plan(w backends.Workload) (Program, error) {
+func plan(_ context.Context, w backends.Workload) (Program, error) {
 	p := Program{Argv: Argv(w), Env: Env(w), Dir: w.Run.Dir}
 	if w.Format == backends.OCI {
 		p.Root = w.Image.Content
@@ -289,6 +290,8 @@ func TestConfinement(t *testing.T) {
 		{"bpf", "bpf", "answered EPERM"},
 		{"keys", "keyctl", "error: operation not permitted"},
 		{"vsock", "vsock", "error: address family not supported by protocol"},
+		{"a car's bus", "socket 29", "error: address family not supported by protocol"},
+		{"a local socket", "socket 1", "ok"},
 		{"typing into a terminal", "tiocsti", "answered EPERM"},
 		{"an abstract socket of the host", "abstract kmo-test-abstract", "error: dial unix @kmo-test-abstract: connect: operation not permitted"},
 		{"a device node", "mknod /tmp/null", "error: read-only file system"},
@@ -310,6 +313,7 @@ func TestConfinement(t *testing.T) {
 		{"T54 a set-uid program gains nothing", "suid", "id: 65532 65532"},
 		{"user, group and process id", "id", "65532 65532 1"},
 		{"umask", "umask", "022"},
+		{"cores", "core", "0 0"},
 		{"the name of the host", "host", "caged-00000001"},
 		{"other processes", "list /proc/[0-9]*", "/proc/1"},
 		{"devices", "list /dev/*", "/dev/fd /dev/full /dev/null /dev/random /dev/stderr /dev/stdin /dev/stdout /dev/urandom /dev/zero"},
@@ -408,6 +412,18 @@ func TestFilesAndMounts(t *testing.T) {
 			t.Errorf("it is there: %+v", s)
 		}
 	})
+	t.Run("U-05 a file by way of a link to a descriptor", func(t *testing.T) {
+		bad := workload("streamed", "wait")
+		bad.Format, bad.Image.Content = backends.OCI, oci(t)
+		bad.Files = []backends.File{{To: "/etc/relay.toml", Mode: 0o644, Content: []byte("level = 1")}}
+		if err := os.Symlink("/dev/stdout", filepath.Join(bad.Image.Content, "etc/relay.toml")); err != nil {
+			t.Fatal(err)
+		}
+		var fault *backends.StartError
+		if err := k.Apply(t.Context(), bad); !errors.As(err, &fault) || !strings.Contains(err.Error(), "want a path outside /dev and /proc") {
+			t.Fatalf("got %v, want a *StartError", err)
+		}
+	})
 	t.Run("T42 paths", func(t *testing.T) {
 		for _, change := range []func(*backends.Workload){
 			func(w *backends.Workload) { w.Files[0].To = "/etc/../x" },
@@ -420,14 +436,16 @@ func TestFilesAndMounts(t *testing.T) {
 			func(w *backends.Workload) { w.Mounts[0].From = filepath.Dir(k.options.State) },
 			func(w *backends.Workload) { w.Name = "../x" },
 			func(w *backends.Workload) { w.Unit = ".." },
+			func(w *backends.Workload) { w.Run.User = -1 },
+			func(w *backends.Workload) { w.Run.User = 1 << 31 },
 		} {
 			bad := w
 			bad.Name = "other-00000002"
 			bad.Files = append([]backends.File(nil), w.Files...)
 			bad.Mounts = append([]backends.Mount(nil), w.Mounts...)
 			change(&bad)
-			if err := k.Apply(t.Context(), bad); err == nil || !strings.HasPrefix(err.Error(), "E_PATH: ") {
-				t.Errorf("%q %+v: got %v, want E_PATH", bad.Name, bad.Files[0].To, err)
+			if err := k.Apply(t.Context(), bad); refusal.Of(err) == nil {
+				t.Errorf("%q %+v: got %v, want a refusal", bad.Name, bad.Files[0].To, err)
 			}
 		}
 	})

@@ -22,8 +22,9 @@ import (
 
 const namespaces = unix.CLONE_NEWNS | unix.CLONE_NEWPID | unix.CLONE_NEWIPC | unix.CLONE_NEWUTS
 
-// start makes the program of a workload that has none. Whatever it returns, there is a recorded program or nothing. The turn is held.
-func (k *Keeper) start(ctx context.Context, e *entry) (err error) {
+// start makes the program of a workload that has none, by a plan for it if there is one already. Whatever it returns, there is a
+// recorded program or nothing. The turn is held.
+func (k *Keeper) start(ctx context.Context, e *entry, p *Program) (err error) {
 	defer func() {
 		if err != nil {
 			e.mu.Lock()
@@ -32,10 +33,10 @@ func (k *Keeper) start(ctx context.Context, e *entry) (err error) {
 		}
 	}()
 	r := &e.record
-	if err := checkPorts(ctx, r); err != nil {
+	if p, err = k.settle(ctx, e, p); err != nil {
 		return err
 	}
-	orders, hooks, err := k.orders(r.resolved(), e.dir)
+	orders, hooks, err := k.orders(r.resolved(), *p, e.dir)
 	if err != nil {
 		return err
 	}
@@ -54,22 +55,21 @@ func (k *Keeper) start(ctx context.Context, e *entry) (err error) {
 	if err := k.groups.Remove(e.name); err != nil { // a fresh one counts from 0
 		return fmt.Errorf("%s: removing its old cgroup: %v", e.name, err)
 	}
-	unapplied, err := k.groups.Make(e.name, r.Workload.Resources)
-	if err != nil {
-		return fmt.Errorf("%s: making its cgroup: %v", e.name, err)
+	if err := k.groups.Make(e.name, r.Workload.Resources); err != nil {
+		return errors.Join(fmt.Errorf("%s: making its cgroup: %v", e.name, err), k.groups.Remove(e.name))
 	}
 	k.step("clone")
-	c, err := spawn(orders, k.groups.Joins(e.name), log, -1, k.support.Mounts)
+	c, err := spawn(orders, k.groups.Joins(e.name), log, -1, k.kin())
 	if err != nil {
 		return errors.Join(fmt.Errorf("%s: starting a stage: %v", e.name, err), k.groups.Remove(e.name))
 	}
 	k.step("cloned")
-	if err := k.recordStart(e, c, append(unapplied, k.unapplied(r.Workload, orders)...)); err != nil {
+	if err := k.recordStart(e, c, k.unapplied(r.Workload, orders)); err != nil {
 		c.abandon()
 		return errors.Join(err, k.groups.Remove(e.name))
 	}
 	k.step("recorded")
-	fault, err := c.instruct(ctx, func() { k.step("ordered") }, k.preInit(ctx, e, c.pidfd, hooks, log))
+	fault, err := c.instruct(ctx, func() { k.step("ordered") }, k.preInit(ctx, e, c.program, hooks, log))
 	if err != nil || fault != nil {
 		c.abandon()
 		if fault != nil && fault.Blames {
@@ -80,18 +80,18 @@ func (k *Keeper) start(ctx context.Context, e *entry) (err error) {
 		return errors.Join(err, k.groups.Remove(e.name))
 	}
 	k.step("started")
-	k.adopt(e, c.program())
+	k.adopt(e, c.program)
 	return nil
 }
 
 // preInit is what runs the hooks before a program, inside what its stage has built, or nil if there are none.
-func (k *Keeper) preInit(ctx context.Context, e *entry, stage int, hooks [][]string, log *os.File) func() error {
+func (k *Keeper) preInit(ctx context.Context, e *entry, stage *program, hooks [][]string, log *os.File) func() error {
 	if len(hooks) == 0 {
 		return nil
 	}
 	return func() error {
 		for _, argv := range hooks {
-			if err := k.hook(e, "preInit", argv, log, func() (int, error) {
+			if err := k.hook(ctx, e, "preInit", argv, log, func(ctx context.Context) (int, error) {
 				status, _, err := k.inside(ctx, e, e.record.resolved(), stage, argv, log)
 				return status, err
 			}); err != nil {
@@ -102,16 +102,20 @@ func (k *Keeper) preInit(ctx context.Context, e *entry, stage int, hooks [][]str
 	}
 }
 
-// hook runs a hook and turns how it ended into an error with what it wrote.
-func (k *Keeper) hook(e *entry, moment string, argv []string, log *os.File, run func() (int, error)) error {
+// hook runs a hook and turns how it ended into an error with what it wrote. One that does not end in its time is at fault itself.
+func (k *Keeper) hook(ctx context.Context, e *entry, moment string, argv []string, log *os.File, run func(context.Context) (int, error)) error {
 	before, err := log.Stat()
 	if err != nil {
 		return err
 	}
-	status, err := run()
+	within, cancel := context.WithTimeout(ctx, k.hookTime)
+	defer cancel()
+	status, err := run(within)
 	fault := &backends.StartError{Workload: e.name, Stage: fmt.Sprintf("%s %v", moment, argv)}
 	var cause *backends.StartError
 	switch {
+	case err != nil && ctx.Err() == nil && within.Err() != nil:
+		fault.Cause = fmt.Sprintf("has not ended within %v", k.hookTime)
 	case errors.As(err, &cause):
 		fault.Cause = cause.Stage + ": " + cause.Cause
 	case err != nil:
@@ -159,17 +163,16 @@ func (k *Keeper) unapplied(w backends.Workload, o stage.Orders) (list []string) 
 }
 
 // orders is what the stage is told. The kept folders are made here.
-func (k *Keeper) orders(w backends.Workload, dir string) (o stage.Orders, preInit [][]string, err error) {
-	p, err := k.options.Plan(w)
-	if err != nil {
-		return o, nil, err
-	}
+func (k *Keeper) orders(w backends.Workload, p Program, dir string) (o stage.Orders, preInit [][]string, err error) {
 	o = stage.Orders{Argv: slices.Clone(p.Argv), Dir: p.Dir, Confine: stage.Confine{User: w.Run.User}}
 	if o.Dir == "" {
 		o.Dir = "/"
 	}
 	for _, name := range slices.Sorted(maps.Keys(p.Env)) {
 		o.Env = append(o.Env, name+"="+p.Env[name])
+	}
+	for _, p := range w.Run.Ports {
+		o.Confine.Ports = append(o.Confine.Ports, p.Port)
 	}
 	for _, device := range stage.Devices() {
 		o.Confine.Write = append(o.Confine.Write, "/dev/"+device)
@@ -245,15 +248,15 @@ func outside(p Program, path string) string {
 	return path
 }
 
-// child is a stage that waits for its orders.
+// child is a stage that waits for its orders, and may become a program.
 type child struct {
-	pid, pidfd int
-	orders     stage.Orders
-	to, from   *os.File // orders and report
+	*program
+	orders   stage.Orders
+	to, from *os.File // orders and report
 }
 
-// spawn clones a stage. It joins the namespaces of the process that pidfd in holds, or, if own, gets new ones.
-func spawn(orders stage.Orders, joins []string, out *os.File, in int, own bool) (*child, error) {
+// spawn clones a stage. It joins the namespaces of the process that pidfd in holds, or, if they are to be its kin's, gets new ones.
+func spawn(orders stage.Orders, joins []string, out *os.File, in int, how kin) (*child, error) {
 	orders.Cgroups = len(joins)
 	null, err := os.Open(os.DevNull)
 	if err != nil {
@@ -282,7 +285,7 @@ func spawn(orders stage.Orders, joins []string, out *os.File, in int, own bool) 
 	}
 	pidfd := -1
 	sys := &syscall.SysProcAttr{Setsid: true, PidFD: &pidfd}
-	if own {
+	if how == kinSpace && in < 0 {
 		sys.Cloneflags = namespaces
 	}
 	if in >= 0 {
@@ -293,13 +296,13 @@ func spawn(orders stage.Orders, joins []string, out *os.File, in int, own bool) 
 	if err != nil {
 		return nil, errors.Join(err, ordersWrite.Close(), reportRead.Close())
 	}
-	return &child{pid: pid, pidfd: pidfd, orders: orders, to: ordersWrite, from: reportRead}, nil
+	return &child{program: hold(pid, pidfd, how), orders: orders, to: ordersWrite, from: reportRead}, nil
 }
 
 // instruct sends the orders, runs hooks when the stage has built what they need, if there are any, and waits until the program is
 // executed, or is not.
 func (c *child) instruct(ctx context.Context, sent func(), hooks func() error) (*stage.Failure, error) {
-	defer context.AfterFunc(ctx, func() { _ = unix.PidfdSendSignal(c.pidfd, unix.SIGKILL, nil, 0) })()
+	defer context.AfterFunc(ctx, func() { c.signal(unix.SIGKILL) })()
 	c.orders.Pause = hooks != nil
 	text, err := json.Marshal(c.orders)
 	if err == nil {
@@ -335,10 +338,11 @@ func (c *child) instruct(ctx context.Context, sent func(), hooks func() error) (
 // abandon kills what has not become a program.
 func (c *child) abandon() {
 	_, _ = c.to.Close(), c.from.Close()
-	_ = unix.PidfdSendSignal(c.pidfd, unix.SIGKILL, nil, 0)
+	c.signal(unix.SIGKILL)
 	c.reap()
 }
 
+// reap takes the status of an ended child. Who would signal it afterwards reaches nobody.
 func (c *child) reap() unix.WaitStatus {
 	var status unix.WaitStatus
 	for {
@@ -346,7 +350,7 @@ func (c *child) reap() unix.WaitStatus {
 			break
 		}
 	}
-	_ = unix.Close(c.pidfd)
+	c.release()
 	return status
 }
 
@@ -361,18 +365,22 @@ func (k *Keeper) join(ctx context.Context, e *entry, argv []string, log *os.File
 	if p == nil {
 		return 0, nil, backends.ErrNotFound
 	}
+	return k.inside(ctx, e, w, p, argv, log)
+}
+
+// inside runs a command in the namespaces of a program, or of a stage that waits.
+func (k *Keeper) inside(ctx context.Context, e *entry, w backends.Workload, p *program, argv []string, log *os.File) (int, []byte, error) {
 	in, err := p.duplicate()
 	if err != nil {
 		return 0, nil, err
 	}
 	defer unix.Close(in)
-	return k.inside(ctx, e, w, in, argv, log)
-}
-
-// inside runs a command in the namespaces of the process that pidfd in holds.
-func (k *Keeper) inside(ctx context.Context, e *entry, w backends.Workload, in int, argv []string, log *os.File) (int, []byte, error) {
+	plan, err := k.planned(ctx, e)
+	if err != nil {
+		return 0, nil, err
+	}
 	w.Hooks.PreInit = [][]string{argv}
-	orders, hooks, err := k.orders(w, e.dir)
+	orders, hooks, err := k.orders(w, *plan, e.dir)
 	if err != nil {
 		return 0, nil, err
 	}
@@ -397,11 +405,11 @@ func (k *Keeper) inside(ctx context.Context, e *entry, w backends.Workload, in i
 // spawnInside clones a stage into the pid namespace of a program, by a thread that enters it.
 func spawnInside(in int, orders stage.Orders, joins []string, out *os.File) (c *child, err error) {
 	if orders.Confine.Bare {
-		return spawn(orders, nil, out, -1, false)
+		return spawn(orders, nil, out, -1, kinNumber) // our child until it is reaped
 	}
 	stage.OnThread(func() {
 		if err = unix.Setns(in, unix.CLONE_NEWPID); err == nil {
-			c, err = spawn(orders, joins, out, in, false)
+			c, err = spawn(orders, joins, out, in, kinNumber)
 		}
 	})
 	return c, err
@@ -409,7 +417,7 @@ func spawnInside(in int, orders stage.Orders, joins []string, out *os.File) (c *
 
 // finish waits for a command and reads its output, of which the first 64 KiB count.
 func (c *child) finish(ctx context.Context, name string, output *os.File) (int, []byte, error) {
-	defer context.AfterFunc(ctx, func() { _ = unix.PidfdSendSignal(c.pidfd, unix.SIGKILL, nil, 0) })()
+	defer context.AfterFunc(ctx, func() { c.signal(unix.SIGKILL) })()
 	text := make(chan []byte, 1)
 	if output != nil {
 		go func() {
@@ -424,10 +432,9 @@ func (c *child) finish(ctx context.Context, name string, output *os.File) (int, 
 	}
 	fault, err := c.instruct(ctx, func() {}, nil)
 	if err == nil {
-		err = untilEnd(ctx, c.pidfd)
+		err = c.wait() // the end of ctx kills it
 	}
-	_ = unix.PidfdSendSignal(c.pidfd, unix.SIGKILL, nil, 0)
-	_ = unix.Kill(-c.pid, unix.SIGKILL) // its session; the number is ours until it is reaped
+	c.kill()
 	status := c.reap()
 	if output != nil { // something it left behind may hold the other end for ever
 		err = errors.Join(err, output.SetReadDeadline(time.Now().Add(100*time.Millisecond)))

@@ -1,33 +1,54 @@
 package process
 
 import (
-	"context"
 	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
 	"strconv"
 	"strings"
-	"syscall"
 	"time"
 	"unsafe"
 
 	"github.com/kindos/kmo/backends"
 	"github.com/kindos/kmo/backends/process/stage"
+	"github.com/kindos/kmo/policy/refusal"
 	"golang.org/x/sys/unix"
 )
 
-// program is a process that was executed, held by a pidfd: a signal reaches it or nobody.
+// program is a process of ours, held by a pidfd: a signal reaches it or nobody, also one that comes after its end, when the number of
+// the process or of the pidfd is another's.
 type program struct {
 	pid  int
 	fd   *os.File      // the pidfd, in the runtime's poller: waiting costs no thread
-	bare bool          // its group is all that holds together what it started
+	kin  kin           // how what it started ends with it
 	done chan struct{} // closed when it has ended and that is recorded
 }
 
-func (c *child) program() *program {
-	_ = unix.SetNonblock(c.pidfd, true)
-	return &program{pid: c.pid, fd: os.NewFile(uintptr(c.pidfd), "pidfd"), bare: c.orders.Confine.Bare, done: make(chan struct{})}
+// kin is how what a program started ends with it.
+type kin int
+
+const (
+	kinSpace  kin = iota // as process 1 of its namespace
+	kinGroup             // by its process group, through the pidfd
+	kinNumber            // by its process group's number, where the kernel is older than 6.9
+)
+
+// hold takes over a pidfd.
+func hold(pid, pidfd int, how kin) *program {
+	_ = unix.SetNonblock(pidfd, true)
+	return &program{pid: pid, fd: os.NewFile(uintptr(pidfd), "pidfd"), kin: how, done: make(chan struct{})}
+}
+
+// kin is what holds together a program and what it starts.
+func (k *Keeper) kin() kin {
+	switch {
+	case k.support.Mounts:
+		return kinSpace
+	case k.support.Groups:
+		return kinGroup
+	}
+	return kinNumber
 }
 
 // control calls f with the pidfd, and does not if it was released.
@@ -46,14 +67,33 @@ func (p *program) signal(s unix.Signal) {
 	_ = p.control(func(fd int) error { return unix.PidfdSendSignal(fd, s, nil, 0) })
 }
 
-// kill ends the program, and with it, as process 1 of its namespace, all it started.
+// kill ends the program and all it started.
 func (p *program) kill() {
-	if p.bare {
-		_ = p.control(func(fd int) error {
-			return unix.PidfdSendSignal(fd, unix.SIGKILL, nil, unix.PIDFD_SIGNAL_PROCESS_GROUP)
-		})
-	}
+	p.killGroup()
 	p.signal(unix.SIGKILL)
+}
+
+// killGroup ends what a bare program started. It is false if that may go on: its group's number says nothing any more.
+func (p *program) killGroup() bool {
+	how := func(fd int) error {
+		return unix.PidfdSendSignal(fd, unix.SIGKILL, nil, unix.PIDFD_SIGNAL_PROCESS_GROUP)
+	}
+	switch p.kin {
+	case kinSpace:
+		return true
+	case kinNumber:
+		how = func(fd int) error {
+			// While it is not reaped the number is its own. We reap our children ourselves, later; of what others reap it is known
+			// while it runs, and numbers are given out in turn: the next moment's is no other's.
+			ours := unix.Waitid(unix.P_PIDFD, fd, nil, unix.WEXITED|unix.WNOHANG|unix.WNOWAIT, nil) == nil
+			if !ours && over(fd) {
+				return unix.ESTALE
+			}
+			return unix.Kill(-p.pid, unix.SIGKILL)
+		}
+	}
+	err := p.control(how)
+	return err == nil || errors.Is(err, unix.ESRCH)
 }
 
 func (p *program) release() { _ = p.fd.Close() }
@@ -69,7 +109,7 @@ func (p *program) duplicate() (fd int, err error) {
 // catches says whether the program catches a signal, true where that cannot be told: one that a process 1 does not catch does nothing to it.
 func (p *program) catches(s unix.Signal) bool {
 	text, err := os.ReadFile("/proc/" + strconv.Itoa(p.pid) + "/status")
-	if err != nil || p.bare {
+	if err != nil || p.kin != kinSpace {
 		return true
 	}
 	for line := range strings.SplitSeq(string(text), "\n") {
@@ -96,17 +136,6 @@ func over(pidfd int) bool {
 	fds := []unix.PollFd{{Fd: int32(pidfd), Events: unix.POLLIN}}
 	n, err := unix.Poll(fds, 0)
 	return n > 0 && err == nil
-}
-
-// untilEnd waits for a child that no poller holds.
-func untilEnd(ctx context.Context, pidfd int) error {
-	fds := []unix.PollFd{{Fd: int32(pidfd), Events: unix.POLLIN}}
-	for ctx.Err() == nil { // its end kills the child, and that ends the poll
-		if n, err := unix.Poll(fds, -1); n > 0 || err != nil && !errors.Is(err, unix.EINTR) {
-			return err
-		}
-	}
-	return ctx.Err()
 }
 
 // adopt makes a program the workload's and watches it.
@@ -148,16 +177,15 @@ func (k *Keeper) watch(e *entry, p *program) {
 // ended records how a program ended and returns the pause before the next start.
 func (k *Keeper) ended(e *entry, p *program) time.Duration {
 	how := end{}
-	if p.bare {
-		_ = p.control(func(fd int) error {
-			return unix.PidfdSendSignal(fd, unix.SIGKILL, nil, unix.PIDFD_SIGNAL_PROCESS_GROUP)
-		})
+	if !p.killGroup() {
+		k.options.Logger.Warn("ending what a program left behind: it was not our child, and this kernel knows its group by number only", "workload", e.name, "group", p.pid)
 	}
 	_ = p.control(func(fd int) error {
 		how.Known, how.Code = collect(fd, p.pid)
 		return nil
 	})
-	how.OOM = k.groups.OOMs(e.name) > 0
+	short := k.groups.OOMs(e.name) > 0 // of a cgroup as old as the program: it may have been a child
+	how.OOM = short && how.Known && how.Code == 128+int(unix.SIGKILL)
 	p.release()
 
 	e.mu.Lock()
@@ -170,9 +198,9 @@ func (k *Keeper) ended(e *entry, p *program) time.Duration {
 	}
 	words := fmt.Sprintf("ended with status %d", how.Code)
 	if !how.Known {
-		words = "ended; its status went to the process that had started it"
+		words = unknownEnd
 	}
-	if how.OOM {
+	if how.OOM || short && !how.Known {
 		words += ", for want of memory"
 	}
 	pause := k.options.Backoff(max(e.record.Quick-1, 0))
@@ -185,6 +213,9 @@ func (k *Keeper) ended(e *entry, p *program) time.Duration {
 	}
 	return max(pause, time.Nanosecond)
 }
+
+// unknownEnd is the detail of a workload whose last program ended as nobody knows: its ExitCode says 0, and does not mean it.
+const unknownEnd = "its last program ended with a status that went to the process that had started it"
 
 // collect reaps an ended process if it is our child, and says its status if that is to be had.
 func collect(pidfd, pid int) (known bool, exit int) {
@@ -235,16 +266,16 @@ func (k *Keeper) restart(e *entry, p *program) time.Duration {
 		return 0
 	}
 	defer release()
-	if taken != e || e.last != p || e.now() != nil || e.record.Removing {
+	if taken != e || e.last != p || e.now() != nil || e.removing() {
 		return 0
 	}
 	e.mu.Lock()
 	e.record.Restarts++
 	e.record.Pending = len(e.record.Workload.Hooks.PostInit) > 0
 	e.mu.Unlock()
-	ctx, cancel := context.WithTimeout(k.ctx, restartTime)
-	defer cancel()
-	if err = k.start(ctx, e); err == nil {
+	ctx, done := k.unasked(e, restartTime)
+	defer done()
+	if err = k.start(ctx, e, nil); err == nil {
 		if err := k.postInit(ctx, e); err != nil {
 			k.options.Logger.Warn("running a postInit hook", "workload", e.name, "err", err)
 		}
@@ -279,21 +310,31 @@ func (k *Keeper) find() error {
 			}
 		}
 	}
+	known := k.list()
 	for _, name := range k.groups.Names() {
-		if k.entries[name] != nil {
-			continue
-		}
-		for _, pid := range k.groups.Processes(name) { // of an unrecorded start: the cgroup is ours alone
-			_ = syscall.Kill(pid, syscall.SIGKILL)
-		}
-		if err := k.groups.Remove(name); err != nil {
-			return err
+		if k.entries[name] == nil {
+			k.undo(name)
 		}
 	}
-	for _, e := range k.entries {
+	for _, e := range known {
 		k.resume(e)
 	}
 	return nil
+}
+
+// undo ends what is left of a start that was never recorded: the cgroup is ours alone. One that cannot be removed is shown, damaged,
+// for as long as Remove does not succeed, and is in nobody else's way.
+func (k *Keeper) undo(name string) {
+	k.groups.Kill(name)
+	err := k.groups.Remove(name)
+	if err == nil {
+		return
+	}
+	k.options.Logger.Warn("removing the cgroup of an unrecorded start", "workload", name, "err", err)
+	e := k.fresh(name)
+	e.record.Workload.Name = name
+	e.state, e.detail = backends.Damaged, refusal.Clip("its cgroup is left of a start that was never recorded, and cannot be removed: "+err.Error(), 400)
+	k.entries[name] = e
 }
 
 // resume goes on with one workload of an earlier process.
@@ -343,7 +384,9 @@ func (k *Keeper) finishHooks(e *entry) error {
 		return err
 	}
 	defer release()
-	return k.postInit(k.ctx, e)
+	ctx, done := k.unasked(e, restartTime)
+	defer done()
+	return k.postInit(ctx, e)
 }
 
 // reattach finds the process of a record, if it is beyond doubt the same; half says that it had not become the program yet.
@@ -356,7 +399,7 @@ func (k *Keeper) reattach(e *entry) (p *program, half bool) {
 	if err != nil {
 		return nil, false
 	}
-	p = &program{pid: id.PID, fd: os.NewFile(uintptr(fd), "pidfd"), bare: !k.support.Mounts, done: make(chan struct{})}
+	p = hold(id.PID, fd, k.kin())
 	// Asked after the pidfd was taken: if the number still means the same process now, the pidfd does.
 	started, err := startTime(id.PID)
 	if err != nil || started != id.Start {

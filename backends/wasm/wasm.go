@@ -152,8 +152,12 @@ func (b *Backend) Close() error { return b.keeper.Close() }
 func (b *Backend) Fingerprint(context.Context) (backends.Fingerprint, error) {
 	features := append(slices.Clone(b.keeper.Features()), backends.PortMap, backends.LimitPIDs)
 	slices.Sort(features)
+	var formats []backends.Format
+	if b.keeper.Confines() {
+		formats = []backends.Format{backends.WASM}
+	}
 	return backends.Fingerprint{
-		Backend: Name, Version: "wazero " + wazeroVersion(), Formats: []backends.Format{backends.WASM},
+		Backend: Name, Version: "wazero " + wazeroVersion(), Formats: formats,
 		Platforms: []string{"wasip1/wasm"}, Isolation: backends.IsolationSandbox,
 		Features: slices.Compact(features), Missing: b.keeper.Missing(),
 	}, nil
@@ -233,6 +237,9 @@ func (b *Backend) inner(ctx context.Context, w backends.Workload) (backends.Work
 	}
 	if w.Resources.PIDs > 0 {
 		w.Resources.PIDs = max(w.Resources.PIDs, runnerPIDs)
+		if !slices.Contains(b.keeper.Features(), backends.LimitPIDs) {
+			w.Resources.PIDs = 0 // kept all the same: a guest has one thread
+		}
 	}
 	w.Files, w.Mounts, w.Overlay.Keep = slices.Clone(w.Files), slices.Clone(w.Mounts), slices.Clone(w.Overlay.Keep)
 	for i := range w.Files {
@@ -282,12 +289,16 @@ func (b *Backend) hook(argv []string) []string {
 }
 
 // plan is what package process runs for a workload of inner's, with its ports resolved.
-func (b *Backend) plan(w backends.Workload) (process.Program, error) {
-	<-b.opened
+func (b *Backend) plan(ctx context.Context, w backends.Workload) (process.Program, error) {
+	select {
+	case <-b.opened:
+	case <-ctx.Done():
+		return process.Program{}, ctx.Err()
+	}
 	if b.keeper == nil {
 		return process.Program{}, errors.New("the backend is not open")
 	}
-	code, err := b.cache.ready(context.Background(), w.Image.Content, w.Run.User)
+	code, err := b.cache.ready(ctx, w.Image.Content, w.Run.User)
 	if err != nil {
 		return process.Program{}, startError(w, "compiling "+w.Image.Content, err)
 	}

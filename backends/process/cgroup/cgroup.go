@@ -31,18 +31,32 @@ type kind struct {
 	v2   bool
 }
 
-// Find looks below root, usually /sys/fs/cgroup, for hierarchies that may be written.
+// Find looks below root, usually /sys/fs/cgroup, for hierarchies in which a bound can be set. It sets one, on a cgroup that it makes
+// and removes: which controllers a folder names, and what its mode allows, does not say whether the kernel hands them down.
 func Find(root, folder string) Groups {
 	c := Groups{folder: folder}
 	for _, name := range []string{"memory", "cpu", "cpuacct", "pids"} {
 		for _, at := range []kind{{name, root, true}, {name, filepath.Join(root, "unified"), true}, {name, filepath.Join(root, name), false}} {
-			if at.there() {
+			if at.there() && at.bounds(folder) {
 				c.kinds = append(c.kinds, at)
 				break
 			}
 		}
 	}
 	return c
+}
+
+// trial is the cgroup that Find makes. No workload is named so.
+const trial = ".trial"
+
+func (k kind) bounds(folder string) bool {
+	alone := Groups{folder: folder, kinds: []kind{k}}
+	dir := filepath.Join(k.base, folder, trial)
+	defer func() {
+		_ = os.Remove(dir)
+		alone.prune(k.base)
+	}()
+	return alone.Make(trial, map[string]backends.Resources{"memory": {Memory: 64 << 20}, "cpu": {CPU: 1000}, "pids": {PIDs: 64}}[k.name]) == nil
 }
 
 func (k kind) there() bool {
@@ -71,11 +85,11 @@ func (c Groups) bases() (list []kind) {
 	return list
 }
 
-// Make makes a workload's cgroups with its bounds, and says in words which bounds could not be set.
-func (c Groups) Make(name string, r backends.Resources) (unapplied []string, err error) {
+// Make makes a workload's cgroups with its bounds. A bound that cannot be set is an error: nothing runs unbounded that was to be bounded.
+func (c Groups) Make(name string, r backends.Resources) error {
 	for _, base := range c.bases() {
 		if err := makeAll(filepath.Join(base.base, c.folder, name)); err != nil {
-			return nil, err
+			return err
 		}
 		if base.v2 {
 			c.delegate(base.base)
@@ -90,14 +104,13 @@ func (c Groups) Make(name string, r backends.Resources) (unapplied []string, err
 		}
 		i := slices.IndexFunc(c.kinds, func(have kind) bool { return have.name == bound.name })
 		if i < 0 {
-			unapplied = append(unapplied, bound.name+" bound: no "+bound.name+" cgroup may be written on this host")
-			continue
+			return fmt.Errorf("%s bound: no %s cgroup takes one on this host", bound.name, bound.name)
 		}
 		if err := c.bound(c.kinds[i], name, bound.want, r); err != nil {
-			unapplied = append(unapplied, fmt.Sprintf("%s bound: %v", bound.name, err))
+			return fmt.Errorf("%s bound: %v", bound.name, err)
 		}
 	}
-	return unapplied, nil
+	return nil
 }
 
 // makeAll is MkdirAll against another process that removes an empty parent at the same time.
@@ -239,7 +252,7 @@ func (c Groups) Names() (list []string) {
 			continue
 		}
 		for _, entry := range found {
-			if entry.IsDir() && !slices.Contains(list, entry.Name()) {
+			if entry.IsDir() && entry.Name() != trial && !slices.Contains(list, entry.Name()) {
 				list = append(list, entry.Name())
 			}
 		}
@@ -247,17 +260,42 @@ func (c Groups) Names() (list []string) {
 	return list
 }
 
-// Processes lists who is in a workload's cgroups.
-func (c Groups) Processes(name string) (pids []int) {
+// Kill ends everybody in a workload's cgroups: at once where version 2 can, otherwise one by one, each held by a pidfd before it is
+// looked at again, so that no number that has become another's is signalled.
+func (c Groups) Kill(name string) {
 	for _, base := range c.bases() {
-		text, err := os.ReadFile(filepath.Join(base.base, c.folder, name, "cgroup.procs"))
-		if err != nil {
-			continue
-		}
-		for _, field := range strings.Fields(string(text)) {
-			if pid, err := strconv.Atoi(field); err == nil && pid > 0 && !slices.Contains(pids, pid) {
-				pids = append(pids, pid)
+		dir := filepath.Join(base.base, c.folder, name)
+		if base.v2 {
+			f, err := os.OpenFile(filepath.Join(dir, "cgroup.kill"), os.O_WRONLY, 0)
+			if err == nil {
+				_, err = f.WriteString("1")
+				if err = errors.Join(err, f.Close()); err == nil {
+					continue
+				}
 			}
+		}
+		for _, pid := range members(dir) {
+			fd, err := unix.PidfdOpen(pid, 0)
+			if err != nil {
+				continue // gone
+			}
+			if slices.Contains(members(dir), pid) {
+				_ = unix.PidfdSendSignal(fd, unix.SIGKILL, nil, 0)
+			}
+			_ = unix.Close(fd)
+		}
+	}
+}
+
+// members lists who is in one cgroup.
+func members(dir string) (pids []int) {
+	text, err := os.ReadFile(filepath.Join(dir, "cgroup.procs"))
+	if err != nil {
+		return nil
+	}
+	for _, field := range strings.Fields(string(text)) {
+		if pid, err := strconv.Atoi(field); err == nil && pid > 0 {
+			pids = append(pids, pid)
 		}
 	}
 	return pids
@@ -276,11 +314,16 @@ func (c Groups) Remove(name string) error {
 		if err != nil && !errors.Is(err, os.ErrNotExist) {
 			all = errors.Join(all, err)
 		}
-		above := filepath.Dir(at)
-		_ = os.Remove(above) // no error counts: there are others
-		_ = os.Remove(filepath.Dir(above))
+		c.prune(base.base)
 	}
 	return all
+}
+
+// prune removes the folders above the workloads' if they are empty.
+func (c Groups) prune(base string) {
+	above := filepath.Join(base, c.folder)
+	_ = os.Remove(above) // no error counts: there are others
+	_ = os.Remove(filepath.Dir(above))
 }
 
 // Joins are the files through which a thread joins a workload's cgroups by writing "0", one a hierarchy.

@@ -56,9 +56,8 @@ func TestVersionTwo(t *testing.T) {
 	if !g.Has("memory") || !g.Has("cpu") || !g.Has("pids") {
 		t.Fatalf("found %+v", g.kinds)
 	}
-	unapplied, err := g.Make("relay-1", wanted)
-	if err != nil || len(unapplied) > 0 {
-		t.Fatalf("unapplied %q, %v", unapplied, err)
+	if err := g.Make("relay-1", wanted); err != nil {
+		t.Fatal(err)
 	}
 	dir := filepath.Join(root, folder, "relay-1")
 	want := map[string]string{
@@ -89,8 +88,15 @@ func TestVersionTwo(t *testing.T) {
 	if got := g.OOMs("relay-1"); got != 1 {
 		t.Errorf("%d ends for want of memory, want 1", got)
 	}
-	if got := g.Processes("relay-1"); !slices.Equal(got, []int{17, 23}) {
+	if got := members(dir); !slices.Equal(got, []int{17, 23}) {
 		t.Errorf("processes %v", got)
+	}
+	if err := os.WriteFile(filepath.Join(dir, "cgroup.kill"), nil, 0o644); err != nil {
+		t.Fatal(err)
+	}
+	g.Kill("relay-1") // by the file: 17 and 23 are nobody here
+	if text, err := os.ReadFile(filepath.Join(dir, "cgroup.kill")); err != nil || string(text) != "1" {
+		t.Errorf("cgroup.kill has %q, %v", text, err)
 	}
 	if got := g.Names(); !slices.Equal(got, []string{"relay-1"}) {
 		t.Errorf("names %q", got)
@@ -100,8 +106,8 @@ func TestVersionTwo(t *testing.T) {
 func TestVersionOne(t *testing.T) {
 	root := tree(t, map[string]string{"memory/tasks": "", "cpu/tasks": "", "cpuacct/tasks": "", "pids/tasks": "", "unified/cgroup.controllers": "hugetlb\n"})
 	g := Find(root, folder)
-	if unapplied, err := g.Make("relay-1", wanted); err != nil || len(unapplied) > 0 {
-		t.Fatalf("unapplied %q, %v", unapplied, err)
+	if err := g.Make("relay-1", wanted); err != nil {
+		t.Fatal(err)
 	}
 	for controller, want := range map[string]map[string]string{
 		"memory":  {"memory.limit_in_bytes": "67108864", "memory.memsw.limit_in_bytes": "67108864"},
@@ -130,15 +136,36 @@ func TestVersionOne(t *testing.T) {
 	}
 }
 
-// A host with nothing of it: bounds are not set, and that is said.
+// A host with nothing of it: what is to be bounded is not made.
 func TestNone(t *testing.T) {
 	g := Find(t.TempDir(), folder)
-	unapplied, err := g.Make("relay-1", wanted)
-	if err != nil || len(unapplied) != 3 {
-		t.Errorf("unapplied %q, %v; want three", unapplied, err)
+	for name, r := range map[string]backends.Resources{"memory": {Memory: 1}, "cpu": {CPU: 1}, "pids": {PIDs: 1}} {
+		if err := g.Make("relay-1", r); err == nil || !strings.HasPrefix(err.Error(), name+" bound: ") {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+	if err := g.Make("relay-1", backends.Resources{}); err != nil {
+		t.Error(err)
 	}
 	if len(g.Joins("relay-1")) > 0 || !g.Hold("relay-1", "") || g.Remove("relay-1") != nil {
 		t.Errorf("joins %q, hold %t", g.Joins("relay-1"), g.Hold("relay-1", ""))
+	}
+}
+
+// A controller that is named, in folders that may be written, and whose bound the kernel does not take: version 2 below a folder with
+// processes in it.
+func TestNamedButNotHandedDown(t *testing.T) {
+	root := tree(t, map[string]string{
+		"cgroup.controllers": "cpu memory pids\n", "memory/tasks": "", "pids/tasks": "",
+		filepath.Join(folder, trial, "memory.max/in the way"): "", filepath.Join(folder, trial, "pids.max/in the way"): "",
+		filepath.Join("memory", folder, trial, "memory.limit_in_bytes/in the way"): "",
+	})
+	g := Find(root, folder)
+	if g.Has("memory") || !g.Has("cpu") || !g.Has("pids") {
+		t.Errorf("found %+v, want cpu, and pids of version 1", g.kinds)
+	}
+	if names := g.Names(); len(names) > 0 {
+		t.Errorf("names %q", names)
 	}
 }
 

@@ -3,6 +3,7 @@ package stage
 import (
 	"errors"
 	"fmt"
+	"math"
 	"os"
 	"os/signal"
 	"path/filepath"
@@ -15,6 +16,10 @@ import (
 // Measure finds out what this kernel lets this user do, by doing it; scratch is an empty folder.
 func Measure(scratch string) Support {
 	s := Support{Landlock: abi(), Seccomp: filters()}
+	if own, err := unix.PidfdOpen(os.Getpid(), 0); err == nil {
+		s.Groups = unix.PidfdSendSignal(own, 0, nil, unix.PIDFD_SIGNAL_PROCESS_GROUP) == nil
+		_ = unix.Close(own)
+	}
 	OnThread(func() {
 		if unix.Unshare(unix.CLONE_FS|unix.CLONE_NEWNS) != nil || unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, "") != nil {
 			return
@@ -57,6 +62,7 @@ const (
 	llRefer, llTruncate, llIoctl                  = 1 << 13, 1 << 14, 1 << 15
 	llOfFiles                                     = llExecute | llWriteFile | llReadFile | llTruncate | llIoctl
 	llScopeAbstract, llScopeSignal                = 1 << 0, 1 << 1
+	llBindTCP, llRulePort                         = 1 << 0, 2
 )
 
 func abi() int {
@@ -89,6 +95,9 @@ func (c *Confine) fence() (int, error) {
 	all := handled(version)
 	attr := unix.LandlockRulesetAttr{Handled_access_fs: all}
 	size := uintptr(8)
+	if version >= 4 {
+		size, attr.Handled_access_net = 16, llBindTCP
+	}
 	if version >= 6 {
 		size, attr.Scoped = 24, llScopeAbstract
 		if c.Bare { // elsewhere the pid namespace keeps signals in, and hooks may signal the program
@@ -107,6 +116,15 @@ func (c *Confine) fence() (int, error) {
 			if err := allow(int(fd), path, rule.rights&all); err != nil {
 				return -1, fmt.Errorf("%s: %v", path, err)
 			}
+		}
+	}
+	if version < 4 {
+		return int(fd), nil
+	}
+	for _, port := range append([]int{0}, c.Ports...) { // 0: one of the kernel's range, which it gives a listener that binds none too
+		rule := struct{ access, port uint64 }{llBindTCP, uint64(port)}
+		if _, _, no := unix.Syscall6(unix.SYS_LANDLOCK_ADD_RULE, fd, llRulePort, uintptr(unsafe.Pointer(&rule)), 0, 0, 0); no != 0 {
+			return -1, fmt.Errorf("port %d: %v", port, no)
 		}
 	}
 	return int(fd), nil
@@ -134,10 +152,13 @@ func allow(ruleset int, path string, rights uint64) error {
 	return nil
 }
 
-// bound keeps files from growing without end, for us and for everything we start. Whoever writes beyond gets EFBIG: the signal
+// bound keeps files from growing without end, and leaves no cores, for us and for everything we start. Whoever writes beyond gets EFBIG: the signal
 // that would end it is ignored, and stays so until the program says otherwise.
 func (c *Confine) bound() error {
 	signal.Ignore(unix.SIGXFSZ)
+	if err := unix.Setrlimit(unix.RLIMIT_CORE, &unix.Rlimit{}); err != nil {
+		return err
+	}
 	if c.FileSize <= 0 {
 		return nil
 	}
@@ -154,6 +175,9 @@ func (c *Confine) bound() error {
 func (c *Confine) drop() error {
 	if c.Bare {
 		return nil
+	}
+	if c.User < 0 || c.User > math.MaxInt32 { // -1 would leave the user as it is: root
+		return fmt.Errorf("user %d is none", c.User)
 	}
 	for capability := uintptr(0); ; capability++ {
 		if err := unix.Prctl(unix.PR_CAPBSET_DROP, capability, 0, 0, 0); errors.Is(err, unix.EINVAL) {

@@ -36,3 +36,30 @@ func TestFileSize(t *testing.T) {
 		t.Errorf("%v, %v; want %d bytes", found, err, size)
 	}
 }
+
+// The agent's protection from being killed for want of memory is not handed on; nothing is protected that was not.
+func TestRaise(t *testing.T) {
+	for had, want := range map[string]string{"-500\n": "0", "-1000\n": "0", "0\n": "0\n", "300\n": "300\n"} {
+		file := filepath.Join(t.TempDir(), "oom_score_adj")
+		if err := os.WriteFile(file, []byte(had), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		if err := raise(file); err != nil {
+			t.Fatal(err)
+		}
+		if got, err := os.ReadFile(file); err != nil || string(got) != want {
+			t.Errorf("%q became %q, %v; want %q", had, got, err, want)
+		}
+	}
+}
+
+// A user that is none, which the kernel takes for "as it is", is not dropped to.
+func TestNoUser(t *testing.T) {
+	for _, user := range []int{-1, 1<<32 - 1} {
+		var err error
+		OnThread(func() { err = (&Confine{User: user}).drop() })
+		if err == nil {
+			t.Errorf("user %d was dropped to", user)
+		}
+	}
+}

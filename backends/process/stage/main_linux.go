@@ -1,6 +1,7 @@
 package stage
 
 import (
+	"bytes"
 	"encoding/json"
 	"errors"
 	"os"
@@ -18,6 +19,9 @@ import (
 // thread, and the other threads of this process end with execve.
 func Main() {
 	runtime.LockOSThread()
+	if raise("/proc/self/oom_score_adj") != nil {
+		os.Exit(127)
+	}
 	// While this binary is process 1 of the namespace, a program that a hook left behind must not reach it through /proc.
 	if err := unix.Prctl(unix.PR_SET_DUMPABLE, 0, 0, 0, 0); err != nil {
 		os.Exit(127)
@@ -31,6 +35,15 @@ func Main() {
 		_, _ = unix.Write(ReportFD, text) // nobody may be there to read it
 	}
 	os.Exit(127)
+}
+
+// raise takes away what protects the agent from being killed for want of memory: no program inherits it. What makes it likelier stays.
+func raise(file string) error {
+	text, err := os.ReadFile(file)
+	if err != nil || !bytes.HasPrefix(text, []byte("-")) {
+		return err
+	}
+	return os.WriteFile(file, []byte("0"), 0)
 }
 
 // run returns only when there will be no program.
@@ -72,7 +85,7 @@ func (o *Orders) exec() Failure {
 		return Failure{Step: "building the landlock rules", Cause: err.Error()}
 	}
 	if err := o.Confine.bound(); err != nil {
-		return Failure{Step: "bounding its files", Cause: err.Error()}
+		return Failure{Step: "bounding what it writes", Cause: err.Error()}
 	}
 	if err := o.Confine.drop(); err != nil {
 		return Failure{Step: "giving up rights", Cause: err.Error()}

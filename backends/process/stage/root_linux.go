@@ -1,6 +1,7 @@
 package stage
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"os"
@@ -21,8 +22,9 @@ const safe = unix.MS_NOSUID | unix.MS_NODEV
 
 // build mounts the root and makes it ours. All of it lies in our own mount namespace and goes with it.
 //
-// Mount points and files are made in a layer above the content, never in the content: the layer's folders are real ones, so
-// no link of the content is ever followed by a mount.
+// Mount points and files are made in a layer above the content, never in the content. The content's links are resolved on paper,
+// within the content; what is made in the layer are real folders and files, so that no later mount follows a link. The layer is
+// reached through an [os.Root] alone, and its own links, those of /dev, are made last.
 func (r *Root) build() error {
 	if err := unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, ""); err != nil {
 		return fmt.Errorf("making mounts private: %v", err)
@@ -33,11 +35,6 @@ func (r *Root) build() error {
 	layer, merged := filepath.Join(r.Scratch, "layer"), filepath.Join(r.Scratch, "merged")
 	if err := errors.Join(os.Mkdir(layer, 0o755), os.Mkdir(merged, 0o755)); err != nil { // it is the program's /
 		return err
-	}
-	if r.Content != "" {
-		if err := mirror(r.Content, layer); err != nil {
-			return err
-		}
 	}
 	sources, err := r.points(layer)
 	if err != nil {
@@ -67,26 +64,21 @@ type source struct {
 
 // points makes every mount point and file in the layer.
 func (r *Root) points(layer string) ([]source, error) {
-	for _, device := range Devices() {
-		if _, err := r.point(layer, "/dev/"+device, false); err != nil {
-			return nil, err
-		}
-	}
-	for _, link := range [][2]string{{"fd", "/proc/self/fd"}, {"stdin", "fd/0"}, {"stdout", "fd/1"}, {"stderr", "fd/2"}} {
-		if err := os.Symlink(link[1], filepath.Join(layer, "dev", link[0])); err != nil {
-			return nil, err
-		}
-	}
-	if _, err := r.point(layer, "/proc", true); err != nil {
+	top, err := os.OpenRoot(layer)
+	if err != nil {
 		return nil, err
 	}
-	if r.Size > 0 {
-		if err := r.writable(layer); err != nil {
+	defer top.Close()
+	if r.Content != "" {
+		if err := mirror(r.Content, top, "."); err != nil {
 			return nil, err
 		}
 	}
+	if err := r.own(top); err != nil {
+		return nil, err
+	}
 	for i := range r.Files {
-		if err := r.file(layer, &r.Files[i]); err != nil {
+		if err := r.file(top, &r.Files[i]); err != nil {
 			return nil, err
 		}
 	}
@@ -100,44 +92,74 @@ func (r *Root) points(layer string) ([]source, error) {
 		if err := unix.Fstat(s.fd, &found); err != nil {
 			return nil, err
 		}
-		if s.to, err = r.point(layer, bind.To, found.Mode&unix.S_IFMT == unix.S_IFDIR); err != nil {
+		if s.to, err = r.point(top, bind.To, found.Mode&unix.S_IFMT == unix.S_IFDIR); err != nil {
 			return nil, err
 		}
 		sources = append(sources, s)
 	}
+	for _, link := range [][2]string{{"fd", "/proc/self/fd"}, {"stdin", "fd/0"}, {"stdout", "fd/1"}, {"stderr", "fd/2"}} {
+		if err := top.Symlink(link[1], "dev/"+link[0]); err != nil {
+			return nil, err
+		}
+	}
 	return sources, nil
 }
 
-// writable gives the program the root folder itself, and the two folders that any may write.
-func (r *Root) writable(layer string) error {
-	for _, dir := range []string{"/tmp", "/dev/shm"} {
-		to, err := r.point(layer, dir, true)
-		if err == nil {
-			err = os.Chmod(filepath.Join(layer, to), 0o777|os.ModeSticky)
-		}
-		if err != nil {
+// own makes what is there whatever the content says: /dev and /proc, which hide a link of the content in their place, and, where
+// something may be written, the root folder itself for the program and the two folders that any may write.
+func (r *Root) own(top *os.Root) error {
+	folders := []string{"/proc", "/dev"}
+	if r.Size > 0 {
+		folders = append(folders, "/dev/shm")
+	}
+	for _, dir := range folders {
+		if err := r.make(top, dir, true); err != nil {
 			return err
 		}
 	}
-	return os.Chown(layer, r.Owner, r.Owner)
+	for _, device := range Devices() {
+		if err := r.make(top, "/dev/"+device, false); err != nil {
+			return err
+		}
+	}
+	if r.Size == 0 {
+		return nil
+	}
+	tmp, err := r.point(top, "/tmp", true)
+	if err != nil {
+		return err
+	}
+	return errors.Join(dress(top, tmp, 0, 0, 0o777|os.ModeSticky), dress(top, "dev/shm", 0, 0, 0o777|os.ModeSticky), dress(top, ".", r.Owner, r.Owner, 0o755))
 }
 
-func (r *Root) file(layer string, f *File) error {
-	to, err := r.point(layer, f.To, false)
+// dress gives a file or folder of the layer an owner and a mode.
+func dress(top *os.Root, name string, uid, gid int, mode os.FileMode) error {
+	f, err := top.Open(inLayer(name))
+	if err != nil {
+		return err
+	}
+	return errors.Join(f.Chown(uid, gid), f.Chmod(mode), f.Close())
+}
+
+// inLayer is a path inside as os.Root names it.
+func inLayer(to string) string { return cmp.Or(strings.TrimPrefix(to, "/"), ".") }
+
+func (r *Root) file(top *os.Root, f *File) error {
+	to, err := r.point(top, f.To, false)
 	if err != nil {
 		return err
 	}
 	f.To = to
-	at := filepath.Join(layer, to)
-	if err := os.WriteFile(at, f.Content, 0o600); err != nil {
+	if err := top.WriteFile(inLayer(to), f.Content, 0o600); err != nil {
 		return err
 	}
-	return errors.Join(os.Chown(at, r.Owner, r.Owner), os.Chmod(at, os.FileMode(f.Mode).Perm()))
+	return dress(top, to, r.Owner, r.Owner, os.FileMode(f.Mode).Perm())
 }
 
-// point makes a folder or an empty file in the layer for what the content calls to, with the content's links resolved and
-// its folders' modes, and returns the resolved path.
-func (r *Root) point(layer, to string, folder bool) (string, error) {
+// point makes a folder or an empty file in the layer for what the content calls to, and returns where the content's links lead.
+// Nothing leads into /dev or /proc: what is there is ours.
+func (r *Root) point(top *os.Root, to string, folder bool) (string, error) {
+	asked := to
 	if r.Content != "" {
 		at, err := securejoin.SecureJoin(r.Content, to)
 		if err != nil {
@@ -145,43 +167,52 @@ func (r *Root) point(layer, to string, folder bool) (string, error) {
 		}
 		to = path.Join("/", strings.TrimPrefix(at, filepath.Clean(r.Content)))
 	}
-	dir := "/"
-	parts := strings.Split(strings.Trim(to, "/"), "/")
+	if first, _, _ := strings.Cut(inLayer(to), "/"); first == "dev" || first == "proc" || first == "." {
+		return "", blame{fmt.Errorf("%s: a link of the image leads it to %s; want a path outside /dev and /proc", asked, to)}
+	}
+	return to, r.make(top, to, folder)
+}
+
+// make makes a folder or an empty file in the layer, and the folders above it with the modes of the content's.
+func (r *Root) make(top *os.Root, to string, folder bool) error {
+	dir := ""
+	parts := strings.Split(inLayer(to), "/")
 	for i, part := range parts {
 		dir = path.Join(dir, part)
-		at := filepath.Join(layer, dir)
 		if i == len(parts)-1 && !folder {
-			f, err := os.OpenFile(at, os.O_CREATE|os.O_WRONLY, 0o644)
+			f, err := top.OpenFile(dir, os.O_CREATE|os.O_WRONLY, 0o644)
 			if err != nil {
-				return "", blame{err}
+				return blame{err}
 			}
-			return to, f.Close()
+			return f.Close()
 		}
-		if err := os.Mkdir(at, 0o755); errors.Is(err, os.ErrExist) {
+		if err := top.Mkdir(dir, 0o755); errors.Is(err, os.ErrExist) {
 			continue
 		} else if err != nil {
-			return "", blame{err}
+			return blame{err}
 		}
 		if r.Content == "" {
 			continue
 		}
-		if err := mirror(filepath.Join(r.Content, dir), at); err != nil && !errors.Is(err, os.ErrNotExist) {
-			return "", err
+		if err := mirror(filepath.Join(r.Content, dir), top, dir); err != nil && !errors.Is(err, os.ErrNotExist) {
+			return err
 		}
 	}
-	return to, nil
+	return nil
 }
 
-// mirror gives a folder the owner and mode of another, because the uppermost layer's count.
-func mirror(from, to string) error {
+// mirror gives a folder of the layer the owner and mode of another, because the uppermost layer's count. What is no folder there
+// leaves it as it was made.
+func mirror(from string, top *os.Root, name string) error {
 	found, err := os.Lstat(from)
-	if err != nil {
+	if err != nil || !found.IsDir() {
 		return err
 	}
-	if stat, ok := found.Sys().(*syscall.Stat_t); ok {
-		err = os.Chown(to, int(stat.Uid), int(stat.Gid))
+	stat, ok := found.Sys().(*syscall.Stat_t)
+	if !ok {
+		return fmt.Errorf("%s: no owner", from)
 	}
-	return errors.Join(err, os.Chmod(to, found.Mode()&(os.ModePerm|os.ModeSticky)))
+	return dress(top, name, int(stat.Uid), int(stat.Gid), found.Mode()&(os.ModePerm|os.ModeSticky))
 }
 
 func open(b Bind) (source, error) {
@@ -214,7 +245,14 @@ func (r *Root) merge(layer, merged string) error {
 			return fmt.Errorf("mounting a tmpfs of %d bytes: %v", r.Size, err)
 		}
 		upper, work := filepath.Join(top, "upper"), filepath.Join(top, "work")
-		if err := errors.Join(os.Mkdir(upper, 0o700), os.Mkdir(work, 0o700), mirror(layer, upper)); err != nil {
+		if err := errors.Join(os.Mkdir(upper, 0o700), os.Mkdir(work, 0o700)); err != nil {
+			return err
+		}
+		above, err := os.OpenRoot(upper)
+		if err != nil {
+			return err
+		}
+		if err := errors.Join(mirror(layer, above, "."), above.Close()); err != nil {
 			return err
 		}
 		return overlay(merged, safe, "lowerdir="+lower+",upperdir="+escape(upper)+",workdir="+escape(work))

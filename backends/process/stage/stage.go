@@ -69,9 +69,12 @@ type Bind struct {
 // Confine is what a program may not do.
 type Confine struct {
 	User    int      `json:"user"` // uid and gid; with Bare it is who we are already
-	Bare    bool     `json:"bare"` // no root and no namespaces: it may not leave its process group nor signal others
+	Bare    bool     `json:"bare"` // no root and no namespaces: it may not leave its process group, signal others or reach a unix socket
 	Write   []string `json:"write,omitempty"`
 	Execute []string `json:"execute,omitempty"`
+	// Ports are the TCP ports it may bind, beside what the kernel gives whoever asks for any: others are another workload's. Landlock
+	// holds this from version 4 on; see Support.HoldsPorts.
+	Ports []int `json:"ports,omitempty"`
 	// FileSize is the bytes that a file it writes may have, its log among them; 0 is no bound.
 	FileSize int64 `json:"fileSize,omitempty"`
 }
@@ -89,7 +92,11 @@ type Support struct {
 	Overlay  bool // overlayfs
 	Landlock int  // ABI; 0 is none
 	Seccomp  bool
+	Groups   bool // a pidfd signals its whole process group: Linux 6.9
 }
+
+// HoldsPorts says whether Confine.Ports is kept: landlock's rules are, by the filter, all there is of TCP.
+func (s Support) HoldsPorts() bool { return s.Landlock >= 4 && s.Seccomp }
 
 // Report reads what a stage reported. It is ok when the program was about to be executed and nothing contradicts it.
 func Report(said []byte) (f Failure, ok bool) {

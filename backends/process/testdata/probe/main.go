@@ -10,6 +10,7 @@ import (
 	"path/filepath"
 	"runtime"
 	"sort"
+	"strconv"
 	"strings"
 	"syscall"
 	"time"
@@ -63,6 +64,19 @@ func try(verb, rest string) (string, error) {
 	case "vsock":
 		_, err := unix.Socket(unix.AF_VSOCK, unix.SOCK_STREAM, 0)
 		return "ok", err
+	case "socket":
+		family, err := strconv.Atoi(rest)
+		if err != nil {
+			return "", err
+		}
+		fd, err := unix.Socket(family, unix.SOCK_STREAM, 0)
+		if err == nil {
+			err = unix.Close(fd)
+		}
+		return "ok", err
+	case "pair":
+		_, err := unix.Socketpair(unix.AF_UNIX, map[string]int{"stream": unix.SOCK_STREAM, "datagram": unix.SOCK_DGRAM}[rest], 0)
+		return "ok", err
 	case "tiocsti":
 		var b byte
 		_, _, no := unix.Syscall(unix.SYS_IOCTL, 0, unix.TIOCSTI, uintptr(unsafe.Pointer(&b)))
@@ -72,6 +86,12 @@ func try(verb, rest string) (string, error) {
 		return "ok", err
 	case "abstract":
 		_, err := net.Dial("unix", "@"+rest)
+		return "ok", err
+	case "listen":
+		l, err := net.Listen("tcp", rest)
+		if err == nil {
+			err = l.Close()
+		}
 		return "ok", err
 	case "read":
 		text, err := os.ReadFile(rest)
@@ -116,6 +136,10 @@ func try(verb, rest string) (string, error) {
 		return fmt.Sprint(os.Geteuid(), os.Getegid(), os.Getpid()), nil
 	case "umask":
 		return fmt.Sprintf("%#o", unix.Umask(0)), nil
+	case "core":
+		var limit unix.Rlimit
+		err := unix.Getrlimit(unix.RLIMIT_CORE, &limit)
+		return fmt.Sprint(limit.Cur, " ", limit.Max), err
 	case "host":
 		return os.Hostname()
 	case "stamp":
@@ -130,6 +154,8 @@ func try(verb, rest string) (string, error) {
 			eaten = append(eaten, piece)
 		}
 		return fmt.Sprint("ok ", len(eaten)), nil
+	case "feed":
+		return fmt.Sprint(exec.Command(os.Args[0], "eat").Run()), nil
 	case "bomb":
 		for range 1000 {
 			if err := exec.Command("/app", "wait").Start(); err != nil {
@@ -167,6 +193,12 @@ func try(verb, rest string) (string, error) {
 			return "", err
 		}
 		return "ok", f.Truncate(1 << 30)
+	case "hang": // unless the file is there
+		name, _, _ := strings.Cut(rest, " ")
+		if _, err := os.Stat(name); err != nil {
+			time.Sleep(time.Hour)
+		}
+		return "ok", nil
 	case "deaf":
 		signal.Ignore(syscall.SIGTERM)
 		return "ok", nil
