@@ -18,6 +18,7 @@ import (
 	"github.com/secure-systems-lab/go-securesystemslib/dsse"
 
 	v1 "github.com/google/go-containerregistry/pkg/v1"
+	"github.com/google/go-containerregistry/pkg/v1/remote"
 
 	"github.com/kindos/kmo/policy/refusal"
 	"github.com/kindos/kmo/registry/merkle"
@@ -190,6 +191,61 @@ func TestT52DeletedAndFlooded(t *testing.T) {
 			t.Error(err)
 		}
 	})
+}
+
+// TestT52AStrangerProvesNothing has strangers state the roots of documents that are here, whose bytes say otherwise.
+func TestT52AStrangerProvesNothing(t *testing.T) {
+	ctx := context.Background()
+	liar, _ := signingKey("liar")
+	bogus := merkle.BlobRoot([]byte("bogus"))
+	index, amd, _ := twoPlatforms(t)
+	// pinned is the root of an index if its first member had the bogus one.
+	pinned := func(t *testing.T, ref Reference) merkle.Digest {
+		img := wholeOf(t, ref)
+		var members []merkle.Descriptor
+		for i, m := range img.top.members {
+			root := must(m.root(img.known))(t)
+			if i == 0 {
+				root = bogus
+			}
+			member := described(m.desc, root)
+			member.Platform, member.Nested = platformText(m.desc.Platform), m.desc.MediaType.IsIndex()
+			members = append(members, member)
+		}
+		return must(merkle.IndexRoot(described(img.top.desc, merkle.BlobRoot(img.top.raw)), members))(t)
+	}
+	for name, c := range map[string]struct {
+		what   remote.Taggable
+		member remote.Taggable // the first, of which the stranger gives a bogus root; nil for the image itself
+	}{
+		"a manifest that is the image itself": {amd, nil},
+		"an index that is the image itself":   {index, nil},
+		"an index of an index":                {nestedIndex(t, index), nil},
+		"the nested index":                    {nestedIndex(t, index), index},
+		"this platform's manifest":            {index, amd},
+	} {
+		t.Run(name, func(t *testing.T) {
+			ref := newWorld(t).push("image", c.what)
+			wrong, about := bogus, ref.SHA256
+			if c.member != nil {
+				wrong, about = pinned(t, ref), digestOf(t, c.member)
+			}
+			statement := sampleStatement(ref.SHA256, wrong)
+			statement.Predicate.Platforms = []PlatformRoot{{SHA256: about, ManifestRoot: bogus}}
+			if img := wholeOf(t, ref); c.member != nil { // what else is needed it gives as it is
+				for _, m := range img.top.members[1:] {
+					statement.Predicate.Platforms = append(statement.Predicate.Platforms, PlatformRoot{SHA256: m.desc.Digest.Hex, ManifestRoot: must(m.root(img.known))(t)})
+				}
+			}
+			pushStatement(t, newStore(t), ref, statement, liar)
+			s := newStore(t)
+			if d, err := s.Describe(ctx, ref, wrong, OCI); err != nil || d.Proved {
+				t.Errorf("Describe: got proved %v, %v, want a root that nothing proves", d.Proved, err)
+			}
+			_, err := s.Fetch(ctx, ref, wrong, OCI)
+			wantRefusal(t, s, err, "E_MERKLE_ROOT", wrong.String())
+		})
+	}
 }
 
 func FuzzOpenStatement(f *testing.F) {

@@ -182,18 +182,8 @@ func TestBombs(t *testing.T) {
 		root := rootOf(t, ref)
 		statement := sampleStatement(ref.SHA256, root)
 		statement.Predicate.Blobs = []BlobRoot{{SHA256: sha256Hex(gz(t, bomb)), BlobRoot: merkle.BlobRoot(gz(t, bomb)), UncompressedSize: 1 << 20}}
-		raw, err := sign(statement, key)
-		if err != nil {
-			t.Fatal(err)
-		}
-		img, err := s.whole(ctx, ref)
-		if err != nil {
-			t.Fatal(err)
-		}
-		if _, err := s.push(ctx, ref, v1.Manifest{ArtifactType: StatementArtifact, Subject: &img.top.desc}, memory(emptyConfig, []byte("{}")), memory(envelopeMedia, raw)); err != nil {
-			t.Fatal(err)
-		}
-		_, err = s.Fetch(ctx, ref, root, OCI)
+		pushStatement(t, s, ref, statement, key)
+		_, err := s.Fetch(ctx, ref, root, OCI)
 		wantRefusal(t, s, err, "E_LIMIT", "1048576")
 	})
 	t.Run("U-09 more entries than may be", func(t *testing.T) {

@@ -367,23 +367,34 @@ func withExtra(t testing.TB, index v1.ImageIndex, image v1.Image) v1.ImageIndex 
 // pushLie puts a statement beside an image that is about it by both digests, but gives wrong roots.
 func pushLie(t *testing.T, s *Store, ref Reference, root merkle.Digest, signer crypto.Signer) {
 	t.Helper()
-	ctx := context.Background()
-	img, err := s.whole(ctx, ref)
-	if err != nil {
-		t.Fatal(err)
-	}
 	lie := sampleStatement(ref.SHA256, root)
-	for _, m := range img.top.members {
+	for _, m := range wholeOf(t, ref).top.members {
 		lie.Predicate.Platforms = append(lie.Predicate.Platforms, PlatformRoot{SHA256: m.desc.Digest.Hex, ManifestRoot: merkle.BlobRoot([]byte("lie"))})
 	}
-	raw, err := sign(lie, signer)
+	pushStatement(t, s, ref, lie, signer)
+}
+
+// pushStatement puts a statement beside an image, whatever it says.
+func pushStatement(t *testing.T, s *Store, ref Reference, statement *Statement, signer crypto.Signer) {
+	t.Helper()
+	raw, err := sign(statement, signer)
 	if err != nil {
 		t.Fatal(err)
 	}
-	subject := img.top.desc
-	if _, err := s.push(ctx, ref, v1.Manifest{ArtifactType: StatementArtifact, Subject: &subject}, memory(emptyConfig, []byte("{}")), memory(envelopeMedia, raw)); err != nil {
+	subject := wholeOf(t, ref).top.desc
+	if _, err := s.push(context.Background(), ref, v1.Manifest{ArtifactType: StatementArtifact, Subject: &subject}, memory(emptyConfig, []byte("{}")), memory(envelopeMedia, raw)); err != nil {
 		t.Fatal(err)
 	}
+}
+
+// wholeOf is an image with every root, by a store of its own.
+func wholeOf(t *testing.T, ref Reference) *image {
+	t.Helper()
+	img, err := newStore(t).whole(context.Background(), ref)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return img
 }
 
 func sampleStatement(sha256 string, root merkle.Digest) *Statement {
