@@ -11,6 +11,9 @@ import (
 	"encoding/base64"
 	"encoding/json"
 	"fmt"
+	"os"
+	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 
@@ -246,6 +249,86 @@ func TestT52AStrangerProvesNothing(t *testing.T) {
 			wantRefusal(t, s, err, "E_MERKLE_ROOT", wrong.String())
 		})
 	}
+}
+
+// TestT52AStrangerChangesNothing lets a stranger say whatever a statement can say, in one that leads to the pinned root, and say it first.
+func TestT52AStrangerChangesNothing(t *testing.T) {
+	ctx := context.Background()
+	liar, _ := signingKey("liar")
+	key, public := signingKey("release")
+	index, amd, arm := twoPlatforms(t)
+	ref := toLayout(t, index) // which lists what speaks of an image in the order in which it came
+	root := rootOf(t, ref)
+	img := wholeOf(t, ref)
+	lie := sampleStatement(ref.SHA256, root)
+	lie.Predicate.Custody = []CustodyLink{{Step: "approve", Principal: "nobody"}}
+	if err := img.top.state(&lie.Predicate, img.known, map[string]bool{}); err != nil {
+		t.Fatal(err)
+	}
+	for i := range lie.Predicate.Platforms { // each platform's root under the other's name
+		lie.Predicate.Platforms[i].Platform = []string{"linux/arm64/v8", "linux/amd64"}[i]
+	}
+	for i := range lie.Predicate.Blobs {
+		b := &lie.Predicate.Blobs[i]
+		b.Size, b.Leaves, b.UncompressedSize, b.ContentRoot = -1, -1, 1, merkle.BlobRoot(nil)
+	}
+	lie.Predicate.IndexRoot = merkle.BlobRoot(nil)
+	pushStatement(t, newStore(t), ref, lie, liar)
+
+	s := newStore(t)
+	s.Keys = []crypto.PublicKey{public}
+	d, err := s.Describe(ctx, ref, root, OCI)
+	if err != nil || !d.Proved || d.Signer != "" || d.Manifest != digestOf(t, amd) || d.Platform != "linux/amd64" {
+		t.Errorf("Describe: got %+v, %v, want this platform's manifest, proved by a stranger's material", d, err)
+	}
+	content, err := s.Fetch(ctx, ref, root, OCI)
+	if err != nil {
+		t.Fatalf("Fetch: %v, although nobody's word lowers a limit", err)
+	}
+	if body, _ := os.ReadFile(filepath.Join(content.Path, "bin/app")); string(body) != "for amd64" {
+		t.Errorf("got %q, want this platform's", body)
+	}
+	if _, err := newStore(t).Seal(ctx, ref, key, Sealing{Custody: []CustodyLink{{Step: "release", Principal: "ann"}}}); err != nil {
+		t.Fatal(err)
+	}
+	if d, err := s.Describe(ctx, ref, root, OCI); err != nil || d.Signer == "" || d.Statement.Predicate.Custody[0].Principal != "ann" {
+		t.Errorf("a signed statement behind a stranger's: got %+v, %v, want the signed one", d, err)
+	}
+
+	t.Run("a limit behind a stranger's statement", func(t *testing.T) {
+		limited := sampleStatement(ref.SHA256, root)
+		limited.Predicate = lie.Predicate
+		ref := toLayout(t, index)
+		pushStatement(t, newStore(t), ref, lie, liar)
+		pushStatement(t, newStore(t), ref, limited, key)
+		s := newStore(t)
+		s.Keys = []crypto.PublicKey{public}
+		_, err := s.Fetch(ctx, ref, root, OCI)
+		wantRefusal(t, s, err, "E_LIMIT", "more than 1 bytes")
+	})
+	t.Run("a stranger's root for a layer that is here", func(t *testing.T) {
+		wrong := sampleStatement(ref.SHA256, root)
+		wrong.Predicate = lie.Predicate
+		wrong.Predicate.Blobs = slices.Clone(lie.Predicate.Blobs)
+		layers := must(amd.Manifest())(t).Layers
+		for i := range wrong.Predicate.Blobs {
+			if b := &wrong.Predicate.Blobs[i]; b.SHA256 == layers[0].Digest.Hex {
+				b.BlobRoot = merkle.BlobRoot([]byte("lie"))
+			}
+		}
+		ref := toLayout(t, index)
+		pushStatement(t, newStore(t), ref, wrong, liar)
+		if d, err := newStore(t).Describe(ctx, ref, root, OCI); err != nil || d.Proved {
+			t.Errorf("Describe: got proved %v, %v, want nothing proved by a false root", d.Proved, err)
+		}
+		s := newStore(t)
+		if err := os.Remove(filepath.Join(ref.Layout, "blobs/sha256", must(arm.Manifest())(t).Layers[0].Digest.Hex)); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := s.Fetch(ctx, ref, root, OCI); err != nil {
+			t.Errorf("Fetch: %v, although the bytes say it right", err)
+		}
+	})
 }
 
 func FuzzOpenStatement(f *testing.F) {
