@@ -15,10 +15,10 @@
 // A store's folder is trusted: whoever can write there decides what runs. In it are
 //
 //	blobs/sha256/HEX       bytes as they came, verified; HEX.root has their kmo1 root and size
-//	content/KEY/root       an unpacked image; content/KEY/file is a single file
-//	content/KEY/tree       what was unpacked, one JSON entry a line: the list that Check goes by
-//	images/KEY.json        the promoted record, written last: the content of KEY is whole and proven
-//	tmp/                   what is being written; nothing is there between two calls
+//	content/KEY/N/root     an unpacked image; content/KEY/N/file is a single file; N is the copy: a path never has other content later
+//	content/KEY/N/tree     what was unpacked, one JSON entry a line: the list that Check goes by
+//	images/KEY.json        the promoted record, written last: the copy it names is whole and proven
+//	tmp/                   what is being written; what a process has left there is removed after a day
 //
 // # Example
 //
@@ -454,7 +454,7 @@ func (s *Store) recall(ctx context.Context, key string) (Content, bool) {
 	if err := decodeStrict(text, &r); err != nil || r.Content.Root.IsZero() {
 		return Content{}, false
 	}
-	r.Content.Path = filepath.Join(s.Dir, "content", key, filepath.Base(r.Content.Path))
+	r.Content.Path = filepath.Join(s.Dir, "content", key, filepath.Base(filepath.Dir(r.Content.Path)), filepath.Base(r.Content.Path))
 	if _, err := os.Lstat(r.Content.Path); err != nil {
 		return Content{}, false
 	}

@@ -70,36 +70,40 @@ func TestAfterAPowerCut(t *testing.T) {
 	ctx := context.Background()
 	ref := toLayout(t, simple(t, "linux/amd64", reg("a", "some bytes")))
 	root := rootOf(t, ref)
-	s := newStore(t)
-	content, err := s.Fetch(ctx, ref, root, OCI)
-	if err != nil {
-		t.Fatal(err)
-	}
-	record := s.recordPath(s.key(ref, root, OCI))
-	text, err := os.ReadFile(record)
-	if err != nil {
-		t.Fatal(err)
-	}
-	earlier := strings.Replace(string(text), bootID(), "an-earlier-boot", 1)
-	file := filepath.Join(content.Path, "a")
-	for name, torn := range map[string]func() error{
-		"content without its bytes": func() error { return os.Truncate(file, 0) },
-		"record cut":                func() error { return os.Truncate(record, 10) },
-		"record empty":              func() error { return os.Truncate(record, 0) },
-		"content gone":              func() error { return os.RemoveAll(content.Path) },
-		"a kept manifest cut":       func() error { return errors.Join(os.Remove(record), os.Truncate(s.blobPath(ref.SHA256), 10)) },
-		"nothing":                   func() error { return nil },
+	for name, c := range map[string]struct {
+		torn func(s *Store, record, file string) error
+		same bool // the copy is used as it is
+	}{
+		"content without its bytes": {func(_ *Store, _, file string) error { return os.Truncate(file, 0) }, false},
+		"record cut":                {func(_ *Store, record, _ string) error { return os.Truncate(record, 10) }, false},
+		"record empty":              {func(_ *Store, record, _ string) error { return os.Truncate(record, 0) }, false},
+		"content gone":              {func(_ *Store, _, file string) error { return os.RemoveAll(filepath.Dir(file)) }, false},
+		"a kept manifest cut": {func(s *Store, record, _ string) error {
+			return errors.Join(os.Remove(record), os.Truncate(s.blobPath(ref.SHA256), 10))
+		}, false},
+		"nothing": {func(*Store, string, string) error { return nil }, true},
 	} {
 		t.Run(name, func(t *testing.T) {
-			if err := errors.Join(os.Remove(record), os.WriteFile(record, []byte(earlier), 0o600), torn()); err != nil {
+			s := newStore(t)
+			content, err := s.Fetch(ctx, ref, root, OCI)
+			if err != nil {
+				t.Fatal(err)
+			}
+			record := s.recordPath(s.key(ref, root, OCI))
+			text, err := os.ReadFile(record)
+			if err != nil {
+				t.Fatal(err)
+			}
+			earlier := strings.Replace(string(text), bootID(), "an-earlier-boot", 1)
+			if err := errors.Join(os.Remove(record), os.WriteFile(record, []byte(earlier), 0o600), c.torn(s, record, filepath.Join(content.Path, "a"))); err != nil {
 				t.Fatal(err)
 			}
 			next := &Store{Dir: s.Dir, Platform: s.Platform}
 			got, err := next.Fetch(ctx, ref, root, OCI)
-			if err != nil || cmp.Diff(content, got) != "" {
-				t.Fatalf("got %+v, %v, want %+v", got, err, content)
+			if err != nil || (got.Path == content.Path) != c.same || cmp.Diff(content, got, otherCopy) != "" {
+				t.Fatalf("got %+v, %v, want %+v in the same copy: %v", got, err, content, c.same)
 			}
-			if body, err := os.ReadFile(file); err != nil || string(body) != "some bytes" {
+			if body, err := os.ReadFile(filepath.Join(got.Path, "a")); err != nil || string(body) != "some bytes" {
 				t.Errorf("got %q, %v", body, err)
 			}
 		})
