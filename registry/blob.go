@@ -124,12 +124,11 @@ func (s *Store) small(ctx context.Context, at []source, kind, subject string, de
 	if desc.Size > maxManifest {
 		return nil, refuse("E_LIMIT", subject, fmt.Sprintf("%d bytes", desc.Size), fmt.Sprintf("at most %d", maxManifest))
 	}
-	kept, err := os.ReadFile(s.blobPath(desc.Digest.Hex))
-	if err == nil && len(kept) <= maxManifest && sha256Hex(kept) == desc.Digest.Hex {
+	if kept := s.keptSmall(desc); kept != nil {
 		return kept, nil
 	}
 	var raw []byte
-	err = s.read(ctx, at, kind, subject, desc, func(r io.Reader) error {
+	err := s.read(ctx, at, kind, subject, desc, func(r io.Reader) error {
 		var err error
 		if raw, err = io.ReadAll(io.LimitReader(r, maxManifest+1)); err != nil {
 			return err
@@ -152,6 +151,25 @@ func (s *Store) small(ctx context.Context, at []source, kind, subject string, de
 		_, err := w.Write(raw)
 		return err
 	})
+}
+
+// keptSmall is what is kept under a digest, nil unless it has the size that is asked for and its bytes are still right. The size is looked at
+// first: what is named here may be another image's largest layer.
+func (s *Store) keptSmall(desc v1.Descriptor) []byte {
+	file, err := os.Open(s.blobPath(desc.Digest.Hex))
+	if err != nil {
+		return nil
+	}
+	defer file.Close()
+	stat, err := file.Stat()
+	if err != nil || stat.Size() > maxManifest || desc.Size >= 0 && stat.Size() != desc.Size {
+		return nil
+	}
+	kept, err := io.ReadAll(io.LimitReader(file, maxManifest))
+	if err != nil || sha256Hex(kept) != desc.Digest.Hex {
+		return nil
+	}
+	return kept
 }
 
 // blob makes sure that a blob's root is known, and with keep that its bytes are on disk. One caller at a time works on a blob.

@@ -10,6 +10,8 @@ import (
 	"net/http"
 	"net/http/httptest"
 	"net/netip"
+	"os"
+	"runtime"
 	"strings"
 	"sync/atomic"
 	"testing"
@@ -212,6 +214,34 @@ func TestDocuments(t *testing.T) {
 		_, err = s.Root(ctx, ref)
 		wantRefusal(t, s, err, "E_LIMIT", "deeper than 3")
 	})
+}
+
+// TestU10AnotherImagesLayer has an image name a large blob, kept for another image, as something small.
+func TestU10AnotherImagesLayer(t *testing.T) {
+	const size = 256 << 20
+	hex := strings.Repeat("ab", 32)
+	asConfig := layoutOf(t, map[string]string{"": fmt.Sprintf(`{"config":{"mediaType":%q,"digest":"sha256:%s","size":100},"layers":[]}`, types.OCIConfigJSON, hex)})
+	for name, ref := range map[string]Reference{"as its config": asConfig, "as itself": {Layout: asConfig.Layout, SHA256: hex}} {
+		t.Run(name, func(t *testing.T) {
+			s := newStore(t)
+			if err := s.open(); err != nil {
+				t.Fatal(err)
+			}
+			if err := errors.Join(os.WriteFile(s.blobPath(hex), nil, 0o600), os.Truncate(s.blobPath(hex), size)); err != nil {
+				t.Fatal(err)
+			}
+			var before, after runtime.MemStats
+			runtime.ReadMemStats(&before)
+			_, err := s.Fetch(context.Background(), ref, merkle.BlobRoot(nil), OCI)
+			runtime.ReadMemStats(&after)
+			if err == nil {
+				t.Error("it was fetched")
+			}
+			if n := after.TotalAlloc - before.TotalAlloc; n > size/4 {
+				t.Errorf("%d bytes were read of a kept blob that is too large", n)
+			}
+		})
+	}
 }
 
 func TestBorder(t *testing.T) {
