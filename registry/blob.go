@@ -121,20 +121,30 @@ func (s *Store) document(ctx context.Context, at []source, subject string, desc 
 
 // small gets at most maxManifest bytes, kept on disk like any blob.
 func (s *Store) small(ctx context.Context, at []source, kind, subject string, desc v1.Descriptor) ([]byte, error) {
-	if desc.Size > maxManifest {
-		return nil, refuse("E_LIMIT", subject, fmt.Sprintf("%d bytes", desc.Size), fmt.Sprintf("at most %d", maxManifest))
-	}
 	if kept := s.keptSmall(desc); kept != nil {
 		return kept, nil
 	}
-	var raw []byte
-	err := s.read(ctx, at, kind, subject, desc, func(r io.Reader) error {
-		var err error
-		if raw, err = io.ReadAll(io.LimitReader(r, maxManifest+1)); err != nil {
+	raw, err := s.bytes(ctx, at, kind, subject, desc, maxManifest)
+	if err != nil {
+		return nil, err
+	}
+	return raw, s.promote(s.blobPath(desc.Digest.Hex), func(w io.Writer) error {
+		_, err := w.Write(raw)
+		return err
+	})
+}
+
+// bytes gets at most limit bytes, and keeps nothing.
+func (s *Store) bytes(ctx context.Context, at []source, kind, subject string, desc v1.Descriptor, limit int64) (raw []byte, err error) {
+	if desc.Size > limit {
+		return nil, refuse("E_LIMIT", subject, fmt.Sprintf("%d bytes", desc.Size), fmt.Sprintf("at most %d", limit))
+	}
+	err = s.read(ctx, at, kind, subject, desc, func(r io.Reader) error {
+		if raw, err = io.ReadAll(io.LimitReader(r, limit+1)); err != nil {
 			return err
 		}
-		if len(raw) > maxManifest {
-			return refuse("E_LIMIT", subject, fmt.Sprintf("more than %d bytes", maxManifest), fmt.Sprintf("at most %d", maxManifest))
+		if int64(len(raw)) > limit {
+			return refuse("E_LIMIT", subject, fmt.Sprintf("more than %d bytes", limit), fmt.Sprintf("at most %d", limit))
 		}
 		if desc.Size >= 0 && int64(len(raw)) != desc.Size {
 			return refuse("E_IMG_DIGEST", subject, fmt.Sprintf("%d bytes", len(raw)), fmt.Sprintf("size %d", desc.Size))
@@ -144,13 +154,7 @@ func (s *Store) small(ctx context.Context, at []source, kind, subject string, de
 		}
 		return nil
 	})
-	if err != nil {
-		return nil, err
-	}
-	return raw, s.promote(s.blobPath(desc.Digest.Hex), func(w io.Writer) error {
-		_, err := w.Write(raw)
-		return err
-	})
+	return raw, err
 }
 
 // keptSmall is what is kept under a digest, nil unless it has the size that is asked for and its bytes are still right. The size is looked at

@@ -177,6 +177,10 @@ func TestT52DeletedAndFlooded(t *testing.T) {
 		if n := len(w.asked()); n > 3*maxReferrers {
 			t.Errorf("%d requests", n)
 		}
+		kept := must(filepath.Glob(filepath.Join(s.Dir, "blobs/sha256", strings.Repeat("?", 64))))(t)
+		if own := 1 + 2 + 2 + 2; len(kept) > own { // index, manifests, configs, layers
+			t.Errorf("%d blobs are kept, %d more than the image has", len(kept), len(kept)-own)
+		}
 	})
 	t.Run("Seal covers nested indexes", func(t *testing.T) {
 		nested := w.push("nested", nestedIndex(t, index))
