@@ -17,6 +17,7 @@ import (
 	"time"
 
 	v1 "github.com/google/go-containerregistry/pkg/v1"
+	"golang.org/x/sys/unix"
 
 	"github.com/kindos/kmo/policy/refusal"
 	"github.com/kindos/kmo/registry/merkle"
@@ -209,6 +210,9 @@ func (s *Store) blob(ctx context.Context, at []source, subject string, desc v1.D
 		})
 	}
 	if keep {
+		if err := s.room(desc.Size); err != nil { // others fetch as well, and write
+			return merkle.Digest{}, fmt.Errorf("%s: %w", subject, err)
+		}
 		err = s.promote(path, fill)
 	} else {
 		err = fill(io.Discard)
@@ -252,6 +256,40 @@ func (s *Store) openBlob(subject string, desc v1.Descriptor) (io.ReadCloser, err
 }
 
 func (s *Store) blobPath(hex string) string { return filepath.Join(s.Dir, "blobs", "sha256", hex) }
+
+// headroom is how much of the disk stays free of images, if that is not more than a twentieth of it: the journal and the audit log are there too.
+const headroom = 1 << 30
+
+var errNoRoom = errors.New("the disk has no room")
+
+// room returns errNoRoom unless need bytes more leave the headroom free. It is the state of the world, which may get better, and no refusal.
+func (s *Store) room(need int64) error {
+	free, size, err := s.disk(s.Dir)
+	if err != nil {
+		return err
+	}
+	if keep := min(headroom, size/20); need > free-keep {
+		return fmt.Errorf("%w for images: %d bytes are free, want %d and %d that stay free", errNoRoom, free, need, keep)
+	}
+	return nil
+}
+
+func statfs(path string) (free, size int64, err error) {
+	var found unix.Statfs_t
+	err = unix.Statfs(path, &found)
+	return int64(found.Bavail) * int64(found.Bsize), int64(found.Blocks) * int64(found.Bsize), err
+}
+
+// missing is how many bytes of blobs are not kept.
+func (s *Store) missing(blobs []v1.Descriptor) int64 {
+	var sum int64
+	for _, blob := range blobs {
+		if stat, err := os.Stat(s.blobPath(blob.Digest.Hex)); err != nil || stat.Size() != blob.Size {
+			sum += blob.Size
+		}
+	}
+	return sum
+}
 
 // promote writes a read-only file beside the others and gives it its name once it is whole and durable: after a crash it is there whole, or not there.
 func (s *Store) promote(path string, fill func(io.Writer) error) error {

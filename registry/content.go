@@ -103,6 +103,7 @@ func (s *Store) unpack(ctx context.Context, img *image, temp string, statement *
 		return Content{}, refuse("E_IMG_DIGEST", img.subject, fmt.Sprintf("%d diff ids in the config", len(diffs)), fmt.Sprintf("one for each of %d layers", n))
 	}
 	u := newUnpacker(img.subject, root)
+	u.room = func() error { return s.room(0) }
 	for i, layer := range img.chosen.manifest.Layers {
 		u.subject = fmt.Sprintf("%s: layer %d", img.subject, i)
 		diff := ""
@@ -113,8 +114,8 @@ func (s *Store) unpack(ctx context.Context, img *image, temp string, statement *
 		if err != nil {
 			return Content{}, err
 		}
-		err = u.layerFrom(ctx, func() (io.Reader, func(), error) {
-			return decompress(u.subject, layer, kept, diff, statement.unpacked(layer.Digest.Hex))
+		err = u.layerFrom(ctx, func() (*bounded, func(), error) {
+			return decompress(u.subject, layer, kept, diff, min(statement.unpacked(layer.Digest.Hex), s.MaxImage-u.size))
 		})
 		kept.Close()
 		if err != nil {
@@ -136,13 +137,15 @@ func (s *Store) unpack(ctx context.Context, img *image, temp string, statement *
 	return content, writeTree(filepath.Join(temp, treeName), entries)
 }
 
-func (u *unpacker) layerFrom(ctx context.Context, open func() (io.Reader, func(), error)) error {
+func (u *unpacker) layerFrom(ctx context.Context, open func() (*bounded, func(), error)) error {
 	layer, done, err := open()
 	if err != nil {
 		return err
 	}
 	defer done()
-	return u.apply(ctx, layer)
+	err = u.apply(ctx, layer)
+	u.size += layer.size
+	return err
 }
 
 // copyFile makes temp/file of an artifact's one layer.

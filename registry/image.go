@@ -22,7 +22,8 @@ const (
 	maxManifest = 4 << 20 // bytes of a manifest, an index or a config
 	maxMembers  = 64      // manifests in an index
 	maxLayers   = 128
-	maxDepth    = 3 // indexes inside each other
+	maxDepth    = 3        // indexes inside each other
+	maxImage    = 64 << 30 // bytes of all blobs, where Store.MaxImage says no other number
 )
 
 const layoutScheme = "oci-layout:"

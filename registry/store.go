@@ -29,6 +29,7 @@
 package registry
 
 import (
+	"cmp"
 	"context"
 	"crypto"
 	"encoding/json"
@@ -38,6 +39,7 @@ import (
 	"os"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"strings"
 	"sync"
 
@@ -55,7 +57,9 @@ type Store struct {
 	Mirror   string             // an OCI layout folder that is asked before the registry; "" for none
 	Keychain authn.Keychain     // credentials for registries; nil for none
 	Keys     []crypto.PublicKey // of those whose statements may lower limits; nil for none
+	MaxImage int64              // bytes that may be downloaded for one image, and as many that it may unpack to; 0 means 64 GiB
 
+	disk     func(path string) (free, size int64, err error) // of the file system at path
 	once     sync.Once
 	invalid  error
 	platform v1.Platform
@@ -111,6 +115,10 @@ func (s *Store) validate() error {
 		return fmt.Errorf("image store: platform %q: want os/arch[/variant]", want)
 	}
 	s.platform = *platform
+	s.MaxImage = cmp.Or(s.MaxImage, maxImage)
+	if s.disk == nil {
+		s.disk = statfs
+	}
 	s.known, s.remotes = map[string]Content{}, map[string]*remoteSource{}
 	for _, dir := range []string{"blobs/sha256", "content", "images", "tmp"} {
 		if err := os.MkdirAll(filepath.Join(s.Dir, dir), 0o755); err != nil {
@@ -130,6 +138,18 @@ type image struct {
 	config  []byte
 	oci     v1.ConfigFile
 	known   roots
+	size    int64 // bytes of the blobs that were asked for so far
+}
+
+// grow adds what a manifest names that is still to be fetched or unpacked, as it says itself, and refuses an image that has too much.
+func (s *Store) grow(img *image, blobs []v1.Descriptor) error {
+	for _, blob := range blobs {
+		img.size += blob.Size
+	}
+	if img.size > s.MaxImage {
+		return refuse("E_LIMIT", img.subject, fmt.Sprintf("%d bytes to download", img.size), fmt.Sprintf("at most %d bytes", s.MaxImage))
+	}
+	return nil
 }
 
 // resolve gets indexes, manifest and config: small, each verified by its digest.
@@ -239,46 +259,6 @@ func (d *document) platforms() []string {
 	return all
 }
 
-// lazySource talks to a registry only once something is asked for.
-type lazySource struct {
-	store *Store
-	ref   Reference
-}
-
-func (l *lazySource) remote(ctx context.Context) (*remoteSource, error) {
-	key := l.ref.Host + "/" + l.ref.Repository
-	l.store.mu.Lock()
-	known := l.store.remotes[key]
-	l.store.mu.Unlock()
-	if known != nil {
-		return known, nil
-	}
-	made, err := newRemoteSource(ctx, l.ref, l.store.Keychain)
-	if err != nil {
-		return nil, err
-	}
-	l.store.mu.Lock()
-	defer l.store.mu.Unlock()
-	l.store.remotes[key] = made
-	return made, nil
-}
-
-func (l *lazySource) open(ctx context.Context, kind, hex string) (io.ReadCloser, int64, error) {
-	r, err := l.remote(ctx)
-	if err != nil {
-		return nil, 0, err
-	}
-	return r.open(ctx, kind, hex)
-}
-
-func (l *lazySource) referrers(ctx context.Context, hex string) ([]v1.Descriptor, error) {
-	r, err := l.remote(ctx)
-	if err != nil {
-		return nil, err
-	}
-	return r.referrers(ctx, hex)
-}
-
 // Describe gets an image's index, manifest and config, verified by sha256, and compares them with the root where a statement, or blobs that are
 // here already, allow it; Fetch compares in any case. A root of none describes what is there.
 func (s *Store) Describe(ctx context.Context, ref Reference, root merkle.Digest, format Format) (Description, error) {
@@ -346,6 +326,12 @@ func (s *Store) fetch(ctx context.Context, ref Reference, root merkle.Digest, fo
 	if n := len(img.chosen.manifest.Layers); !format.folder() && n != 1 {
 		return Content{}, refuse("E_LAYER", img.subject, fmt.Sprintf("%d layers", n), "exactly one, for "+string(format))
 	}
+	if err := s.grow(img, img.chosen.manifest.Layers); err != nil {
+		return Content{}, err
+	}
+	if err := s.room(img.size + s.missing(img.chosen.manifest.Layers)); err != nil { // they unpack to as much at least
+		return Content{}, fmt.Errorf("%s: %w", img.subject, err)
+	}
 	for i, layer := range img.chosen.manifest.Layers {
 		blobRoot, err := s.blob(ctx, img.at, fmt.Sprintf("%s: layer %d", img.subject, i), layer, true)
 		if err != nil {
@@ -406,10 +392,11 @@ func (s *Store) loadAll(ctx context.Context, img *image, d *document, depth int)
 		return err
 	}
 	if d.manifest != nil {
-		for _, blob := range d.blobs() {
-			if _, known := img.known.blobs[blob.Digest.Hex]; known {
-				continue
-			}
+		unknown := slices.DeleteFunc(d.blobs(), func(blob v1.Descriptor) bool { return !img.known.blobs[blob.Digest.Hex].IsZero() })
+		if err := s.grow(img, unknown); err != nil {
+			return err
+		}
+		for _, blob := range unknown {
 			root, err := s.blob(ctx, img.at, img.subject, blob, false)
 			if err != nil {
 				return err

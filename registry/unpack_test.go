@@ -6,7 +6,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
 	"io/fs"
 	"os"
 	"os/exec"
@@ -163,7 +162,7 @@ func TestBombs(t *testing.T) {
 			}
 			defer root.Close()
 			u := newUnpacker("layer 0", root)
-			err = u.layerFrom(context.Background(), func() (io.Reader, func(), error) {
+			err = u.layerFrom(context.Background(), func() (*bounded, func(), error) {
 				return decompress("layer 0", v1.Descriptor{MediaType: c.media}, bytes.NewReader(c.data), "", 1<<20)
 			})
 			if r := refusal.Of(err); r == nil || r.Code != "E_LIMIT" {
@@ -470,7 +469,7 @@ func BenchmarkUnpack(b *testing.B) {
 				b.Fatal(err)
 			}
 			u := newUnpacker("layer", root)
-			if err := u.layerFrom(context.Background(), func() (io.Reader, func(), error) {
+			if err := u.layerFrom(context.Background(), func() (*bounded, func(), error) {
 				return decompress("layer", v1.Descriptor{MediaType: types.OCILayer}, bytes.NewReader(layer), sha256Hex(data), maxUnpacked)
 			}); err != nil {
 				b.Fatal(err)
