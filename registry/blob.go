@@ -25,9 +25,14 @@ import (
 
 // The slowest transfer that is waited for. Below it the world does not answer.
 const (
-	slowest = 4 << 10 // bytes a second
-	grace   = time.Minute
+	stall   = time.Minute // in which so many bytes must come, or the end
+	least   = 128 << 10
+	slowest = 16 << 10       // bytes a second from beginning to end, beside two minutes
+	look    = 5 * stall      // for what is small of an image together: documents and config
+	longest = 24 * time.Hour // for a blob, and for an image; the blobs that have come whole by then are kept
 )
+
+var errStalled = fmt.Errorf("fewer than %d bytes came in %v", least, stall)
 
 // verifier hands out what it reads and judges it at the end: size and sha256 must be the descriptor's before io.EOF is
 // given; kmo1 is computed beside them.
@@ -93,20 +98,40 @@ func (s *Store) read(ctx context.Context, at []source, kind, subject string, wan
 }
 
 func (s *Store) readFrom(ctx context.Context, place source, kind, subject string, want v1.Descriptor, take func(io.Reader) error) error {
-	ctx, cancel := context.WithTimeout(ctx, grace+time.Duration(max(0, want.Size)/slowest)*time.Second)
+	ctx, cancel := context.WithTimeout(ctx, min(2*stall+time.Duration(max(0, want.Size)/slowest)*time.Second, longest))
 	defer cancel()
+	ctx, end := context.WithCancelCause(ctx)
+	defer end(nil)
+	timer := time.AfterFunc(stall, func() { end(errStalled) })
+	defer timer.Stop()
 	body, size, err := place.open(ctx, kind, want.Digest.Hex)
-	if err != nil {
-		return err
+	if err == nil {
+		defer body.Close()
+		if want.Size >= 0 && size >= 0 && size != want.Size {
+			return refuse("E_IMG_DIGEST", subject, fmt.Sprintf("%d bytes", size), fmt.Sprintf("size %d", want.Size))
+		}
+		err = outside(subject, take(&paced{Reader: body, timer: timer}))
 	}
-	defer body.Close()
-	if want.Size >= 0 && size >= 0 && size != want.Size {
-		return refuse("E_IMG_DIGEST", subject, fmt.Sprintf("%d bytes", size), fmt.Sprintf("size %d", want.Size))
+	if err != nil && errors.Is(context.Cause(ctx), errStalled) {
+		return fmt.Errorf("%s: %w", subject, errStalled)
 	}
-	if err := take(body); err != nil {
-		return outside(subject, err)
+	return err
+}
+
+// paced gives a transfer more time whenever some bytes have come.
+type paced struct {
+	io.Reader
+	timer *time.Timer
+	came  int // since the timer was set
+}
+
+func (p *paced) Read(b []byte) (int, error) {
+	n, err := p.Reader.Read(b)
+	if p.came += n; p.came >= least {
+		p.came = 0
+		p.timer.Reset(stall)
 	}
-	return nil
+	return n, err
 }
 
 // document gets an index or a manifest, at most maxManifest bytes, and parses it.

@@ -210,8 +210,11 @@ func (r *remoteSource) referrers(ctx context.Context, hex string) ([]v1.Descript
 	return found[:min(len(found), maxReferrers)], nil
 }
 
-// outside makes an error of a registry fit to be shown: what the registry said is clipped, a refusal of ours stays one.
+// outside makes an error of a registry fit to be shown: what the registry said is clipped, a refusal of ours stays one, and nil stays nil.
 func outside(subject string, err error) error {
+	if err == nil {
+		return nil
+	}
 	if own := refusal.Of(err); own != nil {
 		return own
 	}

@@ -347,17 +347,12 @@ func (s *Store) proveByStatement(ctx context.Context, img *image, root merkle.Di
 	var unanswered error
 	var stranger *Statement
 	for _, place := range img.at {
-		found, err := place.referrers(ctx, img.ref.SHA256)
-		if err != nil {
-			unanswered = err
+		statement, signer, err := s.found(ctx, place, img, root)
+		if statement != nil && (signer != "" || len(s.Keys) == 0) {
+			return statement, signer, true, nil
 		}
-		for _, desc := range found {
-			statement, signer := s.leads(ctx, place, img, desc, root)
-			if statement != nil && (signer != "" || len(s.Keys) == 0) {
-				return statement, signer, true, nil
-			}
-			stranger = cmp.Or(stranger, statement) // material all the same, if nobody who counts says more
-		}
+		stranger = cmp.Or(stranger, statement) // material all the same, if nobody who counts says more
+		unanswered = cmp.Or(err, unanswered)
 	}
 	if stranger != nil || !got.IsZero() { // of what is proved by its bytes, only a limit might have been had
 		return stranger, "", true, nil
@@ -366,6 +361,22 @@ func (s *Store) proveByStatement(ctx context.Context, img *image, root merkle.Di
 		unanswered = nil // what a place must not say about statements, it may as well not have said
 	}
 	return nil, "", false, unanswered
+}
+
+// found looks through the statements at one place, for no longer than a stall, and returns the first that leads to root, a signed one if there
+// is one. The error says that the place did not answer.
+func (s *Store) found(ctx context.Context, place source, img *image, root merkle.Digest) (stranger *Statement, signer string, err error) {
+	ctx, cancel := context.WithTimeout(ctx, stall)
+	defer cancel()
+	list, err := place.referrers(ctx, img.ref.SHA256)
+	for _, desc := range list {
+		statement, signer := s.leads(ctx, place, img, desc, root)
+		if statement != nil && (signer != "" || len(s.Keys) == 0) {
+			return statement, signer, nil
+		}
+		stranger = cmp.Or(stranger, statement)
+	}
+	return stranger, "", cmp.Or(err, outside(img.subject+": its statements", ctx.Err()))
 }
 
 // leads returns the statement that desc names and whose key of Store.Keys signed it, "" for a stranger's; nil if it does not lead to root.

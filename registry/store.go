@@ -157,6 +157,8 @@ func (s *Store) resolve(ctx context.Context, ref Reference, format Format) (*ima
 	if !digestPattern.MatchString(ref.SHA256) {
 		return nil, refuse("KT006", "image "+quote(ref.String()), "it is not pinned by sha256", "host/repository@sha256:<64 hex digits>")
 	}
+	ctx, cancel := context.WithTimeout(ctx, look)
+	defer cancel()
 	img := &image{ref: ref, subject: "image " + ref.String(), known: roots{blobs: map[string]merkle.Digest{}, manifests: map[string]merkle.Digest{}}}
 	img.at = s.sources(ref)
 	var err error
@@ -319,6 +321,8 @@ func (s *Store) Fetch(ctx context.Context, ref Reference, root merkle.Digest, fo
 }
 
 func (s *Store) fetch(ctx context.Context, ref Reference, root merkle.Digest, format Format, key string) (Content, error) {
+	ctx, cancel := context.WithTimeout(ctx, longest)
+	defer cancel()
 	img, err := s.resolve(ctx, ref, format)
 	if err != nil {
 		return Content{}, err

@@ -15,6 +15,7 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"time"
 
 	v1 "github.com/google/go-containerregistry/pkg/v1"
 	"github.com/google/go-containerregistry/pkg/v1/empty"
@@ -413,4 +414,44 @@ func writeBlob(t *testing.T, layout string, raw []byte) {
 func nestedIndex(t testing.TB, inner v1.ImageIndex) v1.ImageIndex {
 	t.Helper()
 	return mutate.AppendManifests(mutate.IndexMediaType(empty.Index, types.OCIImageIndex), mutate.IndexAddendum{Add: inner})
+}
+
+// slow is a place that gives a few bytes now and then, and for ever, if end does not say how many.
+type slow struct {
+	source
+	answers, every time.Duration
+	bytes          int
+	end            int64
+	ctx            context.Context
+	given          int64
+}
+
+func (s *slow) open(ctx context.Context, _, _ string) (io.ReadCloser, int64, error) {
+	s.ctx = ctx
+	return io.NopCloser(s), -1, s.wait(s.answers)
+}
+
+func (s *slow) referrers(ctx context.Context, _ string) ([]v1.Descriptor, error) {
+	s.ctx = ctx
+	return nil, s.wait(s.answers)
+}
+
+func (s *slow) wait(long time.Duration) error {
+	select {
+	case <-s.ctx.Done():
+		return context.Cause(s.ctx)
+	case <-time.After(long):
+		return nil
+	}
+}
+
+func (s *slow) Read(p []byte) (int, error) {
+	if s.end > 0 && s.given >= s.end {
+		return 0, io.EOF
+	}
+	err := s.wait(s.every)
+	n := min(len(p), s.bytes)
+	clear(p[:n])
+	s.given += int64(n)
+	return n, err
 }
