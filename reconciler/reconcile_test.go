@@ -86,7 +86,7 @@ func newWorld(t *testing.T) *world {
 		"trust/1.root.json": string(root),
 	}
 	w.memSource = &memSource{t: t, faults: w.faults, host: host, commits: map[string]Commit{}, clock: time.Now()}
-	w.images = &memImages{dir: t.TempDir(), faults: w.faults, broken: map[string]error{}, drift: map[string]bool{}}
+	w.images = &memImages{faults: w.faults, broken: map[string]error{}, copies: map[string]int{}, drift: map[string]bool{}}
 	w.journal = &memJournal{faults: w.faults}
 	w.start()
 	return w
@@ -193,6 +193,17 @@ func (w *world) wantRunning(want string) {
 // failing makes every program started with that argument end at once, with status 3.
 func (w *world) failing(version string) {
 	w.fake.Program = func(p *fake.Process) (int, bool) { return 3, p.Workload.Run.Args[0] == version }
+}
+
+// onChanged lists the workloads whose base has changed since it was fetched.
+func (w *world) onChanged() []string {
+	var list []string
+	for _, workload := range w.fake.Workloads() {
+		if w.images.drift[workload.Image.Content] {
+			list = append(list, workload.Name)
+		}
+	}
+	return list
 }
 
 // only is the one workload of a unit.
@@ -675,14 +686,40 @@ func TestT56ChangedBase(t *testing.T) {
 		w.push("v1")
 		w.reconcile(Converged)
 		started := w.fake.Calls("Apply")
-		w.images.drift[w.fake.Workloads()[0].Image.Ref] = true
+		w.images.drift[w.fake.Workloads()[0].Image.Content] = true
 		time.Sleep(2 * time.Minute)
 		w.reconcile(Converged)
 		w.wantRunning("relay=1")
-		if w.fake.Calls("Apply") != started+1 || len(w.images.drift) != 0 {
-			t.Errorf("%d calls of Apply after the base changed, want one more than %d; drift left: %v", w.fake.Calls("Apply"), started, w.images.drift)
+		if w.fake.Calls("Apply") != started+1 || len(w.onChanged()) != 0 {
+			t.Errorf("%d calls of Apply after the base changed, want one more than %d; still on it: %v", w.fake.Calls("Apply"), started, w.onChanged())
 		}
 	})
+}
+
+// TestT56AllUsersOfAChangedBase has two units with one image: neither may go on with the copy that was replaced, even if removing one of them
+// fails at first.
+func TestT56AllUsersOfAChangedBase(t *testing.T) {
+	for _, fails := range []bool{false, true} {
+		story(t, func(t *testing.T, w *world) {
+			w.unit("relay", "1", "")
+			w.unit("web", "1", "")
+			w.push("v1")
+			w.reconcile(Converged)
+			w.images.drift[w.fake.Workloads()[0].Image.Content] = true
+			time.Sleep(2 * time.Minute)
+			if fails {
+				w.faults.armed = &fault{call: "backend.Remove", times: 2}
+				w.reconcile(Waiting)
+				w.reconcile(Converged)
+				time.Sleep(2 * time.Minute)
+			}
+			w.reconcile(Converged)
+			w.wantRunning("relay=1 web=1")
+			if on := w.onChanged(); len(on) != 0 {
+				t.Errorf("a removal fails %v: %v still have the copy that was replaced", fails, on)
+			}
+		})
+	}
 }
 
 // TestCrashTable fails each outside call before and after its effect and ends the agent there, as a kill would; a new agent must come to

@@ -212,8 +212,8 @@ func (r *Reconciler) Probe(ctx context.Context) (news bool, err error) {
 	return r.health(ctx, r.good, have).outcome != before, nil
 }
 
-// checkBase reads the base of one workload again, each time another one's, and makes it good if a byte has changed. One that could not be
-// read or made good is the next one too.
+// checkBase reads the base of one workload again, each time another one's. If a byte has changed, every workload that has this base goes, and
+// the difference starts it again from a good copy. One that could not be read or made good is the next one too.
 func (r *Reconciler) checkBase(ctx context.Context, good *desired) error {
 	every := r.Every
 	if every == 0 {
@@ -232,8 +232,15 @@ func (r *Reconciler) checkBase(ctx context.Context, good *desired) error {
 	if refusal.Of(err) == nil {
 		return err
 	}
-	step := Step{Op: Apply, Unit: workload.Unit, Name: workload.Name, Backend: workload.Backend, Reason: "its base changed: " + err.Error()}
-	if err := r.recordNews("repair", RepairEntry{r.about(good.commit.ID), []Step{step}}); err != nil {
+	var users []*backends.Workload // all that have this base
+	var steps []Step
+	for i := range list {
+		if user := &list[i]; user.Image.SHA256 == workload.Image.SHA256 && user.Image.Root == workload.Image.Root && user.Format == workload.Format {
+			users = append(users, user)
+			steps = append(steps, Step{Op: Apply, Unit: user.Unit, Name: user.Name, Backend: user.Backend, Reason: "its base changed: " + err.Error()})
+		}
+	}
+	if err := r.recordNews("repair", RepairEntry{r.about(good.commit.ID), steps}); err != nil {
 		return err
 	}
 	r.Logger.Warn("drift", "commit", good.commit.ID, "unit", workload.Name, "backend", workload.Backend, "stage", "keep", "err", err)
@@ -241,9 +248,11 @@ func (r *Reconciler) checkBase(ctx context.Context, good *desired) error {
 	if err != nil {
 		return err
 	}
-	workload.Image = image
-	if err := r.remove(ctx, workload.Backend, workload.Name, step.Reason); err != nil { // and the difference starts it again from good bytes
-		return err
+	for i, user := range users { // one that cannot be removed keeps its old base here as well, which is found changed again
+		if err := r.remove(ctx, user.Backend, user.Name, steps[i].Reason); err != nil {
+			return err
+		}
+		user.Image.Content, user.Image.ContentRoot, user.Image.Config = image.Content, image.ContentRoot, image.Config
 	}
 	r.vitals.when, r.vitals.checked = time.Now(), next
 	delete(r.news, "repair")

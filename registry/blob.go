@@ -17,6 +17,7 @@ import (
 	"time"
 
 	v1 "github.com/google/go-containerregistry/pkg/v1"
+	"golang.org/x/sys/unix"
 
 	"github.com/kindos/kmo/policy/refusal"
 	"github.com/kindos/kmo/registry/merkle"
@@ -24,9 +25,14 @@ import (
 
 // The slowest transfer that is waited for. Below it the world does not answer.
 const (
-	slowest = 4 << 10 // bytes a second
-	grace   = time.Minute
+	stall   = time.Minute // in which so many bytes must come, or the end
+	least   = 128 << 10
+	slowest = 16 << 10       // bytes a second from beginning to end, beside two minutes
+	look    = 5 * stall      // for what is small of an image together: documents and config
+	longest = 24 * time.Hour // for a blob, and for an image; the blobs that have come whole by then are kept
 )
+
+var errStalled = fmt.Errorf("fewer than %d bytes came in %v", least, stall)
 
 // verifier hands out what it reads and judges it at the end: size and sha256 must be the descriptor's before io.EOF is
 // given; kmo1 is computed beside them.
@@ -92,20 +98,40 @@ func (s *Store) read(ctx context.Context, at []source, kind, subject string, wan
 }
 
 func (s *Store) readFrom(ctx context.Context, place source, kind, subject string, want v1.Descriptor, take func(io.Reader) error) error {
-	ctx, cancel := context.WithTimeout(ctx, grace+time.Duration(max(0, want.Size)/slowest)*time.Second)
+	ctx, cancel := context.WithTimeout(ctx, min(2*stall+time.Duration(max(0, want.Size)/slowest)*time.Second, longest))
 	defer cancel()
+	ctx, end := context.WithCancelCause(ctx)
+	defer end(nil)
+	timer := time.AfterFunc(stall, func() { end(errStalled) })
+	defer timer.Stop()
 	body, size, err := place.open(ctx, kind, want.Digest.Hex)
-	if err != nil {
-		return err
+	if err == nil {
+		defer body.Close()
+		if want.Size >= 0 && size >= 0 && size != want.Size {
+			return refuse("E_IMG_DIGEST", subject, fmt.Sprintf("%d bytes", size), fmt.Sprintf("size %d", want.Size))
+		}
+		err = outside(subject, take(&paced{Reader: body, timer: timer}))
 	}
-	defer body.Close()
-	if want.Size >= 0 && size >= 0 && size != want.Size {
-		return refuse("E_IMG_DIGEST", subject, fmt.Sprintf("%d bytes", size), fmt.Sprintf("size %d", want.Size))
+	if err != nil && errors.Is(context.Cause(ctx), errStalled) {
+		return fmt.Errorf("%s: %w", subject, errStalled)
 	}
-	if err := take(body); err != nil {
-		return outside(subject, err)
+	return err
+}
+
+// paced gives a transfer more time whenever some bytes have come.
+type paced struct {
+	io.Reader
+	timer *time.Timer
+	came  int // since the timer was set
+}
+
+func (p *paced) Read(b []byte) (int, error) {
+	n, err := p.Reader.Read(b)
+	if p.came += n; p.came >= least {
+		p.came = 0
+		p.timer.Reset(stall)
 	}
-	return nil
+	return n, err
 }
 
 // document gets an index or a manifest, at most maxManifest bytes, and parses it.
@@ -121,21 +147,30 @@ func (s *Store) document(ctx context.Context, at []source, subject string, desc 
 
 // small gets at most maxManifest bytes, kept on disk like any blob.
 func (s *Store) small(ctx context.Context, at []source, kind, subject string, desc v1.Descriptor) ([]byte, error) {
-	if desc.Size > maxManifest {
-		return nil, refuse("E_LIMIT", subject, fmt.Sprintf("%d bytes", desc.Size), fmt.Sprintf("at most %d", maxManifest))
-	}
-	kept, err := os.ReadFile(s.blobPath(desc.Digest.Hex))
-	if err == nil && len(kept) <= maxManifest && sha256Hex(kept) == desc.Digest.Hex {
+	if kept := s.keptSmall(desc); kept != nil {
 		return kept, nil
 	}
-	var raw []byte
+	raw, err := s.bytes(ctx, at, kind, subject, desc, maxManifest)
+	if err != nil {
+		return nil, err
+	}
+	return raw, s.promote(s.blobPath(desc.Digest.Hex), func(w io.Writer) error {
+		_, err := w.Write(raw)
+		return err
+	})
+}
+
+// bytes gets at most limit bytes, and keeps nothing.
+func (s *Store) bytes(ctx context.Context, at []source, kind, subject string, desc v1.Descriptor, limit int64) (raw []byte, err error) {
+	if desc.Size > limit {
+		return nil, refuse("E_LIMIT", subject, fmt.Sprintf("%d bytes", desc.Size), fmt.Sprintf("at most %d", limit))
+	}
 	err = s.read(ctx, at, kind, subject, desc, func(r io.Reader) error {
-		var err error
-		if raw, err = io.ReadAll(io.LimitReader(r, maxManifest+1)); err != nil {
+		if raw, err = io.ReadAll(io.LimitReader(r, limit+1)); err != nil {
 			return err
 		}
-		if len(raw) > maxManifest {
-			return refuse("E_LIMIT", subject, fmt.Sprintf("more than %d bytes", maxManifest), fmt.Sprintf("at most %d", maxManifest))
+		if int64(len(raw)) > limit {
+			return refuse("E_LIMIT", subject, fmt.Sprintf("more than %d bytes", limit), fmt.Sprintf("at most %d", limit))
 		}
 		if desc.Size >= 0 && int64(len(raw)) != desc.Size {
 			return refuse("E_IMG_DIGEST", subject, fmt.Sprintf("%d bytes", len(raw)), fmt.Sprintf("size %d", desc.Size))
@@ -145,13 +180,26 @@ func (s *Store) small(ctx context.Context, at []source, kind, subject string, de
 		}
 		return nil
 	})
+	return raw, err
+}
+
+// keptSmall is what is kept under a digest, nil unless it has the size that is asked for and its bytes are still right. The size is looked at
+// first: what is named here may be another image's largest layer.
+func (s *Store) keptSmall(desc v1.Descriptor) []byte {
+	file, err := os.Open(s.blobPath(desc.Digest.Hex))
 	if err != nil {
-		return nil, err
+		return nil
 	}
-	return raw, s.promote(s.blobPath(desc.Digest.Hex), func(w io.Writer) error {
-		_, err := w.Write(raw)
-		return err
-	})
+	defer file.Close()
+	stat, err := file.Stat()
+	if err != nil || stat.Size() > maxManifest || desc.Size >= 0 && stat.Size() != desc.Size {
+		return nil
+	}
+	kept, err := io.ReadAll(io.LimitReader(file, maxManifest))
+	if err != nil || sha256Hex(kept) != desc.Digest.Hex {
+		return nil
+	}
+	return kept
 }
 
 // blob makes sure that a blob's root is known, and with keep that its bytes are on disk. One caller at a time works on a blob.
@@ -187,6 +235,9 @@ func (s *Store) blob(ctx context.Context, at []source, subject string, desc v1.D
 		})
 	}
 	if keep {
+		if err := s.room(desc.Size); err != nil { // others fetch as well, and write
+			return merkle.Digest{}, fmt.Errorf("%s: %w", subject, err)
+		}
 		err = s.promote(path, fill)
 	} else {
 		err = fill(io.Discard)
@@ -230,6 +281,40 @@ func (s *Store) openBlob(subject string, desc v1.Descriptor) (io.ReadCloser, err
 }
 
 func (s *Store) blobPath(hex string) string { return filepath.Join(s.Dir, "blobs", "sha256", hex) }
+
+// headroom is how much of the disk stays free of images, if that is not more than a twentieth of it: the journal and the audit log are there too.
+const headroom = 1 << 30
+
+var errNoRoom = errors.New("the disk has no room")
+
+// room returns errNoRoom unless need bytes more leave the headroom free. It is the state of the world, which may get better, and no refusal.
+func (s *Store) room(need int64) error {
+	free, size, err := s.disk(s.Dir)
+	if err != nil {
+		return err
+	}
+	if keep := min(headroom, size/20); need > free-keep {
+		return fmt.Errorf("%w for images: %d bytes are free, want %d and %d that stay free", errNoRoom, free, need, keep)
+	}
+	return nil
+}
+
+func statfs(path string) (free, size int64, err error) {
+	var found unix.Statfs_t
+	err = unix.Statfs(path, &found)
+	return int64(found.Bavail) * int64(found.Bsize), int64(found.Blocks) * int64(found.Bsize), err
+}
+
+// missing is how many bytes of blobs are not kept.
+func (s *Store) missing(blobs []v1.Descriptor) int64 {
+	var sum int64
+	for _, blob := range blobs {
+		if stat, err := os.Stat(s.blobPath(blob.Digest.Hex)); err != nil || stat.Size() != blob.Size {
+			sum += blob.Size
+		}
+	}
+	return sum
+}
 
 // promote writes a read-only file beside the others and gives it its name once it is whole and durable: after a crash it is there whole, or not there.
 func (s *Store) promote(path string, fill func(io.Writer) error) error {

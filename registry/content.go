@@ -11,6 +11,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"syscall"
 	"time"
@@ -28,8 +29,8 @@ const (
 	treeName = "tree"
 )
 
-// place unpacks an image whose blobs are kept and proven, into a folder of its own that gets its name when it is whole. A blob that the
-// disk has spoilt is forgotten, so that the next try fetches it again.
+// place unpacks an image whose blobs are kept and proven, into a new copy that gets its name when it is whole. A blob that the disk has
+// spoilt is forgotten, so that the next try fetches it again.
 func (s *Store) place(ctx context.Context, img *image, format Format, key string, statement *Statement) (Content, error) {
 	temp, err := os.MkdirTemp(filepath.Join(s.Dir, "tmp"), "content-*")
 	if err != nil {
@@ -45,8 +46,8 @@ func (s *Store) place(ctx context.Context, img *image, format Format, key string
 	if err != nil {
 		return Content{}, s.forgetSpoilt(img, err)
 	}
-	final := filepath.Join(s.Dir, "content", key)
-	if err := os.RemoveAll(final); err != nil {
+	final, err := s.newCopy(key)
+	if err != nil {
 		return Content{}, err
 	}
 	if err := os.Rename(temp, final); err != nil {
@@ -54,6 +55,33 @@ func (s *Store) place(ctx context.Context, img *image, format Format, key string
 	}
 	content.Path = filepath.Join(final, filepath.Base(content.Path))
 	return content, nil
+}
+
+// newCopy returns the path of one more copy of an image's content, one that no copy had before: by its path a backend tells that a workload has
+// another base, and what runs from the old copy keeps it until it is started again.
+func (s *Store) newCopy(key string) (string, error) {
+	dir := filepath.Join(s.Dir, "content", key)
+	if err := os.MkdirAll(dir, 0o755); err != nil {
+		return "", err
+	}
+	list, err := os.ReadDir(dir)
+	next := time.Now().UnixNano() // no number comes again even where somebody has removed all copies
+	for _, entry := range list {
+		number, _ := strconv.ParseInt(entry.Name(), 10, 64)
+		next = max(next, number+1)
+	}
+	return filepath.Join(dir, strconv.FormatInt(next, 10)), err
+}
+
+// removeCopies removes the copies of an image's content but one.
+func (s *Store) removeCopies(key, but string) error {
+	list, err := filepath.Glob(filepath.Join(s.Dir, "content", key, "*"))
+	for _, path := range list {
+		if path != but {
+			err = errors.Join(err, os.RemoveAll(path))
+		}
+	}
+	return err
 }
 
 // unpack makes temp/root and temp/tree. The folder around them is closed to others, so that no set-uid file of an image is theirs to run.
@@ -75,6 +103,7 @@ func (s *Store) unpack(ctx context.Context, img *image, temp string, statement *
 		return Content{}, refuse("E_IMG_DIGEST", img.subject, fmt.Sprintf("%d diff ids in the config", len(diffs)), fmt.Sprintf("one for each of %d layers", n))
 	}
 	u := newUnpacker(img.subject, root)
+	u.room = func() error { return s.room(0) }
 	for i, layer := range img.chosen.manifest.Layers {
 		u.subject = fmt.Sprintf("%s: layer %d", img.subject, i)
 		diff := ""
@@ -85,8 +114,8 @@ func (s *Store) unpack(ctx context.Context, img *image, temp string, statement *
 		if err != nil {
 			return Content{}, err
 		}
-		err = u.layerFrom(ctx, func() (io.Reader, func(), error) {
-			return decompress(u.subject, layer, kept, diff, statement.unpacked(layer.Digest.Hex))
+		err = u.layerFrom(ctx, func() (*bounded, func(), error) {
+			return decompress(u.subject, layer, kept, diff, min(statement.unpacked(layer.Digest.Hex), s.MaxImage-u.size))
 		})
 		kept.Close()
 		if err != nil {
@@ -108,13 +137,15 @@ func (s *Store) unpack(ctx context.Context, img *image, temp string, statement *
 	return content, writeTree(filepath.Join(temp, treeName), entries)
 }
 
-func (u *unpacker) layerFrom(ctx context.Context, open func() (io.Reader, func(), error)) error {
+func (u *unpacker) layerFrom(ctx context.Context, open func() (*bounded, func(), error)) error {
 	layer, done, err := open()
 	if err != nil {
 		return err
 	}
 	defer done()
-	return u.apply(ctx, layer)
+	err = u.apply(ctx, layer)
+	u.size += layer.size
+	return err
 }
 
 // copyFile makes temp/file of an artifact's one layer.
@@ -334,7 +365,9 @@ func (r contextReader) Read(p []byte) (int, error) {
 	return r.Reader.Read(p)
 }
 
-// Repair unpacks an image again, from the blobs kept here as far as they are still good, and from its source otherwise. What was there is gone when it returns.
+// Repair makes a new copy of an image's content, from the blobs kept here as far as they are still good, and from its source otherwise. Where
+// the present copy is whole it returns that. The copy that it replaces stays, for what runs from it until it is started again; those
+// before that go, for what used them was to be started from the one that is replaced now.
 func (s *Store) Repair(ctx context.Context, ref Reference, root merkle.Digest, format Format) (Content, error) {
 	if err := s.open(); err != nil {
 		return Content{}, err
@@ -345,6 +378,14 @@ func (s *Store) Repair(ctx context.Context, ref Reference, root merkle.Digest, f
 		return Content{}, err
 	}
 	defer unlock()
+	if present, ok := s.recall(ctx, key); ok {
+		if s.Check(ctx, present) == nil {
+			return present, nil
+		}
+		if err := s.removeCopies(key, filepath.Dir(present.Path)); err != nil {
+			return Content{}, err
+		}
+	}
 	s.mu.Lock()
 	delete(s.known, key)
 	s.mu.Unlock()

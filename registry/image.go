@@ -22,7 +22,8 @@ const (
 	maxManifest = 4 << 20 // bytes of a manifest, an index or a config
 	maxMembers  = 64      // manifests in an index
 	maxLayers   = 128
-	maxDepth    = 3 // indexes inside each other
+	maxDepth    = 3        // indexes inside each other
+	maxImage    = 64 << 30 // bytes of all blobs, where Store.MaxImage says no other number
 )
 
 const layoutScheme = "oci-layout:"
@@ -208,15 +209,19 @@ func (d *document) blobs() []v1.Descriptor {
 	return append([]v1.Descriptor{d.manifest.Config}, d.manifest.Layers...)
 }
 
-// roots are kmo1 roots by sha256 hex: of blobs, and of whole manifests and nested indexes.
+// roots are kmo1 roots by sha256 hex: of blobs, and, as far as a statement says, of manifests and nested indexes.
 type roots struct {
 	blobs     map[string]merkle.Digest
-	manifests map[string]merkle.Digest
+	manifests map[string]merkle.Digest // of members that are not fetched; where from is not trusted
 }
 
-// root computes the manifestRoot or indexRoot of d, from blobs' roots where they are known and from manifests' roots elsewhere.
-// It returns none if something is missing.
+// root computes the manifestRoot or indexRoot of d from its bytes and the roots of what it names. Only of a member that was not
+// fetched is a root taken as it is known: its bytes are not used here, and the root above comes out right only if it is. It returns none if
+// something is missing.
 func (d *document) root(known roots) (merkle.Digest, error) {
+	if d.raw == nil {
+		return known.manifests[d.desc.Digest.Hex], nil
+	}
 	var members []merkle.Descriptor
 	switch {
 	case d.manifest != nil:
@@ -234,8 +239,8 @@ func (d *document) root(known roots) (merkle.Digest, error) {
 			members = append(members, member)
 		}
 	}
-	if members == nil || slices.ContainsFunc(members, func(m merkle.Descriptor) bool { return m.Root.IsZero() }) {
-		return known.manifests[d.desc.Digest.Hex], nil
+	if slices.ContainsFunc(members, func(m merkle.Descriptor) bool { return m.Root.IsZero() }) {
+		return merkle.Digest{}, nil
 	}
 	self := described(d.desc, merkle.BlobRoot(d.raw))
 	if d.index != nil {

@@ -10,10 +10,13 @@ import (
 	"net/http"
 	"net/http/httptest"
 	"net/netip"
+	"os"
+	"runtime"
 	"strings"
 	"sync/atomic"
 	"testing"
 	"testing/iotest"
+	"testing/synctest"
 	"time"
 
 	"github.com/google/go-containerregistry/pkg/authn"
@@ -212,6 +215,94 @@ func TestDocuments(t *testing.T) {
 		_, err = s.Root(ctx, ref)
 		wantRefusal(t, s, err, "E_LIMIT", "deeper than 3")
 	})
+}
+
+func TestSlowRegistry(t *testing.T) {
+	const never, mib = 1000 * time.Hour, 1 << 20
+	for name, c := range map[string]struct {
+		place   slow
+		size    int64
+		stalled bool
+		ends    time.Duration // at most; 0 for a transfer that is waited for
+	}{
+		"no answer":                             {slow{answers: never}, mib, true, stall},
+		"no byte":                               {slow{every: never, bytes: 1}, mib, true, stall},
+		"a byte a second":                       {slow{every: time.Second, bytes: 1}, maxUnpacked, true, stall},
+		"nothing more after a while":            {slow{every: 70 * time.Second, bytes: 300 << 10}, maxUnpacked, true, stall},
+		"4 KiB a second of 10 MiB":              {slow{every: time.Second, bytes: 4 << 10}, 10 * mib, false, 2*stall + 640*time.Second},
+		"4 KiB a second of 16 GiB":              {slow{every: time.Second, bytes: 4 << 10}, maxUnpacked, false, longest},
+		"near miss: 16 KiB a second of 10 MiB":  {slow{every: time.Second, bytes: 16 << 10, end: 10 * mib}, 10 * mib, false, 0},
+		"near miss: all of it after 50 seconds": {slow{answers: 25 * time.Second, every: 25 * time.Second, bytes: 100, end: 100}, 100, false, 0},
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				begun := time.Now()
+				err := (&Store{}).readFrom(t.Context(), &c.place, kindBlob, "blob", v1.Descriptor{Size: c.size}, func(r io.Reader) error {
+					_, err := io.CopyBuffer(struct{ io.Writer }{io.Discard}, r, make([]byte, 64<<10))
+					return err
+				})
+				took := time.Since(begun)
+				if c.ends == 0 {
+					if err != nil {
+						t.Errorf("got %v after %v", err, took)
+					}
+					return
+				}
+				if err == nil || refusal.Of(err) != nil || errors.Is(err, errStalled) != c.stalled || took > c.ends {
+					t.Errorf("got %v after %v, want an error that is no refusal within %v, of a stall: %v", err, took, c.ends, c.stalled)
+				}
+			})
+		})
+	}
+	t.Run("statements that do not come", func(t *testing.T) {
+		index, _, _ := twoPlatforms(t)
+		ref := toLayout(t, index)
+		root := rootOf(t, ref)
+		synctest.Test(t, func(t *testing.T) {
+			s := newStore(t)
+			if err := s.open(); err != nil {
+				t.Fatal(err)
+			}
+			img, err := s.resolve(t.Context(), ref, OCI)
+			if err != nil {
+				t.Fatal(err)
+			}
+			img.at = []source{&slow{answers: never}}
+			begun := time.Now()
+			_, _, proved, err := s.proveByStatement(t.Context(), img, root)
+			if took := time.Since(begun); proved || err == nil || refusal.Of(err) != nil || took > stall {
+				t.Errorf("got proved %v, %v after %v, want an error that is no refusal within %v", proved, err, took, stall)
+			}
+		})
+	})
+}
+
+// TestU10AnotherImagesLayer has an image name a large blob, kept for another image, as something small.
+func TestU10AnotherImagesLayer(t *testing.T) {
+	const size = 256 << 20
+	hex := strings.Repeat("ab", 32)
+	asConfig := layoutOf(t, map[string]string{"": fmt.Sprintf(`{"config":{"mediaType":%q,"digest":"sha256:%s","size":100},"layers":[]}`, types.OCIConfigJSON, hex)})
+	for name, ref := range map[string]Reference{"as its config": asConfig, "as itself": {Layout: asConfig.Layout, SHA256: hex}} {
+		t.Run(name, func(t *testing.T) {
+			s := newStore(t)
+			if err := s.open(); err != nil {
+				t.Fatal(err)
+			}
+			if err := errors.Join(os.WriteFile(s.blobPath(hex), nil, 0o600), os.Truncate(s.blobPath(hex), size)); err != nil {
+				t.Fatal(err)
+			}
+			var before, after runtime.MemStats
+			runtime.ReadMemStats(&before)
+			_, err := s.Fetch(context.Background(), ref, merkle.BlobRoot(nil), OCI)
+			runtime.ReadMemStats(&after)
+			if err == nil {
+				t.Error("it was fetched")
+			}
+			if n := after.TotalAlloc - before.TotalAlloc; n > size/4 {
+				t.Errorf("%d bytes were read of a kept blob that is too large", n)
+			}
+		})
+	}
 }
 
 func TestBorder(t *testing.T) {

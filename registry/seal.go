@@ -120,21 +120,26 @@ func (d *document) state(p *Predicate, known roots, seen map[string]bool) error 
 	return nil
 }
 
-// envelope gets the DSSE envelope of a statement artifact: its first layer.
+// envelope gets the DSSE envelope of a statement artifact: its first layer. Nothing of it is kept: a registry has as many as it likes, for every
+// image, and it is asked for them anew each time.
 func (s *Store) envelope(ctx context.Context, place source, subject string, desc v1.Descriptor) ([]byte, error) {
+	d := &document{desc: v1.Descriptor{Size: desc.Size, Digest: desc.Digest}}
+	if err := checkDescriptor(d.desc, maxEnvelope); err != nil {
+		return nil, refuse(err.code, subject+": referrer", err.got, err.want)
+	}
 	at := []source{place}
-	d, err := s.document(ctx, at, subject, v1.Descriptor{Size: desc.Size, Digest: desc.Digest})
-	if err != nil {
+	var err error
+	if d.raw, err = s.bytes(ctx, at, kindManifest, subject+": referrer sha256:"+desc.Digest.Hex, d.desc, maxEnvelope); err != nil {
+		return nil, err
+	}
+	if err := d.parse(subject); err != nil {
 		return nil, err
 	}
 	if d.manifest == nil || d.manifest.ArtifactType != StatementArtifact || len(d.manifest.Layers) == 0 {
 		return nil, refuse("E_DECODE", subject, "a referrer that is no image statement", StatementArtifact)
 	}
 	layer := d.manifest.Layers[0]
-	if layer.Size > maxEnvelope {
-		return nil, refuse("E_LIMIT", subject, fmt.Sprintf("a statement of %d bytes", layer.Size), fmt.Sprintf("at most %d", maxEnvelope))
-	}
-	return s.small(ctx, at, kindBlob, subject+": statement sha256:"+layer.Digest.Hex, layer)
+	return s.bytes(ctx, at, kindBlob, subject+": statement sha256:"+layer.Digest.Hex, layer, maxEnvelope)
 }
 
 // PushFile puts a single file into a registry or layout as an artifact of one layer, and returns its reference and the root to pin. to has no digest.

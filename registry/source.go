@@ -210,8 +210,11 @@ func (r *remoteSource) referrers(ctx context.Context, hex string) ([]v1.Descript
 	return found[:min(len(found), maxReferrers)], nil
 }
 
-// outside makes an error of a registry fit to be shown: what the registry said is clipped, a refusal of ours stays one.
+// outside makes an error of a registry fit to be shown: what the registry said is clipped, a refusal of ours stays one, and nil stays nil.
 func outside(subject string, err error) error {
+	if err == nil {
+		return nil
+	}
 	if own := refusal.Of(err); own != nil {
 		return own
 	}
@@ -227,6 +230,46 @@ func outside(subject string, err error) error {
 		return fmt.Errorf("%s: HTTP status %d:%s", subject, said.StatusCode, quote(text))
 	}
 	return fmt.Errorf("%s: %s", subject, refusal.Clip(err.Error(), 300))
+}
+
+// lazySource talks to a registry only once something is asked for.
+type lazySource struct {
+	store *Store
+	ref   Reference
+}
+
+func (l *lazySource) remote(ctx context.Context) (*remoteSource, error) {
+	key := l.ref.Host + "/" + l.ref.Repository
+	l.store.mu.Lock()
+	known := l.store.remotes[key]
+	l.store.mu.Unlock()
+	if known != nil {
+		return known, nil
+	}
+	made, err := newRemoteSource(ctx, l.ref, l.store.Keychain)
+	if err != nil {
+		return nil, err
+	}
+	l.store.mu.Lock()
+	defer l.store.mu.Unlock()
+	l.store.remotes[key] = made
+	return made, nil
+}
+
+func (l *lazySource) open(ctx context.Context, kind, hex string) (io.ReadCloser, int64, error) {
+	r, err := l.remote(ctx)
+	if err != nil {
+		return nil, 0, err
+	}
+	return r.open(ctx, kind, hex)
+}
+
+func (l *lazySource) referrers(ctx context.Context, hex string) ([]v1.Descriptor, error) {
+	r, err := l.remote(ctx)
+	if err != nil {
+		return nil, err
+	}
+	return r.referrers(ctx, hex)
 }
 
 // reach orders addresses by how far inside they are. A registry may send us on to what is as far inside as itself, never further.

@@ -2,6 +2,7 @@ package registry
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"crypto"
 	"crypto/ecdsa"
@@ -17,6 +18,7 @@ import (
 	"slices"
 	"strings"
 
+	v1 "github.com/google/go-containerregistry/pkg/v1"
 	"github.com/secure-systems-lab/go-securesystemslib/dsse"
 	"github.com/sigstore/sigstore/pkg/signature"
 
@@ -330,7 +332,8 @@ func eachKeyOnce(d *json.Decoder, depth int) error {
 }
 
 // proveByStatement compares the pinned root with what is known: from blobs alone if they suffice, else with the help of the statements beside the
-// image. A statement that does not lead to the pinned root is ignored, whoever signed it. The error is E_MERKLE_ROOT if the bytes here contradict the pin.
+// image. A statement that does not lead to the pinned root is ignored, whoever signed it; one by a key that counts goes before a stranger's, who
+// could hide it otherwise. The error is E_MERKLE_ROOT if the bytes here contradict the pin.
 func (s *Store) proveByStatement(ctx context.Context, img *image, root merkle.Digest) (*Statement, string, bool, error) {
 	got, err := img.top.root(img.known)
 	if err != nil {
@@ -342,34 +345,55 @@ func (s *Store) proveByStatement(ctx context.Context, img *image, root merkle.Di
 		}
 	}
 	var unanswered error
+	var stranger *Statement
 	for _, place := range img.at {
-		found, err := place.referrers(ctx, img.ref.SHA256)
-		if err != nil {
-			unanswered = err
-		}
-		for _, desc := range found {
-			raw, err := s.envelope(ctx, place, img.subject, desc)
-			if err != nil {
-				continue
-			}
-			statement, payload, e, err := openStatement(raw)
-			if err != nil || statement.covers(img.ref.SHA256, root) != nil {
-				continue
-			}
-			if got, err := img.top.root(img.known.with(statement)); err != nil || got != root {
-				continue
-			}
-			signer, _ := signerOf(e, payload, s.Keys) // "" for a stranger, whose word is material all the same
+		statement, signer, err := s.found(ctx, place, img, root)
+		if statement != nil && (signer != "" || len(s.Keys) == 0) {
 			return statement, signer, true, nil
 		}
+		stranger = cmp.Or(stranger, statement) // material all the same, if nobody who counts says more
+		unanswered = cmp.Or(err, unanswered)
 	}
-	if !got.IsZero() {
-		return nil, "", true, nil // only a limit of a statement's might have been had
+	if stranger != nil || !got.IsZero() { // of what is proved by its bytes, only a limit might have been had
+		return stranger, "", true, nil
 	}
 	if refusal.Of(unanswered) != nil {
 		unanswered = nil // what a place must not say about statements, it may as well not have said
 	}
 	return nil, "", false, unanswered
+}
+
+// found looks through the statements at one place, for no longer than a stall, and returns the first that leads to root, a signed one if there
+// is one. The error says that the place did not answer.
+func (s *Store) found(ctx context.Context, place source, img *image, root merkle.Digest) (stranger *Statement, signer string, err error) {
+	ctx, cancel := context.WithTimeout(ctx, stall)
+	defer cancel()
+	list, err := place.referrers(ctx, img.ref.SHA256)
+	for _, desc := range list {
+		statement, signer := s.leads(ctx, place, img, desc, root)
+		if statement != nil && (signer != "" || len(s.Keys) == 0) {
+			return statement, signer, nil
+		}
+		stranger = cmp.Or(stranger, statement)
+	}
+	return stranger, "", cmp.Or(err, outside(img.subject+": its statements", ctx.Err()))
+}
+
+// leads returns the statement that desc names and whose key of Store.Keys signed it, "" for a stranger's; nil if it does not lead to root.
+func (s *Store) leads(ctx context.Context, place source, img *image, desc v1.Descriptor, root merkle.Digest) (*Statement, string) {
+	raw, err := s.envelope(ctx, place, img.subject, desc)
+	if err != nil {
+		return nil, ""
+	}
+	statement, payload, e, err := openStatement(raw)
+	if err != nil || statement.covers(img.ref.SHA256, root) != nil {
+		return nil, ""
+	}
+	if got, err := img.top.root(img.known.with(statement)); err != nil || got != root {
+		return nil, ""
+	}
+	signer, _ := signerOf(e, payload, s.Keys)
+	return statement, signer
 }
 
 // with adds what a statement says to what is known from bytes, which it never replaces.

@@ -11,6 +11,9 @@ import (
 	"encoding/base64"
 	"encoding/json"
 	"fmt"
+	"os"
+	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 
@@ -18,6 +21,7 @@ import (
 	"github.com/secure-systems-lab/go-securesystemslib/dsse"
 
 	v1 "github.com/google/go-containerregistry/pkg/v1"
+	"github.com/google/go-containerregistry/pkg/v1/remote"
 
 	"github.com/kindos/kmo/policy/refusal"
 	"github.com/kindos/kmo/registry/merkle"
@@ -173,6 +177,10 @@ func TestT52DeletedAndFlooded(t *testing.T) {
 		if n := len(w.asked()); n > 3*maxReferrers {
 			t.Errorf("%d requests", n)
 		}
+		kept := must(filepath.Glob(filepath.Join(s.Dir, "blobs/sha256", strings.Repeat("?", 64))))(t)
+		if own := 1 + 2 + 2 + 2; len(kept) > own { // index, manifests, configs, layers
+			t.Errorf("%d blobs are kept, %d more than the image has", len(kept), len(kept)-own)
+		}
 	})
 	t.Run("Seal covers nested indexes", func(t *testing.T) {
 		nested := w.push("nested", nestedIndex(t, index))
@@ -188,6 +196,141 @@ func TestT52DeletedAndFlooded(t *testing.T) {
 		}
 		if _, err := s.Fetch(ctx, nested, sealed, OCI); err != nil {
 			t.Error(err)
+		}
+	})
+}
+
+// TestT52AStrangerProvesNothing has strangers state the roots of documents that are here, whose bytes say otherwise.
+func TestT52AStrangerProvesNothing(t *testing.T) {
+	ctx := context.Background()
+	liar, _ := signingKey("liar")
+	bogus := merkle.BlobRoot([]byte("bogus"))
+	index, amd, _ := twoPlatforms(t)
+	// pinned is the root of an index if its first member had the bogus one.
+	pinned := func(t *testing.T, ref Reference) merkle.Digest {
+		img := wholeOf(t, ref)
+		var members []merkle.Descriptor
+		for i, m := range img.top.members {
+			root := must(m.root(img.known))(t)
+			if i == 0 {
+				root = bogus
+			}
+			member := described(m.desc, root)
+			member.Platform, member.Nested = platformText(m.desc.Platform), m.desc.MediaType.IsIndex()
+			members = append(members, member)
+		}
+		return must(merkle.IndexRoot(described(img.top.desc, merkle.BlobRoot(img.top.raw)), members))(t)
+	}
+	for name, c := range map[string]struct {
+		what   remote.Taggable
+		member remote.Taggable // the first, of which the stranger gives a bogus root; nil for the image itself
+	}{
+		"a manifest that is the image itself": {amd, nil},
+		"an index that is the image itself":   {index, nil},
+		"an index of an index":                {nestedIndex(t, index), nil},
+		"the nested index":                    {nestedIndex(t, index), index},
+		"this platform's manifest":            {index, amd},
+	} {
+		t.Run(name, func(t *testing.T) {
+			ref := newWorld(t).push("image", c.what)
+			wrong, about := bogus, ref.SHA256
+			if c.member != nil {
+				wrong, about = pinned(t, ref), digestOf(t, c.member)
+			}
+			statement := sampleStatement(ref.SHA256, wrong)
+			statement.Predicate.Platforms = []PlatformRoot{{SHA256: about, ManifestRoot: bogus}}
+			if img := wholeOf(t, ref); c.member != nil { // what else is needed it gives as it is
+				for _, m := range img.top.members[1:] {
+					statement.Predicate.Platforms = append(statement.Predicate.Platforms, PlatformRoot{SHA256: m.desc.Digest.Hex, ManifestRoot: must(m.root(img.known))(t)})
+				}
+			}
+			pushStatement(t, newStore(t), ref, statement, liar)
+			s := newStore(t)
+			if d, err := s.Describe(ctx, ref, wrong, OCI); err != nil || d.Proved {
+				t.Errorf("Describe: got proved %v, %v, want a root that nothing proves", d.Proved, err)
+			}
+			_, err := s.Fetch(ctx, ref, wrong, OCI)
+			wantRefusal(t, s, err, "E_MERKLE_ROOT", wrong.String())
+		})
+	}
+}
+
+// TestT52AStrangerChangesNothing lets a stranger say whatever a statement can say, in one that leads to the pinned root, and say it first.
+func TestT52AStrangerChangesNothing(t *testing.T) {
+	ctx := context.Background()
+	liar, _ := signingKey("liar")
+	key, public := signingKey("release")
+	index, amd, arm := twoPlatforms(t)
+	ref := toLayout(t, index) // which lists what speaks of an image in the order in which it came
+	root := rootOf(t, ref)
+	img := wholeOf(t, ref)
+	lie := sampleStatement(ref.SHA256, root)
+	lie.Predicate.Custody = []CustodyLink{{Step: "approve", Principal: "nobody"}}
+	if err := img.top.state(&lie.Predicate, img.known, map[string]bool{}); err != nil {
+		t.Fatal(err)
+	}
+	for i := range lie.Predicate.Platforms { // each platform's root under the other's name
+		lie.Predicate.Platforms[i].Platform = []string{"linux/arm64/v8", "linux/amd64"}[i]
+	}
+	for i := range lie.Predicate.Blobs {
+		b := &lie.Predicate.Blobs[i]
+		b.Size, b.Leaves, b.UncompressedSize, b.ContentRoot = -1, -1, 1, merkle.BlobRoot(nil)
+	}
+	lie.Predicate.IndexRoot = merkle.BlobRoot(nil)
+	pushStatement(t, newStore(t), ref, lie, liar)
+
+	s := newStore(t)
+	s.Keys = []crypto.PublicKey{public}
+	d, err := s.Describe(ctx, ref, root, OCI)
+	if err != nil || !d.Proved || d.Signer != "" || d.Manifest != digestOf(t, amd) || d.Platform != "linux/amd64" {
+		t.Errorf("Describe: got %+v, %v, want this platform's manifest, proved by a stranger's material", d, err)
+	}
+	content, err := s.Fetch(ctx, ref, root, OCI)
+	if err != nil {
+		t.Fatalf("Fetch: %v, although nobody's word lowers a limit", err)
+	}
+	if body, _ := os.ReadFile(filepath.Join(content.Path, "bin/app")); string(body) != "for amd64" {
+		t.Errorf("got %q, want this platform's", body)
+	}
+	if _, err := newStore(t).Seal(ctx, ref, key, Sealing{Custody: []CustodyLink{{Step: "release", Principal: "ann"}}}); err != nil {
+		t.Fatal(err)
+	}
+	if d, err := s.Describe(ctx, ref, root, OCI); err != nil || d.Signer == "" || d.Statement.Predicate.Custody[0].Principal != "ann" {
+		t.Errorf("a signed statement behind a stranger's: got %+v, %v, want the signed one", d, err)
+	}
+
+	t.Run("a limit behind a stranger's statement", func(t *testing.T) {
+		limited := sampleStatement(ref.SHA256, root)
+		limited.Predicate = lie.Predicate
+		ref := toLayout(t, index)
+		pushStatement(t, newStore(t), ref, lie, liar)
+		pushStatement(t, newStore(t), ref, limited, key)
+		s := newStore(t)
+		s.Keys = []crypto.PublicKey{public}
+		_, err := s.Fetch(ctx, ref, root, OCI)
+		wantRefusal(t, s, err, "E_LIMIT", "more than 1 bytes")
+	})
+	t.Run("a stranger's root for a layer that is here", func(t *testing.T) {
+		wrong := sampleStatement(ref.SHA256, root)
+		wrong.Predicate = lie.Predicate
+		wrong.Predicate.Blobs = slices.Clone(lie.Predicate.Blobs)
+		layers := must(amd.Manifest())(t).Layers
+		for i := range wrong.Predicate.Blobs {
+			if b := &wrong.Predicate.Blobs[i]; b.SHA256 == layers[0].Digest.Hex {
+				b.BlobRoot = merkle.BlobRoot([]byte("lie"))
+			}
+		}
+		ref := toLayout(t, index)
+		pushStatement(t, newStore(t), ref, wrong, liar)
+		if d, err := newStore(t).Describe(ctx, ref, root, OCI); err != nil || d.Proved {
+			t.Errorf("Describe: got proved %v, %v, want nothing proved by a false root", d.Proved, err)
+		}
+		s := newStore(t)
+		if err := os.Remove(filepath.Join(ref.Layout, "blobs/sha256", must(arm.Manifest())(t).Layers[0].Digest.Hex)); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := s.Fetch(ctx, ref, root, OCI); err != nil {
+			t.Errorf("Fetch: %v, although the bytes say it right", err)
 		}
 	})
 }

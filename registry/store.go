@@ -15,10 +15,10 @@
 // A store's folder is trusted: whoever can write there decides what runs. In it are
 //
 //	blobs/sha256/HEX       bytes as they came, verified; HEX.root has their kmo1 root and size
-//	content/KEY/root       an unpacked image; content/KEY/file is a single file
-//	content/KEY/tree       what was unpacked, one JSON entry a line: the list that Check goes by
-//	images/KEY.json        the promoted record, written last: the content of KEY is whole and proven
-//	tmp/                   what is being written; nothing is there between two calls
+//	content/KEY/N/root     an unpacked image; content/KEY/N/file is a single file; N is the copy: a path never has other content later
+//	content/KEY/N/tree     what was unpacked, one JSON entry a line: the list that Check goes by
+//	images/KEY.json        the promoted record, written last: the copy it names is whole and proven
+//	tmp/                   what is being written; what a process has left there is removed after a day
 //
 // # Example
 //
@@ -29,6 +29,7 @@
 package registry
 
 import (
+	"cmp"
 	"context"
 	"crypto"
 	"encoding/json"
@@ -38,6 +39,7 @@ import (
 	"os"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"strings"
 	"sync"
 
@@ -55,7 +57,9 @@ type Store struct {
 	Mirror   string             // an OCI layout folder that is asked before the registry; "" for none
 	Keychain authn.Keychain     // credentials for registries; nil for none
 	Keys     []crypto.PublicKey // of those whose statements may lower limits; nil for none
+	MaxImage int64              // bytes that may be downloaded for one image, and as many that it may unpack to; 0 means 64 GiB
 
+	disk     func(path string) (free, size int64, err error) // of the file system at path
 	once     sync.Once
 	invalid  error
 	platform v1.Platform
@@ -111,6 +115,10 @@ func (s *Store) validate() error {
 		return fmt.Errorf("image store: platform %q: want os/arch[/variant]", want)
 	}
 	s.platform = *platform
+	s.MaxImage = cmp.Or(s.MaxImage, maxImage)
+	if s.disk == nil {
+		s.disk = statfs
+	}
 	s.known, s.remotes = map[string]Content{}, map[string]*remoteSource{}
 	for _, dir := range []string{"blobs/sha256", "content", "images", "tmp"} {
 		if err := os.MkdirAll(filepath.Join(s.Dir, dir), 0o755); err != nil {
@@ -130,6 +138,18 @@ type image struct {
 	config  []byte
 	oci     v1.ConfigFile
 	known   roots
+	size    int64 // bytes of the blobs that were asked for so far
+}
+
+// grow adds what a manifest names that is still to be fetched or unpacked, as it says itself, and refuses an image that has too much.
+func (s *Store) grow(img *image, blobs []v1.Descriptor) error {
+	for _, blob := range blobs {
+		img.size += blob.Size
+	}
+	if img.size > s.MaxImage {
+		return refuse("E_LIMIT", img.subject, fmt.Sprintf("%d bytes to download", img.size), fmt.Sprintf("at most %d bytes", s.MaxImage))
+	}
+	return nil
 }
 
 // resolve gets indexes, manifest and config: small, each verified by its digest.
@@ -137,6 +157,8 @@ func (s *Store) resolve(ctx context.Context, ref Reference, format Format) (*ima
 	if !digestPattern.MatchString(ref.SHA256) {
 		return nil, refuse("KT006", "image "+quote(ref.String()), "it is not pinned by sha256", "host/repository@sha256:<64 hex digits>")
 	}
+	ctx, cancel := context.WithTimeout(ctx, look)
+	defer cancel()
 	img := &image{ref: ref, subject: "image " + ref.String(), known: roots{blobs: map[string]merkle.Digest{}, manifests: map[string]merkle.Digest{}}}
 	img.at = s.sources(ref)
 	var err error
@@ -239,46 +261,6 @@ func (d *document) platforms() []string {
 	return all
 }
 
-// lazySource talks to a registry only once something is asked for.
-type lazySource struct {
-	store *Store
-	ref   Reference
-}
-
-func (l *lazySource) remote(ctx context.Context) (*remoteSource, error) {
-	key := l.ref.Host + "/" + l.ref.Repository
-	l.store.mu.Lock()
-	known := l.store.remotes[key]
-	l.store.mu.Unlock()
-	if known != nil {
-		return known, nil
-	}
-	made, err := newRemoteSource(ctx, l.ref, l.store.Keychain)
-	if err != nil {
-		return nil, err
-	}
-	l.store.mu.Lock()
-	defer l.store.mu.Unlock()
-	l.store.remotes[key] = made
-	return made, nil
-}
-
-func (l *lazySource) open(ctx context.Context, kind, hex string) (io.ReadCloser, int64, error) {
-	r, err := l.remote(ctx)
-	if err != nil {
-		return nil, 0, err
-	}
-	return r.open(ctx, kind, hex)
-}
-
-func (l *lazySource) referrers(ctx context.Context, hex string) ([]v1.Descriptor, error) {
-	r, err := l.remote(ctx)
-	if err != nil {
-		return nil, err
-	}
-	return r.referrers(ctx, hex)
-}
-
 // Describe gets an image's index, manifest and config, verified by sha256, and compares them with the root where a statement, or blobs that are
 // here already, allow it; Fetch compares in any case. A root of none describes what is there.
 func (s *Store) Describe(ctx context.Context, ref Reference, root merkle.Digest, format Format) (Description, error) {
@@ -339,12 +321,20 @@ func (s *Store) Fetch(ctx context.Context, ref Reference, root merkle.Digest, fo
 }
 
 func (s *Store) fetch(ctx context.Context, ref Reference, root merkle.Digest, format Format, key string) (Content, error) {
+	ctx, cancel := context.WithTimeout(ctx, longest)
+	defer cancel()
 	img, err := s.resolve(ctx, ref, format)
 	if err != nil {
 		return Content{}, err
 	}
 	if n := len(img.chosen.manifest.Layers); !format.folder() && n != 1 {
 		return Content{}, refuse("E_LAYER", img.subject, fmt.Sprintf("%d layers", n), "exactly one, for "+string(format))
+	}
+	if err := s.grow(img, img.chosen.manifest.Layers); err != nil {
+		return Content{}, err
+	}
+	if err := s.room(img.size + s.missing(img.chosen.manifest.Layers)); err != nil { // they unpack to as much at least
+		return Content{}, fmt.Errorf("%s: %w", img.subject, err)
 	}
 	for i, layer := range img.chosen.manifest.Layers {
 		blobRoot, err := s.blob(ctx, img.at, fmt.Sprintf("%s: layer %d", img.subject, i), layer, true)
@@ -406,10 +396,11 @@ func (s *Store) loadAll(ctx context.Context, img *image, d *document, depth int)
 		return err
 	}
 	if d.manifest != nil {
-		for _, blob := range d.blobs() {
-			if _, known := img.known.blobs[blob.Digest.Hex]; known {
-				continue
-			}
+		unknown := slices.DeleteFunc(d.blobs(), func(blob v1.Descriptor) bool { return !img.known.blobs[blob.Digest.Hex].IsZero() })
+		if err := s.grow(img, unknown); err != nil {
+			return err
+		}
+		for _, blob := range unknown {
 			root, err := s.blob(ctx, img.at, img.subject, blob, false)
 			if err != nil {
 				return err
@@ -454,7 +445,7 @@ func (s *Store) recall(ctx context.Context, key string) (Content, bool) {
 	if err := decodeStrict(text, &r); err != nil || r.Content.Root.IsZero() {
 		return Content{}, false
 	}
-	r.Content.Path = filepath.Join(s.Dir, "content", key, filepath.Base(r.Content.Path))
+	r.Content.Path = filepath.Join(s.Dir, "content", key, filepath.Base(filepath.Dir(r.Content.Path)), filepath.Base(r.Content.Path))
 	if _, err := os.Lstat(r.Content.Path); err != nil {
 		return Content{}, false
 	}

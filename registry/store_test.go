@@ -3,6 +3,7 @@ package registry
 import (
 	"context"
 	"errors"
+	"fmt"
 	"net/http"
 	"os"
 	"path/filepath"
@@ -70,36 +71,40 @@ func TestAfterAPowerCut(t *testing.T) {
 	ctx := context.Background()
 	ref := toLayout(t, simple(t, "linux/amd64", reg("a", "some bytes")))
 	root := rootOf(t, ref)
-	s := newStore(t)
-	content, err := s.Fetch(ctx, ref, root, OCI)
-	if err != nil {
-		t.Fatal(err)
-	}
-	record := s.recordPath(s.key(ref, root, OCI))
-	text, err := os.ReadFile(record)
-	if err != nil {
-		t.Fatal(err)
-	}
-	earlier := strings.Replace(string(text), bootID(), "an-earlier-boot", 1)
-	file := filepath.Join(content.Path, "a")
-	for name, torn := range map[string]func() error{
-		"content without its bytes": func() error { return os.Truncate(file, 0) },
-		"record cut":                func() error { return os.Truncate(record, 10) },
-		"record empty":              func() error { return os.Truncate(record, 0) },
-		"content gone":              func() error { return os.RemoveAll(content.Path) },
-		"a kept manifest cut":       func() error { return errors.Join(os.Remove(record), os.Truncate(s.blobPath(ref.SHA256), 10)) },
-		"nothing":                   func() error { return nil },
+	for name, c := range map[string]struct {
+		torn func(s *Store, record, file string) error
+		same bool // the copy is used as it is
+	}{
+		"content without its bytes": {func(_ *Store, _, file string) error { return os.Truncate(file, 0) }, false},
+		"record cut":                {func(_ *Store, record, _ string) error { return os.Truncate(record, 10) }, false},
+		"record empty":              {func(_ *Store, record, _ string) error { return os.Truncate(record, 0) }, false},
+		"content gone":              {func(_ *Store, _, file string) error { return os.RemoveAll(filepath.Dir(file)) }, false},
+		"a kept manifest cut": {func(s *Store, record, _ string) error {
+			return errors.Join(os.Remove(record), os.Truncate(s.blobPath(ref.SHA256), 10))
+		}, false},
+		"nothing": {func(*Store, string, string) error { return nil }, true},
 	} {
 		t.Run(name, func(t *testing.T) {
-			if err := errors.Join(os.Remove(record), os.WriteFile(record, []byte(earlier), 0o600), torn()); err != nil {
+			s := newStore(t)
+			content, err := s.Fetch(ctx, ref, root, OCI)
+			if err != nil {
+				t.Fatal(err)
+			}
+			record := s.recordPath(s.key(ref, root, OCI))
+			text, err := os.ReadFile(record)
+			if err != nil {
+				t.Fatal(err)
+			}
+			earlier := strings.Replace(string(text), bootID(), "an-earlier-boot", 1)
+			if err := errors.Join(os.Remove(record), os.WriteFile(record, []byte(earlier), 0o600), c.torn(s, record, filepath.Join(content.Path, "a"))); err != nil {
 				t.Fatal(err)
 			}
 			next := &Store{Dir: s.Dir, Platform: s.Platform}
 			got, err := next.Fetch(ctx, ref, root, OCI)
-			if err != nil || cmp.Diff(content, got) != "" {
-				t.Fatalf("got %+v, %v, want %+v", got, err, content)
+			if err != nil || (got.Path == content.Path) != c.same || cmp.Diff(content, got, otherCopy) != "" {
+				t.Fatalf("got %+v, %v, want %+v in the same copy: %v", got, err, content, c.same)
 			}
-			if body, err := os.ReadFile(file); err != nil || string(body) != "some bytes" {
+			if body, err := os.ReadFile(filepath.Join(got.Path, "a")); err != nil || string(body) != "some bytes" {
 				t.Errorf("got %q, %v", body, err)
 			}
 		})
@@ -361,6 +366,85 @@ func TestMirror(t *testing.T) {
 	liar.Mirror = mirror.Layout
 	if _, err := liar.Fetch(ctx, ref, root, OCI); err != nil {
 		t.Errorf("a lying mirror before an honest registry: %v", err)
+	}
+}
+
+func TestWholeImageIsBounded(t *testing.T) {
+	ctx := context.Background()
+	layer := func(name string) blobOf {
+		return blobOf{types.OCILayer, gz(t, archive(t, reg(name, strings.Repeat("\x00", 1<<20))))}
+	}
+	a, b := layer("a"), layer("b")
+	two := imageOf(t, "linux/amd64", nil, a, b)
+	packed := int64(len(a.data) + len(b.data))
+	index, amd, _ := twoPlatforms(t)
+	one := must(amd.Manifest())(t).Layers[0].Size
+	for name, c := range map[string]struct {
+		what  any
+		limit int64
+		code  refusal.Code // "" for an image that is fetched
+		words string
+	}{
+		"layers that are too much together":                       {two, packed - 1, "E_LIMIT", fmt.Sprintf("%d bytes to download", packed)},
+		"layers that unpack to too much together":                 {two, 3 << 19, "E_LIMIT", "layer 1"},
+		"near miss: layers that are just enough":                  {two, 3 << 20, "", ""},
+		"what other platforms' members are is counted too":        {index, one + 100, "E_LIMIT", "to download"},
+		"near miss: this platform's member and the others' blobs": {index, 1 << 20, "", ""},
+	} {
+		t.Run(name, func(t *testing.T) {
+			ref := toLayout(t, c.what)
+			s := newStore(t)
+			s.MaxImage = c.limit
+			_, err := s.Fetch(ctx, ref, rootOf(t, ref), OCI)
+			if c.code != "" {
+				wantRefusal(t, s, err, c.code, c.words)
+			} else if err != nil {
+				t.Error(err)
+			}
+		})
+	}
+}
+
+// TestAFullDisk has the disk say what it has left. That it is full is nobody's fault and may change: an error, and no refusal.
+func TestAFullDisk(t *testing.T) {
+	ctx := context.Background()
+	const size = 1 << 40
+	zeros := archive(t, reg("zeros", strings.Repeat("\x00", askEvery)))
+	packed := gz(t, zeros)
+	w := newWorld(t)
+	ref := w.push("app", imageOf(t, "linux/amd64", nil, blobOf{types.OCILayer, packed}))
+	root := rootOf(t, ref)
+	need := headroom + int64(len(packed))
+	for name, c := range map[string]struct {
+		free []int64 // at each look, the last one ever after
+		got  bool    // the layer was asked for
+	}{
+		"before anything is fetched": {[]int64{need + int64(len(packed)) - 1}, false},
+		"just before the layer":      {[]int64{size, need - 1}, false},
+		"while it is unpacked":       {[]int64{size, size, headroom - 1}, true},
+	} {
+		t.Run(name, func(t *testing.T) {
+			s := newStore(t)
+			s.disk = func(string) (int64, int64, error) {
+				free := c.free[0]
+				c.free = c.free[min(1, len(c.free)-1):]
+				return free, size, nil
+			}
+			w.asked()
+			_, err := s.Fetch(ctx, ref, root, OCI)
+			if !errors.Is(err, errNoRoom) || refusal.Of(err) != nil || !strings.Contains(err.Error(), fmt.Sprint(headroom)) {
+				t.Fatalf("got %v, want an error that is no refusal and says how much is to stay free", err)
+			}
+			wantClean(t, s, true)
+			got := slices.ContainsFunc(w.asked(), func(path string) bool { return strings.HasSuffix(path, sha256Hex(packed)) })
+			if got != c.got {
+				t.Errorf("the layer was asked for: %v, want %v", got, c.got)
+			}
+			s.disk = func(string) (int64, int64, error) { return size, size, nil }
+			if _, err := s.Fetch(ctx, ref, root, OCI); err != nil {
+				t.Errorf("with room again: %v", err)
+			}
+		})
 	}
 }
 

@@ -30,6 +30,7 @@ const (
 	maxUnpacked = 16 << 30 // bytes of one layer, where no signed statement says less
 	maxEntries  = 500_000  // entries of all layers together
 	maxWindow   = 32 << 20 // bytes of zstd's window
+	askEvery    = 16 << 20 // bytes that are unpacked without a look at the disk's room
 )
 
 // A whiteout's name starts with the first; the second alone makes its folder opaque.
@@ -57,6 +58,9 @@ type unpacker struct {
 	tree    *node
 	layer   int
 	entries int
+	size    int64        // bytes that the layers unpacked to so far
+	room    func() error // an error when the disk has no room for more; nil if nobody asks
+	unasked int64        // bytes written since it was asked
 	buffer  []byte
 }
 
@@ -67,7 +71,7 @@ func newUnpacker(subject string, root *os.Root) *unpacker {
 
 // decompress returns the layer's tar stream by its media type; at its end the stream is checked against diff, unless that is
 // empty, and it never gives more than limit bytes.
-func decompress(subject string, desc v1.Descriptor, in io.Reader, diff string, limit int64) (io.Reader, func(), error) {
+func decompress(subject string, desc v1.Descriptor, in io.Reader, diff string, limit int64) (*bounded, func(), error) {
 	done := func() {}
 	var out io.Reader
 	switch desc.MediaType {
@@ -127,6 +131,8 @@ func layerError(subject string, err error) error {
 	switch {
 	case refusal.Of(err) != nil:
 		return err
+	case errors.Is(err, errNoRoom):
+		return fmt.Errorf("%s: %w", subject, err)
 	case errors.Is(err, zstd.ErrWindowSizeExceeded), errors.Is(err, zstd.ErrDecoderSizeExceeded):
 		return refuse("E_LIMIT", subject, "its zstd window is too large", fmt.Sprintf("a window of at most %d bytes", maxWindow))
 	case errors.Is(err, tar.ErrHeader), errors.Is(err, io.ErrUnexpectedEOF), errors.Is(err, io.EOF), errors.Is(err, gzip.ErrHeader), errors.Is(err, gzip.ErrChecksum):
@@ -169,12 +175,27 @@ func (u *unpacker) apply(ctx context.Context, layer io.Reader) error {
 		if u.entries++; u.entries > maxEntries {
 			return refuse("E_LIMIT", u.subject, fmt.Sprintf("more than %d entries", maxEntries), "fewer")
 		}
+		if err := u.writes(4 << 10); err != nil { // the least of entries needs a block
+			return err
+		}
 		if err := u.entry(header, in); err != nil {
 			return err
 		}
 	}
 	return ctx.Err()
 }
+
+// writes counts bytes that go to the disk, and now and then asks whether there is room.
+func (u *unpacker) writes(n int) error {
+	if u.unasked += int64(n); u.unasked < askEvery || u.room == nil {
+		return nil
+	}
+	u.unasked = 0
+	return u.room()
+}
+
+// Write takes a file's bytes on their way to the disk.
+func (u *unpacker) Write(p []byte) (int, error) { return len(p), u.writes(len(p)) }
 
 // bad is a refusal of one entry.
 func (u *unpacker) bad(name, got, want string) error {
@@ -322,7 +343,7 @@ func (u *unpacker) file(e *merkle.Entry, body io.Reader) error {
 	}
 	defer out.Close()
 	blob := merkle.NewBlob()
-	if _, err := io.CopyBuffer(struct{ io.Writer }{io.MultiWriter(out, blob)}, struct{ io.Reader }{body}, u.buffer); err != nil {
+	if _, err := io.CopyBuffer(struct{ io.Writer }{io.MultiWriter(u, out, blob)}, struct{ io.Reader }{body}, u.buffer); err != nil {
 		return layerError(u.subject, err)
 	}
 	e.Blob, e.Size = blob.Root(), uint64(blob.Size())

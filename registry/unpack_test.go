@@ -6,7 +6,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
 	"io/fs"
 	"os"
 	"os/exec"
@@ -16,6 +15,7 @@ import (
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
+	"github.com/google/go-cmp/cmp/cmpopts"
 	v1 "github.com/google/go-containerregistry/pkg/v1"
 	"github.com/google/go-containerregistry/pkg/v1/types"
 	"github.com/klauspost/compress/zstd"
@@ -162,7 +162,7 @@ func TestBombs(t *testing.T) {
 			}
 			defer root.Close()
 			u := newUnpacker("layer 0", root)
-			err = u.layerFrom(context.Background(), func() (io.Reader, func(), error) {
+			err = u.layerFrom(context.Background(), func() (*bounded, func(), error) {
 				return decompress("layer 0", v1.Descriptor{MediaType: c.media}, bytes.NewReader(c.data), "", 1<<20)
 			})
 			if r := refusal.Of(err); r == nil || r.Code != "E_LIMIT" {
@@ -182,18 +182,8 @@ func TestBombs(t *testing.T) {
 		root := rootOf(t, ref)
 		statement := sampleStatement(ref.SHA256, root)
 		statement.Predicate.Blobs = []BlobRoot{{SHA256: sha256Hex(gz(t, bomb)), BlobRoot: merkle.BlobRoot(gz(t, bomb)), UncompressedSize: 1 << 20}}
-		raw, err := sign(statement, key)
-		if err != nil {
-			t.Fatal(err)
-		}
-		img, err := s.whole(ctx, ref)
-		if err != nil {
-			t.Fatal(err)
-		}
-		if _, err := s.push(ctx, ref, v1.Manifest{ArtifactType: StatementArtifact, Subject: &img.top.desc}, memory(emptyConfig, []byte("{}")), memory(envelopeMedia, raw)); err != nil {
-			t.Fatal(err)
-		}
-		_, err = s.Fetch(ctx, ref, root, OCI)
+		pushStatement(t, s, ref, statement, key)
+		_, err := s.Fetch(ctx, ref, root, OCI)
 		wantRefusal(t, s, err, "E_LIMIT", "1048576")
 	})
 	t.Run("U-09 more entries than may be", func(t *testing.T) {
@@ -360,20 +350,21 @@ func TestDrift(t *testing.T) {
 				t.Errorf("cause: got %v", mismatch)
 			}
 			repaired, err := s.Repair(ctx, ref, root, OCI)
-			if err != nil || cmp.Diff(content, repaired) != "" {
+			if err != nil || repaired.Path == content.Path || cmp.Diff(content, repaired, otherCopy) != "" {
 				t.Fatalf("Repair: got %+v, %v", repaired, err)
 			}
 			if err := s.Check(ctx, repaired); err != nil {
 				t.Errorf("after repair: %v", err)
 			}
 			wantClean(t, s, false)
+			content = repaired
 		})
 	}
 	t.Run("T56 repair needs no source while the blobs are good", func(t *testing.T) {
-		if err := os.Rename(ref.Layout, ref.Layout+"-away"); err != nil {
+		if err := errors.Join(os.Rename(ref.Layout, ref.Layout+"-away"), os.Remove(at("bin/app"))); err != nil {
 			t.Fatal(err)
 		}
-		if _, err := s.Repair(ctx, ref, root, OCI); err != nil {
+		if content, err = s.Repair(ctx, ref, root, OCI); err != nil {
 			t.Errorf("got %v", err)
 		}
 		if err := os.Rename(ref.Layout+"-away", ref.Layout); err != nil {
@@ -386,6 +377,7 @@ func TestDrift(t *testing.T) {
 			t.Fatalf("got %v, %v, want the layer's root", kept, err)
 		}
 		spoil(t, strings.TrimSuffix(kept[0], ".root"))
+		spoil(t, at("bin/app"))
 		repaired, err := s.Repair(ctx, ref, root, OCI)
 		if err != nil {
 			t.Fatal(err)
@@ -414,6 +406,50 @@ func TestDrift(t *testing.T) {
 	})
 }
 
+// otherCopy leaves out of a comparison where content lies.
+var otherCopy = cmpopts.IgnoreFields(Content{}, "Path")
+
+// TestT56RepairLeavesWhatRuns is about the workloads that have a copy as their base while it is replaced.
+func TestT56RepairLeavesWhatRuns(t *testing.T) {
+	ctx := context.Background()
+	ref := toLayout(t, simple(t, "linux/amd64", reg("app", "hello")))
+	root := rootOf(t, ref)
+	s := newStore(t)
+	var copies []Content
+	for range 3 {
+		content, err := s.Fetch(ctx, ref, root, OCI)
+		if err != nil {
+			t.Fatal(err)
+		}
+		copies = append(copies, content)
+		if err := os.WriteFile(filepath.Join(content.Path, "app"), []byte("hallo"), 0o644); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := s.Repair(ctx, ref, root, OCI); err != nil {
+			t.Fatal(err)
+		}
+		if body, err := os.ReadFile(filepath.Join(content.Path, "app")); err != nil || string(body) != "hallo" {
+			t.Errorf("the copy that is replaced: got %q, %v, want it as it was", body, err)
+		}
+	}
+	last, err := s.Repair(ctx, ref, root, OCI)
+	if now, err2 := s.Fetch(ctx, ref, root, OCI); err != nil || err2 != nil || cmp.Diff(now, last) != "" {
+		t.Errorf("a repair of what is whole: got %+v, %v, want %+v, %v", last, err, now, err2)
+	}
+	for i, content := range copies {
+		if _, err := os.Stat(content.Path); (err == nil) != (i == len(copies)-1) {
+			t.Errorf("copy %d: got %v, want only the last one replaced to be left", i, err)
+		}
+	}
+	if err := os.RemoveAll(filepath.Join(s.Dir, "content")); err != nil {
+		t.Fatal(err)
+	}
+	fresh, err := (&Store{Dir: s.Dir, Platform: s.Platform}).Fetch(ctx, ref, root, OCI)
+	if err != nil || slices.ContainsFunc(append(copies, last), func(c Content) bool { return c.Path == fresh.Path }) {
+		t.Errorf("after all copies were removed: got %s, %v, want a path of its own", fresh.Path, err)
+	}
+}
+
 func BenchmarkUnpack(b *testing.B) {
 	var files []file
 	for i := range 500 {
@@ -433,7 +469,7 @@ func BenchmarkUnpack(b *testing.B) {
 				b.Fatal(err)
 			}
 			u := newUnpacker("layer", root)
-			if err := u.layerFrom(context.Background(), func() (io.Reader, func(), error) {
+			if err := u.layerFrom(context.Background(), func() (*bounded, func(), error) {
 				return decompress("layer", v1.Descriptor{MediaType: types.OCILayer}, bytes.NewReader(layer), sha256Hex(data), maxUnpacked)
 			}); err != nil {
 				b.Fatal(err)

@@ -15,6 +15,7 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"time"
 
 	v1 "github.com/google/go-containerregistry/pkg/v1"
 	"github.com/google/go-containerregistry/pkg/v1/empty"
@@ -367,23 +368,34 @@ func withExtra(t testing.TB, index v1.ImageIndex, image v1.Image) v1.ImageIndex 
 // pushLie puts a statement beside an image that is about it by both digests, but gives wrong roots.
 func pushLie(t *testing.T, s *Store, ref Reference, root merkle.Digest, signer crypto.Signer) {
 	t.Helper()
-	ctx := context.Background()
-	img, err := s.whole(ctx, ref)
-	if err != nil {
-		t.Fatal(err)
-	}
 	lie := sampleStatement(ref.SHA256, root)
-	for _, m := range img.top.members {
+	for _, m := range wholeOf(t, ref).top.members {
 		lie.Predicate.Platforms = append(lie.Predicate.Platforms, PlatformRoot{SHA256: m.desc.Digest.Hex, ManifestRoot: merkle.BlobRoot([]byte("lie"))})
 	}
-	raw, err := sign(lie, signer)
+	pushStatement(t, s, ref, lie, signer)
+}
+
+// pushStatement puts a statement beside an image, whatever it says.
+func pushStatement(t *testing.T, s *Store, ref Reference, statement *Statement, signer crypto.Signer) {
+	t.Helper()
+	raw, err := sign(statement, signer)
 	if err != nil {
 		t.Fatal(err)
 	}
-	subject := img.top.desc
-	if _, err := s.push(ctx, ref, v1.Manifest{ArtifactType: StatementArtifact, Subject: &subject}, memory(emptyConfig, []byte("{}")), memory(envelopeMedia, raw)); err != nil {
+	subject := wholeOf(t, ref).top.desc
+	if _, err := s.push(context.Background(), ref, v1.Manifest{ArtifactType: StatementArtifact, Subject: &subject}, memory(emptyConfig, []byte("{}")), memory(envelopeMedia, raw)); err != nil {
 		t.Fatal(err)
 	}
+}
+
+// wholeOf is an image with every root, by a store of its own.
+func wholeOf(t *testing.T, ref Reference) *image {
+	t.Helper()
+	img, err := newStore(t).whole(context.Background(), ref)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return img
 }
 
 func sampleStatement(sha256 string, root merkle.Digest) *Statement {
@@ -402,4 +414,44 @@ func writeBlob(t *testing.T, layout string, raw []byte) {
 func nestedIndex(t testing.TB, inner v1.ImageIndex) v1.ImageIndex {
 	t.Helper()
 	return mutate.AppendManifests(mutate.IndexMediaType(empty.Index, types.OCIImageIndex), mutate.IndexAddendum{Add: inner})
+}
+
+// slow is a place that gives a few bytes now and then, and for ever, if end does not say how many.
+type slow struct {
+	source
+	answers, every time.Duration
+	bytes          int
+	end            int64
+	ctx            context.Context
+	given          int64
+}
+
+func (s *slow) open(ctx context.Context, _, _ string) (io.ReadCloser, int64, error) {
+	s.ctx = ctx
+	return io.NopCloser(s), -1, s.wait(s.answers)
+}
+
+func (s *slow) referrers(ctx context.Context, _ string) ([]v1.Descriptor, error) {
+	s.ctx = ctx
+	return nil, s.wait(s.answers)
+}
+
+func (s *slow) wait(long time.Duration) error {
+	select {
+	case <-s.ctx.Done():
+		return context.Cause(s.ctx)
+	case <-time.After(long):
+		return nil
+	}
+}
+
+func (s *slow) Read(p []byte) (int, error) {
+	if s.end > 0 && s.given >= s.end {
+		return 0, io.EOF
+	}
+	err := s.wait(s.every)
+	n := min(len(p), s.bytes)
+	clear(p[:n])
+	s.given += int64(n)
+	return n, err
 }
