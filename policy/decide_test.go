@@ -17,8 +17,10 @@ import (
 	"time"
 
 	"github.com/google/go-cmp/cmp"
+	"github.com/open-policy-agent/opa/v1/rego"
 
 	"github.com/kindos/kmo/policy/refusal"
+	"github.com/kindos/kmo/registry/merkle"
 	shipped "github.com/kindos/kmo/rego"
 )
 
@@ -118,10 +120,7 @@ func TestThreats(t *testing.T) {
 		{"T70 path put together at render time", []operation{op("/units/0/workloads/0/mounts", []any{map[string]any{"from": "/srv/x/../../etc", "to": "/x"}})}, []string{"KT003"}},
 	} {
 		t.Run(one.name, func(t *testing.T) {
-			var got []string
-			for _, d := range replay(t, set, c, one.patch).Denied {
-				got = append(got, d.ID)
-			}
+			got := idsOf(replay(t, set, c, one.patch))
 			if got = slices.Compact(got); !slices.Equal(got, one.want) {
 				t.Errorf("got %v, want %v", got, one.want)
 			}
@@ -188,6 +187,52 @@ func TestDecision(t *testing.T) {
 			golden(t, name+".json", append(written, '\n'))
 		})
 	}
+}
+
+// TestT64BothSetsJudge judges a change that brings a new policy besides: no finding of the old rules or of the new gets lost, and the order does
+// not matter.
+func TestT64BothSetsJudge(t *testing.T) {
+	rule := func(id, text string) *Set {
+		t.Helper()
+		set, err := Load(shipped.Rules(), site(fmt.Sprintf("package site\n\ndeny contains {\"id\": %q, \"unit\": \"\", \"path\": \"\", \"msg\": %q} if input.site.branch == %q\n", id, text, text)))
+		if err != nil {
+			t.Fatal(err)
+		}
+		return set
+	}
+	old, next := rule("OLD", "old"), rule("NEW", "new")
+	both := old.And(next)
+	for branch, want := range map[string]string{"old": "OLD", "new": "NEW", "main": ""} {
+		input := many(t, 1)
+		input.Site.Branch, input.Change.Policy, input.Change.Apart = branch, true, true
+		decision, err := both.Decide(context.Background(), input)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if got := strings.Join(idsOf(decision), " "); got != want {
+			t.Errorf("branch %s: denied by %q, want %q", branch, got, want)
+		}
+		again, err := both.Replay(context.Background(), decision.Input)
+		if err != nil || !cmp.Equal(decision.Denied, again.Denied) || decision.Policy != old.Digest() || len(decision.Evaluated) != len(shipped.IDs())+1 {
+			t.Errorf("branch %s: %+v, again %+v: %v", branch, decision, again, err)
+		}
+		input.Rules = []merkle.Digest{old.Digest(), next.Digest()} // whatever the caller says
+		if decision, err = old.Decide(context.Background(), input); err != nil || !slices.Contains(idsOf(decision), "KT020") {
+			t.Errorf("branch %s before the old rules alone: %v, %v", branch, idsOf(decision), err)
+		}
+	}
+	silent := *next
+	silent.query = rego.PreparedEvalQuery{}
+	if decision, err := old.And(&silent).Decide(context.Background(), many(t, 1)); err == nil || decision.Refusal() == nil {
+		t.Errorf("a second set that does not judge: %+v, %v", decision, err)
+	}
+}
+
+func idsOf(d Decision) (ids []string) {
+	for _, denial := range d.Denied {
+		ids = append(ids, denial.ID)
+	}
+	return ids
 }
 
 // TestNoJudgement is every way in which a judgement does not come about: each is a denial, none an approval.

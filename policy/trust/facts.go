@@ -27,6 +27,7 @@ type Facts struct {
 	Trust  bool        `json:"trust"`  // files under trust/ differ
 	Policy bool        `json:"policy"` // files under policy/ differ
 	Other  bool        `json:"other"`  // anything else that is judged differs: units, profiles, site.yaml
+	Apart  bool        `json:"apart"`  // policy and other both differ, and along the history policy/ changed while the rest stood still
 	Time   time.Time   `json:"time"`   // trusted time
 	Units  []UnitFacts `json:"units"`  // sorted by name; trust and policy changes are the units "@trust" and "@policy", a change of site.yaml "@site"
 

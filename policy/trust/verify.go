@@ -1,6 +1,7 @@
 package trust
 
 import (
+	"cmp"
 	"context"
 	"fmt"
 	"io/fs"
@@ -85,7 +86,7 @@ func (v *Verifier) Verify(ctx context.Context, running, head Commit, h History) 
 		return Facts{}, err
 	}
 	j.facts.Tripwires = j.root.Tripwires
-	for _, check := range []func(context.Context) error{j.signature, j.descent, j.change, j.revert, j.approvals} {
+	for _, check := range []func(context.Context) error{j.signature, j.descent, j.change, j.apart, j.revert, j.approvals} {
 		if err := check(ctx); err != nil {
 			return Facts{}, err
 		}
@@ -261,6 +262,42 @@ func (j *judgement) policy(c comparison) error {
 	j.facts.Policy = true
 	j.facts.Units = append(j.facts.Units, UnitFacts{Unit: unitPolicy, Action: "policy", From: from, To: to, Need: j.root.Tiers[0].Need})
 	return nil
+}
+
+// apart finds out whether a change of policy/ and a change of the rest, which this host sees as one, were made one after the other: since
+// what runs, one state of the rest has stood under the accepted policy and under the head's. Nobody signs the history, so this is
+// about form; what a change may do is for the rules, which are asked before and after (KT020).
+func (j *judgement) apart(ctx context.Context) error {
+	if !j.facts.Policy || !j.facts.Other {
+		return nil
+	}
+	commits, err := j.history.Between(ctx, j.running.ID, j.head.ID)
+	if err != nil {
+		return fmt.Errorf("history since %s: %w", cmp.Or(j.running.ID, "the beginning"), err)
+	}
+	if j.running.ID != "" {
+		commits = append(commits, j.running)
+	}
+	at := slices.IndexFunc(commits, func(c Commit) bool { return c.ID == j.state.Accepted.Commit })
+	if at < 0 {
+		return nil
+	}
+	before, after := commits[at].Tree.ObjectID("policy"), j.head.Tree.ObjectID("policy")
+	under := map[string]map[string]bool{before: {}, after: {}}
+	for _, c := range commits {
+		if seen := under[c.Tree.ObjectID("policy")]; seen != nil {
+			seen[rest(c.Tree)] = true
+		}
+	}
+	for state := range under[before] {
+		j.facts.Apart = j.facts.Apart || under[after][state]
+	}
+	return nil
+}
+
+// rest is everything that is judged but trust/ and policy/, as Git ids.
+func rest(t Tree) string {
+	return strings.Join([]string{t.ObjectID("units"), t.ObjectID("profiles"), t.ObjectID("site.yaml")}, " ")
 }
 
 // collisions refuses a commit id that now stands for another content than the one that was accepted under it.

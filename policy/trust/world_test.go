@@ -242,7 +242,11 @@ func (w *world) Ancestor(_ context.Context, old, new string) (bool, error) {
 }
 
 func (w *world) Between(_ context.Context, old, new string) (commits []Commit, err error) {
-	for _, id := range strings.Fields(w.git("rev-list", old+".."+new)) {
+	args := []string{"rev-list", new}
+	if old != "" {
+		args = append(args, "^"+old)
+	}
+	for _, id := range strings.Fields(w.git(args...)) {
 		commits = append(commits, w.at(id))
 	}
 	return commits, nil
