@@ -65,7 +65,10 @@ func templateShape() *shape {
 		"run":       runShape(of(integer)),
 		"mounts":    mountsShape(),
 		"hooks":     hooksShape(),
-		"security":  securityShape(),
+		"health": {kind: object, fields: map[string]*shape{
+			"exec": {kind: object, fields: map[string]*shape{"argv": listOf(needed(text))}},
+			"http": {kind: object, fields: map[string]*shape{"path": of(text)}}}},
+		"security": securityShape(),
 	}}
 }
 
