@@ -87,6 +87,73 @@ func TestFixtures(t *testing.T) {
 	t.Run("U-35 golden decisions", func(t *testing.T) { golden(t, "decisions.txt", transcript.Bytes()) })
 }
 
+// TestFixturesSayWhatTheyMean: a patch does what is written or nothing at all, and no fixture adds a key that no rule looks at: a near miss
+// that is misspelt would pass for that alone.
+func TestFixturesSayWhatTheyMean(t *testing.T) {
+	c := readFixtures(t)
+	for name, op := range map[string]operation{
+		"U-32 unknown operation":     {Op: "ad", Path: "/version", Value: 1},
+		"U-32 operation of no kind":  {Path: "/version", Value: 1},
+		"U-32 replace of nothing":    {Op: "replace", Path: "/change/polcy", Value: true},
+		"U-32 remove of nothing":     {Op: "remove", Path: "/change/polcy"},
+		"U-32 add below nothing":     {Op: "add", Path: "/unit/0/after", Value: 1},
+		"U-32 add beyond the end":    {Op: "add", Path: "/units/9", Value: 1},
+		"U-32 test of another value": {Op: "test", Path: "/version", Value: 2},
+	} {
+		t.Run(name, func(t *testing.T) {
+			if text, err := c.input([]operation{op}); err == nil {
+				t.Errorf("got %.60s, want an error", text)
+			}
+		})
+	}
+	inserted, err := c.input([]operation{{Op: "add", Path: "/site/registries/0", Value: "first.example"}})
+	if err != nil || len(many(t, 1).Site.Registries) != 2 || !bytes.Contains(inserted, []byte(`["first.example","reg.example:5000","mirror.example/edge"]`)) {
+		t.Errorf("add at a place of a list does not insert: %s, %v", inserted, err)
+	}
+	known := unlookedAt(plain(t, c.base), inputShape(), "")
+	for _, meant := range []string{"/units/after/overlay", "/units/after/health/http/port", "/units/before/resources", "/change/units/uncounted/code"} {
+		known[meant] = true
+	}
+	for id, v := range c.cases {
+		for _, patches := range []map[string][]operation{v.Trip, v.Near} {
+			for name, patch := range patches {
+				input, err := c.input(patch)
+				if err != nil {
+					t.Fatalf("%s, %s: %v", id, name, err)
+				}
+				for path := range unlookedAt(plain(t, input), inputShape(), "") {
+					if !known[path] {
+						t.Errorf("%s, %s: no rule looks at %s", id, name, path)
+					}
+				}
+			}
+		}
+	}
+}
+
+// unlookedAt are the keys of a document that no rule looks at, with those above them; places in lists do not count.
+func unlookedAt(node any, s *shape, path string) map[string]bool {
+	found, free := map[string]bool{}, &shape{}
+	switch node := node.(type) {
+	case map[string]any:
+		for key, value := range node {
+			below, _ := s.field(key, free)
+			if below == free {
+				found[path+"/"+key] = true
+				continue
+			}
+			maps.Copy(found, unlookedAt(value, below, path+"/"+key))
+		}
+	case []any:
+		for _, value := range node {
+			if s.elem != nil {
+				maps.Copy(found, unlookedAt(value, s.elem, path))
+			}
+		}
+	}
+	return found
+}
+
 func replay(t *testing.T, set *Set, c *corpus, patch []operation) Decision {
 	t.Helper()
 	input, err := c.input(patch)
