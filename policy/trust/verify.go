@@ -355,8 +355,11 @@ func (j *judgement) approvals(ctx context.Context) error {
 	return nil
 }
 
-// writers adds whom a commit between the two claims as author and committer. Between accepted commits a signature is not asked for, so this
-// can exclude too many, never count anyone.
+// writers adds whom a commit between the two names as author and committer, and who signed it. Only the head must be signed, so below it names
+// are claims. A false one excludes somebody who wrote nothing; who writes under a stranger's name is not excluded. To ask for a name of the
+// root would not mend that, for a colleague's name will do, and to ask for signatures would refuse histories that need none. What holds
+// whatever is written: the head's signer, person or robot, is among the authors, so a tier that does not count authors asks for its
+// approvals from others than the one who let the change in. Nobody is counted by this.
 func (j *judgement) writers(c Commit, authors map[string]bool) {
 	p, signature, unsigned := openCommit(c.Raw, c.ID)
 	for _, email := range []string{p.Author.Email, p.Committer.Email} {
