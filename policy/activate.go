@@ -1,6 +1,7 @@
 package policy
 
 import (
+	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
@@ -14,6 +15,7 @@ import (
 
 	"github.com/open-policy-agent/opa/v1/ast"
 	"github.com/open-policy-agent/opa/v1/rego"
+	"github.com/open-policy-agent/opa/v1/topdown"
 
 	"github.com/kindos/kmo/policy/refusal"
 	shipped "github.com/kindos/kmo/rego"
@@ -31,7 +33,7 @@ type verdict struct {
 	Near map[string][]operation `json:"near"`
 }
 
-// operation is one step of a JSON patch (RFC 6902): add, replace or remove.
+// operation is one step of a JSON patch (RFC 6902) with a value or none: add, replace, remove or test.
 type operation struct {
 	Op    string `json:"op"`
 	Path  string `json:"path"`
@@ -57,7 +59,9 @@ func readCorpus() (*corpus, error) {
 			return nil, err
 		}
 		var v verdict
-		if err := json.Unmarshal(text, &v); err != nil {
+		strict := json.NewDecoder(bytes.NewReader(text))
+		strict.DisallowUnknownFields()
+		if err := strict.Decode(&v); err != nil {
 			return nil, fmt.Errorf("fixture %s: %v", name, err)
 		}
 		c.cases[strings.TrimSuffix(path.Base(name), ".json")] = v
@@ -65,51 +69,26 @@ func readCorpus() (*corpus, error) {
 	return c, nil
 }
 
-// input is the base with a patch.
+// input is the base with a patch, which OPA's own json.patch applies: an operation that it does not know, or whose target is not there,
+// is an error.
 func (c *corpus) input(patch []operation) ([]byte, error) {
-	var tree any
-	if err := json.Unmarshal(c.base, &tree); err != nil {
+	base, err := ast.ValueFromReader(bytes.NewReader(c.base))
+	if err != nil {
 		return nil, err
 	}
-	for _, op := range patch {
-		var err error
-		if tree, err = op.apply(tree, strings.Split(op.Path, "/")[1:]); err != nil {
-			return nil, fmt.Errorf("%s %s: %v", op.Op, op.Path, err)
-		}
+	steps, err := ast.InterfaceToValue(append([]operation{}, patch...))
+	if err != nil {
+		return nil, err
 	}
-	return json.Marshal(tree)
-}
-
-// apply returns node with the operation done at the path below it.
-func (o operation) apply(node any, path []string) (any, error) {
-	if len(path) == 0 {
-		return o.Value, nil
+	var patched any
+	err = topdown.GetBuiltin(ast.JSONPatch.Name)(topdown.BuiltinContext{}, []*ast.Term{ast.NewTerm(base), ast.NewTerm(steps)}, func(result *ast.Term) (err error) {
+		patched, err = ast.JSON(result.Value)
+		return err
+	})
+	if err != nil {
+		return nil, err
 	}
-	key, last := path[0], len(path) == 1
-	switch node := node.(type) {
-	case map[string]any:
-		if last && o.Op == "remove" {
-			delete(node, key)
-			return node, nil
-		}
-		child, err := o.apply(node[key], path[1:])
-		node[key] = child
-		return node, err
-	case []any:
-		if last && key == "-" {
-			return append(node, o.Value), nil
-		}
-		n, err := strconv.Atoi(key)
-		if err != nil || n < 0 || n >= len(node) {
-			return node, errors.New("no such element")
-		}
-		if last && o.Op == "remove" {
-			return slices.Delete(node, n, n+1), nil
-		}
-		node[n], err = o.apply(node[n], path[1:])
-		return node, err
-	}
-	return node, errors.New("no such member")
+	return json.Marshal(patched)
 }
 
 // try runs every fixture: the set must deny what must trip, with that rule's id, and must not call a near miss by it.

@@ -24,7 +24,7 @@ type Decision struct {
 	Denied    []Denial        `json:"denied,omitempty"` // sorted by id, unit and path; none and Evaluated complete: the change may run
 	Warned    []Denial        `json:"warned,omitempty"`
 	Evaluated []string        `json:"evaluated"` // ids of the shipped rules that looked, sorted
-	Policy    merkle.Digest   `json:"policy"`    // the set that judged
+	Policy    merkle.Digest   `json:"policy"`    // the set that judged; of two, the base's
 	Input     json.RawMessage `json:"input"`     // the very bytes that were judged; none of an input that was too large to be
 	Took      time.Duration   `json:"took"`      // ns
 }
@@ -85,6 +85,10 @@ func (s *Set) Decide(ctx context.Context, input Input) (decision Decision, err e
 			decision = Decision{Policy: s.digest, Denied: []Denial{denialOf(err)}}
 		}
 	}()
+	input.Rules = nil
+	if s.also != nil {
+		input.Rules = []merkle.Digest{s.digest, s.also.digest}
+	}
 	document, err := json.Marshal(input)
 	if err != nil {
 		err = &refusal.Error{Code: codeError, Subject: "policy input", Got: refusal.Clip(err.Error(), 200), Want: "values that can be written as JSON"}
@@ -116,11 +120,16 @@ func (s *Set) Replay(ctx context.Context, input []byte) (decision Decision, err 
 	if err != nil {
 		return decision, err
 	}
-	found, err := s.evaluate(ctx, value)
-	if err != nil {
-		return decision, err
+	for set := s; set != nil; set = set.also {
+		found, err := set.evaluate(ctx, value)
+		if err != nil {
+			return decision, err
+		}
+		if err := found.into(&decision, requiredBy(value)); err != nil {
+			return decision, err
+		}
 	}
-	return decision, found.into(&decision, requiredBy(value))
+	return decision, nil
 }
 
 // requiredBy lists the ids that the trust root requires beside the shipped ones.
@@ -176,21 +185,25 @@ func (s *Set) evaluate(ctx context.Context, input ast.Value) (findings, error) {
 	return found, nil
 }
 
-// into fills in the decision, and refuses findings that say nothing and required rules that did not look.
+// into adds what one set found to the decision, and refuses findings that say nothing and required rules that did not look.
 func (f findings) into(d *Decision, required []string) error {
-	var err error
-	if d.Denied, err = denials(f.denied, f.siteDenied); err != nil {
+	denied, err := denials(f.denied, f.siteDenied)
+	if err != nil {
 		return err
 	}
-	if d.Warned, err = denials(f.warned, f.siteWarned); err != nil {
+	warned, err := denials(f.warned, f.siteWarned)
+	if err != nil {
 		return err
 	}
+	d.Denied, d.Warned = sorted(append(d.Denied, denied...)), sorted(append(d.Warned, warned...))
+	looked := []string{string(codeMissing)} // that is what happens here
 	for _, id := range f.evaluated {
-		d.Evaluated = append(d.Evaluated, fmt.Sprint(id))
+		looked = append(looked, fmt.Sprint(id))
 	}
-	d.Evaluated = append(d.Evaluated, string(codeMissing)) // that is what happens here
+	d.Evaluated = append(d.Evaluated, looked...)
 	slices.Sort(d.Evaluated)
-	if missing := unlooked(d.Evaluated, required); len(missing) > 0 {
+	d.Evaluated = slices.Compact(d.Evaluated)
+	if missing := unlooked(looked, required); len(missing) > 0 {
 		return &refusal.Error{Code: codeMissing, Subject: "policy", Got: refusal.Clip(strings.Join(missing, ", "), 200) + " did not look at the change", Want: "every required rule evaluated"}
 	}
 	return nil
@@ -214,10 +227,15 @@ func denials(ours, sites []any) ([]Denial, error) {
 		}
 		list = append(list, d)
 	}
+	return list, nil
+}
+
+// sorted is the list in its order, each finding once.
+func sorted(list []Denial) []Denial {
 	slices.SortFunc(list, func(a, b Denial) int {
 		return cmp.Or(strings.Compare(a.ID, b.ID), strings.Compare(a.Unit, b.Unit), strings.Compare(a.Path, b.Path), strings.Compare(a.Msg, b.Msg))
 	})
-	return slices.Compact(list), nil
+	return slices.Compact(list)
 }
 
 func denialFrom(finding any) (Denial, bool) {

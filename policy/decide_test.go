@@ -17,8 +17,10 @@ import (
 	"time"
 
 	"github.com/google/go-cmp/cmp"
+	"github.com/open-policy-agent/opa/v1/rego"
 
 	"github.com/kindos/kmo/policy/refusal"
+	"github.com/kindos/kmo/registry/merkle"
 	shipped "github.com/kindos/kmo/rego"
 )
 
@@ -85,6 +87,73 @@ func TestFixtures(t *testing.T) {
 	t.Run("U-35 golden decisions", func(t *testing.T) { golden(t, "decisions.txt", transcript.Bytes()) })
 }
 
+// TestFixturesSayWhatTheyMean: a patch does what is written or nothing at all, and no fixture adds a key that no rule looks at: a near miss
+// that is misspelt would pass for that alone.
+func TestFixturesSayWhatTheyMean(t *testing.T) {
+	c := readFixtures(t)
+	for name, op := range map[string]operation{
+		"U-32 unknown operation":     {Op: "ad", Path: "/version", Value: 1},
+		"U-32 operation of no kind":  {Path: "/version", Value: 1},
+		"U-32 replace of nothing":    {Op: "replace", Path: "/change/polcy", Value: true},
+		"U-32 remove of nothing":     {Op: "remove", Path: "/change/polcy"},
+		"U-32 add below nothing":     {Op: "add", Path: "/unit/0/after", Value: 1},
+		"U-32 add beyond the end":    {Op: "add", Path: "/units/9", Value: 1},
+		"U-32 test of another value": {Op: "test", Path: "/version", Value: 2},
+	} {
+		t.Run(name, func(t *testing.T) {
+			if text, err := c.input([]operation{op}); err == nil {
+				t.Errorf("got %.60s, want an error", text)
+			}
+		})
+	}
+	inserted, err := c.input([]operation{{Op: "add", Path: "/site/registries/0", Value: "first.example"}})
+	if err != nil || len(many(t, 1).Site.Registries) != 2 || !bytes.Contains(inserted, []byte(`["first.example","reg.example:5000","mirror.example/edge"]`)) {
+		t.Errorf("add at a place of a list does not insert: %s, %v", inserted, err)
+	}
+	known := unlookedAt(plain(t, c.base), inputShape(), "")
+	for _, meant := range []string{"/units/after/overlay", "/units/after/health/http/port", "/units/before/resources", "/change/units/uncounted/code"} {
+		known[meant] = true
+	}
+	for id, v := range c.cases {
+		for _, patches := range []map[string][]operation{v.Trip, v.Near} {
+			for name, patch := range patches {
+				input, err := c.input(patch)
+				if err != nil {
+					t.Fatalf("%s, %s: %v", id, name, err)
+				}
+				for path := range unlookedAt(plain(t, input), inputShape(), "") {
+					if !known[path] {
+						t.Errorf("%s, %s: no rule looks at %s", id, name, path)
+					}
+				}
+			}
+		}
+	}
+}
+
+// unlookedAt are the keys of a document that no rule looks at, with those above them; places in lists do not count.
+func unlookedAt(node any, s *shape, path string) map[string]bool {
+	found, free := map[string]bool{}, &shape{}
+	switch node := node.(type) {
+	case map[string]any:
+		for key, value := range node {
+			below, _ := s.field(key, free)
+			if below == free {
+				found[path+"/"+key] = true
+				continue
+			}
+			maps.Copy(found, unlookedAt(value, below, path+"/"+key))
+		}
+	case []any:
+		for _, value := range node {
+			if s.elem != nil {
+				maps.Copy(found, unlookedAt(value, s.elem, path))
+			}
+		}
+	}
+	return found
+}
+
 func replay(t *testing.T, set *Set, c *corpus, patch []operation) Decision {
 	t.Helper()
 	input, err := c.input(patch)
@@ -118,10 +187,7 @@ func TestThreats(t *testing.T) {
 		{"T70 path put together at render time", []operation{op("/units/0/workloads/0/mounts", []any{map[string]any{"from": "/srv/x/../../etc", "to": "/x"}})}, []string{"KT003"}},
 	} {
 		t.Run(one.name, func(t *testing.T) {
-			var got []string
-			for _, d := range replay(t, set, c, one.patch).Denied {
-				got = append(got, d.ID)
-			}
+			got := idsOf(replay(t, set, c, one.patch))
 			if got = slices.Compact(got); !slices.Equal(got, one.want) {
 				t.Errorf("got %v, want %v", got, one.want)
 			}
@@ -188,6 +254,52 @@ func TestDecision(t *testing.T) {
 			golden(t, name+".json", append(written, '\n'))
 		})
 	}
+}
+
+// TestT64BothSetsJudge judges a change that brings a new policy besides: no finding of the old rules or of the new gets lost, and the order does
+// not matter.
+func TestT64BothSetsJudge(t *testing.T) {
+	rule := func(id, text string) *Set {
+		t.Helper()
+		set, err := Load(shipped.Rules(), site(fmt.Sprintf("package site\n\ndeny contains {\"id\": %q, \"unit\": \"\", \"path\": \"\", \"msg\": %q} if input.site.branch == %q\n", id, text, text)))
+		if err != nil {
+			t.Fatal(err)
+		}
+		return set
+	}
+	old, next := rule("OLD", "old"), rule("NEW", "new")
+	both := old.And(next)
+	for branch, want := range map[string]string{"old": "OLD", "new": "NEW", "main": ""} {
+		input := many(t, 1)
+		input.Site.Branch, input.Change.Policy, input.Change.Apart = branch, true, true
+		decision, err := both.Decide(context.Background(), input)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if got := strings.Join(idsOf(decision), " "); got != want {
+			t.Errorf("branch %s: denied by %q, want %q", branch, got, want)
+		}
+		again, err := both.Replay(context.Background(), decision.Input)
+		if err != nil || !cmp.Equal(decision.Denied, again.Denied) || decision.Policy != old.Digest() || len(decision.Evaluated) != len(shipped.IDs())+1 {
+			t.Errorf("branch %s: %+v, again %+v: %v", branch, decision, again, err)
+		}
+		input.Rules = []merkle.Digest{old.Digest(), next.Digest()} // whatever the caller says
+		if decision, err = old.Decide(context.Background(), input); err != nil || !slices.Contains(idsOf(decision), "KT020") {
+			t.Errorf("branch %s before the old rules alone: %v, %v", branch, idsOf(decision), err)
+		}
+	}
+	silent := *next
+	silent.query = rego.PreparedEvalQuery{}
+	if decision, err := old.And(&silent).Decide(context.Background(), many(t, 1)); err == nil || decision.Refusal() == nil {
+		t.Errorf("a second set that does not judge: %+v, %v", decision, err)
+	}
+}
+
+func idsOf(d Decision) (ids []string) {
+	for _, denial := range d.Denied {
+		ids = append(ids, denial.ID)
+	}
+	return ids
 }
 
 // TestNoJudgement is every way in which a judgement does not come about: each is a denial, none an approval.

@@ -101,7 +101,8 @@ func forbidden(input any) []string {
 			faults = append(faults, "KT018")
 		}
 	}
-	if at(change, "base") != "" && at(change, "policy") == true && at(change, "other") == true {
+	apart := at(change, "apart") == true && len(list(at(input, "rules"))) > 1
+	if at(change, "base") != "" && at(change, "revert") != true && at(change, "policy") == true && at(change, "other") == true && !apart {
 		faults = append(faults, "KT020")
 	}
 	asks := func(node any) {

@@ -4,6 +4,7 @@ import (
 	"time"
 
 	"github.com/kindos/kmo/policy/trust"
+	"github.com/kindos/kmo/registry/merkle"
 )
 
 // Input is everything a rule may look at: one change of a site, before and after, with what Go has established about it.
@@ -17,6 +18,9 @@ type Input struct {
 	Change  trust.Facts `json:"change"` // who signed, what changed, which approvals count
 	Units   []Unit      `json:"units"`  // the units that differ between what runs and what would run, sorted by name
 	Totals  Totals      `json:"totals"` // over the whole site on this host, so that no rule needs the unchanged units
+
+	// Rules are the digests of the sets that judge, the base's first, where they are two (Set.And). Decide sets it.
+	Rules []merkle.Digest `json:"rules,omitempty"`
 }
 
 // Site is what the trusted base says about the site.

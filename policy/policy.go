@@ -58,6 +58,7 @@ type Set struct {
 	digest merkle.Digest
 	query  rego.PreparedEvalQuery
 	limit  time.Duration // for one decision
+	also   *Set          // judges too, nil if none does
 }
 
 // Load compiles the layers into one set and tries it. The first layer is the shipped rules; every further one is a site's policy
@@ -93,6 +94,14 @@ func Load(layers ...fs.FS) (*Set, error) {
 
 // Digest is the kmo1 content root of the set's files, each under the number of its layer.
 func (s *Set) Digest() merkle.Digest { return s.digest }
+
+// And returns a set that judges by s and by the other: what either denies is denied. It judges a change that brings new rules with other
+// things: s is the base's, the other the head's.
+func (s *Set) And(other *Set) *Set {
+	both := *s
+	both.also = other
+	return &both
+}
 
 // prepare compiles everything but tests and asks for the findings of each package in one query.
 func (p *modules) prepare() (rego.PreparedEvalQuery, error) {

@@ -37,12 +37,13 @@ func inputShape() *shape {
 	return &shape{kind: object, must: true, fields: map[string]*shape{
 		"version": needed(integer),
 		"commit":  needed(text),
+		"rules":   listOf(needed(text)),
 		"site":    {kind: object, must: true, fields: map[string]*shape{"name": needed(text), "registries": listOf(needed(text))}},
 		"host": {kind: object, must: true, fields: map[string]*shape{
 			"state": needed(text), "cpu": needed(integer), "memory": needed(integer), "pids": needed(integer), "disk": needed(integer)}},
 		"change": {kind: object, must: true, fields: map[string]*shape{
 			"commit": needed(text), "base": needed(text), "signer": needed(text), "revert": needed(truth),
-			"trust": needed(truth), "policy": needed(truth), "other": needed(truth), "units": listOf(facts), "tripwires": listOf(needed(text))}},
+			"trust": needed(truth), "policy": needed(truth), "other": needed(truth), "apart": of(truth), "units": listOf(facts), "tripwires": listOf(needed(text))}},
 		"units": listOf(unit),
 		"totals": {kind: object, must: true, fields: map[string]*shape{
 			"before": needed(integer), "after": needed(integer), "removed": needed(integer),
@@ -64,7 +65,10 @@ func templateShape() *shape {
 		"run":       runShape(of(integer)),
 		"mounts":    mountsShape(),
 		"hooks":     hooksShape(),
-		"security":  securityShape(),
+		"health": {kind: object, fields: map[string]*shape{
+			"exec": {kind: object, fields: map[string]*shape{"argv": listOf(needed(text))}},
+			"http": {kind: object, fields: map[string]*shape{"path": of(text)}}}},
+		"security": securityShape(),
 	}}
 }
 

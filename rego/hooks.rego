@@ -1,6 +1,6 @@
 # METADATA
 # title: hooks
-# description: A hook is a program of the image with its arguments, and nothing that was reviewed nowhere.
+# description: A hook or a probe is a program of the image with its arguments, and nothing that was reviewed nowhere.
 package kmo.hooks
 
 import data.kmo.plan
@@ -8,16 +8,16 @@ import data.kmo.plan
 evaluated contains "KT027" if input.version == 1
 
 # METADATA
-# title: hook that runs a shell or downloads
+# title: hook or probe that runs a shell or downloads
 # description: |
-#   A hook that starts a shell, hands code to an interpreter, downloads, or pipes into a shell runs what no review saw. The
-#   message never repeats the arguments: they may hold what nobody else should read.
+#   A hook or an exec probe that starts a shell, hands code to an interpreter, downloads, or pipes into a shell runs what no
+#   review saw. The message never repeats the arguments: they may hold what nobody else should read.
 # custom:
 #   id: KT027
 #   passes: a program of the image with plain arguments, such as [/app, migrate]
 #   waivable: true
-deny contains plan.finding("KT027", i, concat(".", ["hooks", moment]), msg) if {
-	some [i, moment, argv] in plan.hooks
+deny contains plan.finding("KT027", i, path, msg) if {
+	some [i, path, argv] in plan.commands
 	regex.match(notable, concat(" ", argv))
 	reason := fault(argv)
 	msg := sprintf("runs %q, which %s; want a program of the image with plain arguments, such as [/app, migrate]", [argv[0], reason])
@@ -36,7 +36,7 @@ wrappers := {
 	"setpriv", "setsid", "stdbuf", "su", "su-exec", "sudo", "taskset", "time", "timeout", "tini", "toybox", "unshare", "xargs",
 }
 
-# What every fault has in it somewhere. One look here spares most hooks the rest.
+# What every fault has in it somewhere. One look here spares most commands the rest.
 notable := concat("", [
 	`(?i)(^|[ /])(`, concat("|", ((shells | downloaders) | wrappers)), `)( |$)|(^|[ /])(`, concat("|", interpreters), `)|\||^[^ ]+ -c `,
 ])

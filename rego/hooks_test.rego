@@ -3,6 +3,8 @@ package kmo.hooks_test
 import data.kmo.example_test as example
 import data.kmo.hooks
 
+probed(argv) := example.after({"health": {"exec": {"argv": argv}}})
+
 hooked(argv) := example.after({"hooks": {"preInit": [argv]}})
 
 test_good if {
@@ -17,6 +19,7 @@ test_kt027 if {
 	] {
 		example.ids(hooks.deny) == {"KT027"} with input as hooked(argv)
 		example.paths(hooks.deny) == {"hooks.preInit"} with input as hooked(argv)
+		example.paths(hooks.deny) == {"health.exec.argv"} with input as probed(argv)
 	}
 }
 
@@ -26,6 +29,7 @@ test_kt027_near if {
 		["/app", "--from", "https://x.example"],
 	] {
 		hooks.deny == set() with input as hooked(argv)
+		hooks.deny == set() with input as probed(argv)
 	}
 }
 

@@ -37,19 +37,21 @@ mounts contains [i, mount.from, clean(mount.from)] if {
 	some mount in workload.mounts
 }
 
-# [place, moment, argv]
-hooks contains [i, moment, argv] if {
+# [place, path, argv] of what is run inside a workload beside its program. Probes stand in the template only.
+commands contains [i, concat(".", ["hooks", moment]), argv] if {
 	some i, unit in input.units
-	some moment, commands in unit.after.hooks
-	some argv in commands
+	some moment, list in unit.after.hooks
+	some argv in list
 }
 
-hooks contains [i, moment, argv] if {
+commands contains [i, concat(".", ["hooks", moment]), argv] if {
 	some i, unit in input.units
 	some workload in unit.workloads
-	some moment, commands in workload.hooks
-	some argv in commands
+	some moment, list in workload.hooks
+	some argv in list
 }
+
+commands contains [i, "health.exec.argv", unit.after.health.exec.argv] if some i, unit in input.units
 
 # [place, image reference, kmo1 root]
 images contains [i, ref, object.get(variant, "merkle", "")] if {

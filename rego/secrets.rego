@@ -10,8 +10,8 @@ evaluated contains "KT015" if input.version == 1
 # METADATA
 # title: secret in plain text
 # description: |
-#   Environment, arguments, hooks and files must not hold what is plainly a secret: private keys, tokens of known make,
-#   passwords in URLs or assignments, and literals under a name such as DB_PASSWORD. The message never repeats the value.
+#   Environment, arguments, hooks, probes and files must not hold what is plainly a secret: private keys, tokens of known
+#   make, passwords in URLs or assignments, and literals under a name such as DB_PASSWORD. The message never repeats the value.
 # custom:
 #   id: KT015
 #   passes: the secret in a SOPS or age file under secrets, and its path in the environment, such as DB_PASSWORD_FILE
@@ -39,7 +39,7 @@ harmless(value) if regex.match(`(?i)^(|/.*|\$.*|<.*>|\{\{.*|true|false|yes|no|on
 suspects contains i if {
 	some i, unit in input.units
 	asked := json.marshal([
-		object.get(unit, ["after", "run"], null), object.get(unit, ["after", "hooks"], null),
+		object.get(unit, ["after", "run"], null), object.get(unit, ["after", "hooks"], null), object.get(unit, ["after", "health"], null),
 		[[workload.run, object.get(workload, "hooks", null)] | some workload in unit.workloads],
 	])
 	brought := [content | some [_, content] in contents(unit)]
@@ -93,20 +93,18 @@ bare(match) if {
 }
 
 # [path, text] of everything the unit writes down.
-texts(unit) := array.concat(
+texts(unit) := array.flatten([
 	[written |
 		some env in environments(unit)
 		some name, value in env
 		written := [concat(".", ["run.env", name]), concat("=", [name, value])]
 	],
-	array.concat(
-		[["run.args", concat(" ", args)] | some args in arguments(unit)],
-		array.concat(
-			[[concat(".", ["hooks", moment]), concat(" ", argv)] | some hooks in hookings(unit); some moment, commands in hooks; some argv in commands],
-			contents(unit),
-		),
-	),
-)
+	[["run.args", concat(" ", args)] | some args in arguments(unit)],
+	[[concat(".", ["hooks", moment]), concat(" ", argv)] | some hooks in hookings(unit); some moment, commands in hooks; some argv in commands],
+	[["health.exec.argv", concat(" ", argv)] | argv := unit.after.health.exec.argv; is_array(argv)],
+	[["health.http.path", path] | path := unit.after.health.http.path; is_string(path)],
+	contents(unit),
+])
 
 contents(unit) := [[sprintf("files[%s]", [file.to]), base64.decode(file.content)] |
 	some workload in unit.workloads

@@ -56,6 +56,14 @@ test_kt015_arguments_and_hooks if {
 	example.paths(secrets.deny) == {"run.env.TOKEN"} with input as example.planned({"run": {"env": {"TOKEN": "x"}}})
 }
 
+test_kt015_probes if {
+	example.paths(secrets.deny) == {"health.exec.argv"} with input as example.after({"health": {"exec": {"argv": ["/app", "--token=a1b2c3d4e5f6g7h8"]}}})
+	example.paths(secrets.deny) == {"health.http.path"} with input as example.after({"health": {"http": {"port": "http", "path": "/healthz?token=a1b2c3d4e5f6"}}})
+	secrets.deny == set() with input as example.after({"health": {"exec": {"argv": ["/app", "--token-file", "/run/secrets/t1"]}}})
+	secrets.deny == set() with input as example.after({"health": {"http": {"port": "http", "path": "/healthz?token=session"}}})
+	secrets.deny == set() with input as example.after({"health": {"exec": null, "http": null, "tcp": {"port": "token"}}})
+}
+
 test_u36_value_is_not_repeated if {
 	denials := secrets.deny with input as file("password = \"hunter2hunter2\"")
 	count(denials) == 1

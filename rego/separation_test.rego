@@ -19,4 +19,16 @@ test_kt020_near if {
 		separation.deny == set() with input as example.changed({"trust": parts[0], "policy": parts[1], "other": parts[2]})
 	}
 	separation.deny == set() with input as example.changed({"base": "", "trust": true, "policy": true})
+	separation.deny == set() with input as example.changed({"policy": true, "revert": true})
+}
+
+both(more) := object.union(example.changed(object.union({"policy": true, "apart": true}, more)), {"rules": ["before", "after"]})
+
+test_kt020_one_after_the_other if {
+	separation.deny == set() with input as both({})
+	every more in [{"apart": false}, {"trust": true}] {
+		example.ids(separation.deny) == {"KT020"} with input as both(more)
+	}
+	example.ids(separation.deny) == {"KT020"} with input as object.union(both({}), {"rules": ["before"]})
+	example.ids(separation.deny) == {"KT020"} with input as example.changed({"policy": true, "apart": true})
 }

@@ -18,7 +18,7 @@ import (
 	"github.com/kindos/kmo/policy/refusal"
 )
 
-// Verify reads everything again from the disk and compares it with the checkpoint.
+// Verify reads everything again from the disk and compares it with the checkpoint. "kmo audit verify" will call it; Open checks by the same code.
 func (l *Log) Verify() error {
 	l.mu.Lock()
 	defer l.mu.Unlock()

@@ -30,7 +30,7 @@ type Predicate struct {
 	Site     string          `json:"site"`
 	Branch   string          `json:"branch"`
 	Unit     string          `json:"unit"`
-	Action   string          `json:"action"` // upgrade, downgrade, policy, root
+	Action   string          `json:"action"` // upgrade, downgrade or policy
 	Tier     int             `json:"tier"`
 	From     merkle.Digest   `json:"from"` // "" for a new unit
 	To       merkle.Digest   `json:"to"`   // "" for a removed unit

@@ -118,6 +118,19 @@ func TestT13HiddenAuthor(t *testing.T) {
 	}
 }
 
+// TestT13StrangersName: who wrote a change under a name that is nobody's is not known, and who signs the head never counts.
+func TestT13StrangersName(t *testing.T) {
+	w, running, _ := tiered(t, "1", nil)
+	w.git("reset", "-q", "--hard", running.ID)
+	w.files["units/bus/unit.yaml"] = "tier: 1\nv: 3\n"
+	nameless := w.commit("", "mallory", "somebody's change")
+	w.approve(running, nameless, "bus", nil, "alice", "bob", "carol")
+	got := w.verify(running, w.commit("bob", "", "approvals"), "bus")
+	if got.Missing() != 0 || len(got.Counted) != 2 || len(got.Uncounted) != 1 || got.Uncounted[0].Principal != "bob" {
+		t.Errorf("counted %+v, uncounted %+v; want all but the signer", got.Counted, got.Uncounted)
+	}
+}
+
 // TestT16ChangedAfterReview also shows that an approval is of a content: another commit with the same content keeps it.
 func TestT16ChangedAfterReview(t *testing.T) {
 	w, running, head := tiered(t, "1", nil)

@@ -5,7 +5,7 @@
 // accepted commit, a changed trust root, a false revert, a host state that went back. Too few approvals are no refusal here:
 // they are [Facts], and a rule refuses them.
 //
-//	v := &trust.Verifier{Site: "north-sea", Branch: "main", Host: "edge-1", Pin: pin, State: trust.StateFile{Path: path}, Describe: describe}
+//	v := &trust.Verifier{Site: "north-sea", Branch: "main", Pin: pin, State: trust.StateFile{Path: path}, Describe: describe}
 //	facts, err := v.Verify(ctx, running, head, history) // err: *refusal.Error, or the world did not answer
 //	…the rules decide over facts…
 //	err = v.Accept(ctx, head, facts)                    // durable; from here the host may change

@@ -24,11 +24,12 @@ type Facts struct {
 	Class  string      `json:"class"`  // human or robot
 	Author string      `json:"author"` // principal the author's line belongs to; "" if none
 	Revert bool        `json:"revert"` // it is a revert that needs no quorum
-	Trust  bool        `json:"trust"`  // files under trust/ differ
+	Trust  bool        `json:"trust"`  // files under trust/ differ: refused with E_ROOT_VERSION until the root can be rotated, which will set it
 	Policy bool        `json:"policy"` // files under policy/ differ
 	Other  bool        `json:"other"`  // anything else that is judged differs: units, profiles, site.yaml
+	Apart  bool        `json:"apart"`  // policy and other both differ, and along the history policy/ changed while the rest stood still
 	Time   time.Time   `json:"time"`   // trusted time
-	Units  []UnitFacts `json:"units"`  // sorted by name; trust and policy changes are the units "@trust" and "@policy", a change of site.yaml "@site"
+	Units  []UnitFacts `json:"units"`  // sorted by name; a change of policy is the unit "@policy", one of site.yaml "@site"
 
 	Authors   []string `json:"authors"`            // principals that wrote or committed any of the change; sorted
 	Tripwires []string `json:"tripwires"`          // rule ids that the trust root requires
@@ -38,7 +39,7 @@ type Facts struct {
 // UnitFacts is what was established about one changed unit.
 type UnitFacts struct {
 	Unit       string        `json:"unit"`
-	Action     string        `json:"action"`     // upgrade, downgrade, policy, root
+	Action     string        `json:"action"`     // upgrade, downgrade or policy
 	Tier       int           `json:"tier"`       // the most sensitive of root, template and what it needs, from the trusted base
 	TierBefore int           `json:"tierBefore"` // as the base has it; -1 for a new unit
 	From       merkle.Digest `json:"from"`       // content that runs; none for a new unit
@@ -81,7 +82,6 @@ type Declared struct {
 
 // The units that are no folder under units/.
 const (
-	unitTrust  = "@trust"
 	unitPolicy = "@policy"
 	unitSite   = "@site"
 )

@@ -124,7 +124,8 @@ func SignRoot(root Root, signers ...ssh.Signer) ([]byte, error) {
 	return seal(payload, typeRoot, namespaceRoot, signers...)
 }
 
-// CosignRoot adds a signature to a root's file, over the same payload bytes.
+// CosignRoot adds a signature to a root's file, over the same payload bytes. The command that rotates the root will call it, for the people who
+// sign on other machines.
 func CosignRoot(file []byte, signer ssh.Signer) ([]byte, error) {
 	s, err := openEnvelope(file, typeRoot, namespaceRoot, "trust root")
 	if err != nil {

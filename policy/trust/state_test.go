@@ -56,13 +56,7 @@ func TestRevert(t *testing.T) {
 	b := w.version("alice", "2")
 	w.accept(a, b)
 	c := w.version("alice", "3")
-	facts, err := w.v.Verify(context.Background(), b, c, w)
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := w.v.Accept(context.Background(), c, facts); err != nil { // and its gate fails
-		t.Fatal(err)
-	}
+	w.begin(b, c) // and its gate fails
 	good := w.takeBack("host", b, c, reverts(b, c))
 	out, err := w.tryGit(nil, "-c", "gpg.ssh.allowedSignersFile="+w.signers("host"), "verify-commit", good.ID)
 	if err != nil {
@@ -90,7 +84,7 @@ func TestRevert(t *testing.T) {
 			}
 		})
 	}
-	facts = w.accept(c, good)
+	facts := w.accept(c, good)
 	if got := factsOf(t, facts, "relay"); !facts.Revert || facts.Signer != "host" || got.Need != 0 || got.From.IsZero() || got.To == got.From {
 		t.Errorf("facts of a revert: %+v", facts)
 	}
@@ -145,13 +139,7 @@ func TestRevertBounds(t *testing.T) {
 	w.accept(Commit{}, a)
 	step := func(running Commit, v string) (bad, back Commit) {
 		bad = w.version("alice", v)
-		facts, err := w.v.Verify(context.Background(), running, bad, w)
-		if err != nil {
-			t.Fatal(err)
-		}
-		if err := w.v.Accept(context.Background(), bad, facts); err != nil {
-			t.Fatal(err)
-		}
+		w.begin(running, bad)
 		back = w.takeBack("host", running, bad, reverts(running, bad))
 		w.git("reset", "-q", "--hard", back.ID)
 		return bad, back

@@ -1,6 +1,7 @@
 package trust
 
 import (
+	"cmp"
 	"context"
 	"fmt"
 	"io/fs"
@@ -85,7 +86,7 @@ func (v *Verifier) Verify(ctx context.Context, running, head Commit, h History) 
 		return Facts{}, err
 	}
 	j.facts.Tripwires = j.root.Tripwires
-	for _, check := range []func(context.Context) error{j.signature, j.descent, j.change, j.revert, j.approvals} {
+	for _, check := range []func(context.Context) error{j.signature, j.descent, j.change, j.apart, j.revert, j.approvals} {
 		if err := check(ctx); err != nil {
 			return Facts{}, err
 		}
@@ -263,6 +264,42 @@ func (j *judgement) policy(c comparison) error {
 	return nil
 }
 
+// apart finds out whether a change of policy/ and a change of the rest, which this host sees as one, were made one after the other: since
+// what runs, one state of the rest has stood under the accepted policy and under the head's. Nobody signs the history, so this is
+// about form; what a change may do is for the rules, which are asked before and after (KT020).
+func (j *judgement) apart(ctx context.Context) error {
+	if !j.facts.Policy || !j.facts.Other {
+		return nil
+	}
+	commits, err := j.history.Between(ctx, j.running.ID, j.head.ID)
+	if err != nil {
+		return fmt.Errorf("history since %s: %w", cmp.Or(j.running.ID, "the beginning"), err)
+	}
+	if j.running.ID != "" {
+		commits = append(commits, j.running)
+	}
+	at := slices.IndexFunc(commits, func(c Commit) bool { return c.ID == j.state.Accepted.Commit })
+	if at < 0 {
+		return nil
+	}
+	before, after := commits[at].Tree.ObjectID("policy"), j.head.Tree.ObjectID("policy")
+	under := map[string]map[string]bool{before: {}, after: {}}
+	for _, c := range commits {
+		if seen := under[c.Tree.ObjectID("policy")]; seen != nil {
+			seen[rest(c.Tree)] = true
+		}
+	}
+	for state := range under[before] {
+		j.facts.Apart = j.facts.Apart || under[after][state]
+	}
+	return nil
+}
+
+// rest is everything that is judged but trust/ and policy/, as Git ids.
+func rest(t Tree) string {
+	return strings.Join([]string{t.ObjectID("units"), t.ObjectID("profiles"), t.ObjectID("site.yaml")}, " ")
+}
+
 // collisions refuses a commit id that now stands for another content than the one that was accepted under it.
 func (j *judgement) collisions(c comparison) error {
 	accepted := j.state.Accepted
@@ -318,8 +355,11 @@ func (j *judgement) approvals(ctx context.Context) error {
 	return nil
 }
 
-// writers adds whom a commit between the two claims as author and committer. Between accepted commits a signature is not asked for, so this
-// can exclude too many, never count anyone.
+// writers adds whom a commit between the two names as author and committer, and who signed it. Only the head must be signed, so below it names
+// are claims. A false one excludes somebody who wrote nothing; who writes under a stranger's name is not excluded. To ask for a name of the
+// root would not mend that, for a colleague's name will do, and to ask for signatures would refuse histories that need none. What holds
+// whatever is written: the head's signer, person or robot, is among the authors, so a tier that does not count authors asks for its
+// approvals from others than the one who let the change in. Nobody is counted by this.
 func (j *judgement) writers(c Commit, authors map[string]bool) {
 	p, signature, unsigned := openCommit(c.Raw, c.ID)
 	for _, email := range []string{p.Author.Email, p.Committer.Email} {

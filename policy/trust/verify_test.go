@@ -69,6 +69,75 @@ func (v *Verifier) mustAccepted(t *testing.T) string {
 	return s.Accepted.Commit
 }
 
+// TestPolicyApart brings a new policy and a new unit to a host in one head: they are two changes if the history had one of them alone.
+func TestPolicyApart(t *testing.T) {
+	w := newWorld(t, nil)
+	set := func(rules, unit string) {
+		w.files["policy/site.rego"] = "package site\n# " + rules + "\n"
+		w.files["units/relay/unit.yaml"] = "unit: relay\ntier: 3\nv: " + unit + "\n"
+	}
+	commit := func(rules, unit string) Commit {
+		t.Helper()
+		set(rules, unit)
+		return w.commit("alice", "", rules+" "+unit)
+	}
+	base := commit("old", "1")
+	w.accept(Commit{}, base)
+	for _, tt := range []struct {
+		name  string
+		steps [][2]string // rules and unit of each commit after the base
+		apart bool
+	}{
+		{"the policy first", [][2]string{{"new", "1"}, {"new", "2"}}, true},
+		{"the unit first", [][2]string{{"old", "2"}, {"new", "2"}}, true},
+		{"the policy between two changes of the unit", [][2]string{{"old", "2"}, {"new", "2"}, {"new", "3"}}, true},
+		{"T64 in one commit", [][2]string{{"new", "2"}}, false},
+		{"T64 in one commit under another", [][2]string{{"new", "2"}, {"new", "3"}}, false},
+		{"T64 in one commit, by way of a third policy", [][2]string{{"third", "1"}, {"new", "2"}}, false},
+		{"in one commit that was then taken apart", [][2]string{{"new", "2"}, {"new", "1"}, {"new", "2"}}, true},
+		{"the policy alone", [][2]string{{"new", "1"}}, false},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			w.git("reset", "-q", "--hard", base.ID)
+			var head Commit
+			for _, step := range tt.steps {
+				head = commit(step[0], step[1])
+			}
+			facts, err := w.v.Verify(context.Background(), base, head, w)
+			if err != nil || !facts.Policy || facts.Apart != tt.apart {
+				t.Errorf("policy %v, apart %v, want %v: %v", facts.Policy, facts.Apart, tt.apart, err)
+			}
+		})
+	}
+	t.Run("each with its own quorum", func(t *testing.T) {
+		w.git("reset", "-q", "--hard", base.ID)
+		w.approve(base, commit("new", "1"), "@policy", nil, "bob", "carol", "dave")
+		head := commit("new", "2")
+		if policy, unit := w.verify(base, head, "@policy"), w.verify(base, head, "relay"); policy.Missing() != 0 || len(policy.Counted) != 3 || unit.Need != 0 {
+			t.Errorf("policy %+v, unit %+v", policy, unit)
+		}
+	})
+	t.Run("merged from two branches", func(t *testing.T) {
+		w.git("checkout", "-q", "-b", "side", base.ID)
+		commit("old", "2")
+		w.git("checkout", "-q", "-b", "rules", base.ID)
+		commit("new", "1")
+		w.git("-c", "user.signingkey="+w.keyFile("alice"), "merge", "-q", "-S", "-m", "merge", "side")
+		facts, err := w.v.Verify(context.Background(), base, w.at(w.git("rev-parse", "HEAD")), w)
+		if err != nil || !facts.Policy || !facts.Other || !facts.Apart {
+			t.Errorf("%+v: %v", facts, err)
+		}
+	})
+	t.Run("nothing runs, for the first commit failed its gate", func(t *testing.T) {
+		w.git("reset", "-q", "--hard", base.ID)
+		commit("new", "1")
+		facts, err := w.v.Verify(context.Background(), Commit{}, commit("new", "2"), w)
+		if err != nil || !facts.Policy || !facts.Other || !facts.Apart {
+			t.Errorf("%+v: %v", facts, err)
+		}
+	})
+}
+
 func TestU25PanicDenies(t *testing.T) {
 	w := newWorld(t, nil)
 	w.files["units/relay/unit.yaml"] = "panic: now\n"

@@ -342,8 +342,6 @@ func str(n *node, v reflect.Value, rules field, path string, p *problems) {
 		p.add(n, path, n.what(), show(n.text)+" in quotes, if the text is meant")
 	case int64(utf8.RuneCountInString(n.text)) > limit:
 		p.add(n, path, fmt.Sprintf("%d characters", utf8.RuneCountInString(n.text)), fmt.Sprintf("at most %d", limit))
-	case strings.ContainsRune(n.text, 0):
-		p.add(n, path, "a text with a zero byte", "a text without one")
 	case rules.need && n.text == "":
 		p.add(n, path, "an empty text", "a text")
 	default:

@@ -4,9 +4,11 @@ import (
 	"encoding/json"
 	"fmt"
 	"reflect"
+	"regexp"
 	"slices"
 	"strings"
 	"testing"
+	"unicode/utf8"
 )
 
 // loadUnit loads a site of which one unit, u, has the text.
@@ -100,7 +102,13 @@ func TestRefusedYAML(t *testing.T) {
 		{"line end of YAML's own", "# harmless \u2028security: {privileged: true}\n", []string{"U+2028"}},
 		{"carriage return alone", "# harmless \rsecurity: {privileged: true}\n", []string{":4:12", "a carriage return alone"}},
 		{"escape of a terminal", "# \x1b[2J\n", []string{":4:3", "U+001B"}},
-		{"zero byte by escape", `run: {args: ["\0"]}` + "\n", []string{"run.args[0]", "zero byte"}},
+		{"U-39 zero byte by escape", `run: {args: ["\0"]}` + "\n", []string{":4:14 run.args[0]", "U+0000"}},
+		{"U-39 control by escape", `run: {env: {A: "\x9b2J"}}` + "\n", []string{":4:16 run.env.A", "U+009B", "by an escape"}},
+		{"U-39 direction of reading turned by escape", "run:\n  args:\n    - \"\\u202e\"\n", []string{":6:7 run.args[0]", "U+202E"}},
+		{"U-39 line end of YAML's own by escape", `intent: {kind: fix, summary: "a\Lb"}` + "\n", []string{":4:30 intent.summary", "U+2028"}},
+		{"U-39 carriage return by escape", `hooks: {exit: [[/app, "x\ry"]]}` + "\n", []string{":4:23 hooks.exit[0][1]", "a carriage return alone"}},
+		{"U-39 key by escape", `place: {on: {labels: {"a\u200bb": x}}}` + "\n", []string{":4:23 place.on.labels", "U+200B"}},
+		{"U-39 path by escape", `mounts: [{from: "/srv\u202e", to: /x}]` + "\n", []string{":4:17 mounts[0].from", "U+202E"}},
 		{"same need twice", "needs: [v, v]\n", []string{"needs[1]", "again"}},
 		{"intent of no kind", "intent: {kind: whim}\n", []string{"feature, fix, security, rollback or config"}},
 		{"needed key", "mounts: [{to: /x}]\n", []string{"mounts[0].from", "no such key", "folder of the host"}},
@@ -349,6 +357,19 @@ func TestDecodeAFileOfOurOwn(t *testing.T) {
 	wantRefusal(t, err, "E_DECODE", "agent.yaml:3:8 ratio", "nothing reads a value of its type, float64")
 }
 
+// TestControls: what patterns call a control is what the screen does not let through, and the ends of lines.
+func TestControls(t *testing.T) {
+	class := regexp.MustCompile(`^[` + controls + `]$`)
+	for r := rune(0); r <= 0x11000; r++ {
+		if want := hidden(r) || strings.ContainsRune("\t\n\r", r); utf8.ValidRune(r) && class.MatchString(string(r)) != want {
+			t.Errorf("%U is hidden or an end of a line: %v, and to the patterns %v", r, want, !want)
+		}
+	}
+	if _, err := loadUnit(smallUnit(`run: {args: ["a\r\n\tb\u00e9\u00a0"]}` + "\n")); err != nil {
+		t.Errorf("escapes of what people see: %v", err)
+	}
+}
+
 // FuzzDecode: no input makes the decoder panic or run away, every refusal has a code and a place, and what is accepted can be printed as
 // JSON and read again to the same value.
 func FuzzDecode(f *testing.F) {
@@ -379,8 +400,11 @@ func FuzzDecode(f *testing.F) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			if strings.ContainsFunc(string(text), hidden) || marks(text) > maxMarks {
-				continue // written as an escape, which JSON does not keep
+			if found := unseen(text); found.what != "" {
+				t.Fatalf("%q is accepted, with %s", text, found.what)
+			}
+			if marks(text) > maxMarks {
+				continue // they stood in quotes, and JSON adds its own
 			}
 			again := into()
 			if top = parse("f.json", text, &p); top != nil {

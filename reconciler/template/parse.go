@@ -205,12 +205,8 @@ func screen(top *node, data []byte, p *problems) bool {
 		p.add(top, "", "a byte order mark", "UTF-8 without one")
 	case !utf8.Valid(data):
 		p.add(place(top, data, invalidAt(data)), "", "bytes that are no UTF-8", "UTF-8")
-	case bytes.IndexFunc(data, hidden) >= 0:
-		at := bytes.IndexFunc(data, hidden)
-		r, _ := utf8.DecodeRune(data[at:])
-		p.add(place(top, data, at), "", fmt.Sprintf("the character %U, which people do not see", r), "text")
-	case loneReturn(data) >= 0:
-		p.add(place(top, data, loneReturn(data)), "", "a carriage return alone, which ends a line that people see go on", "line feeds")
+	case unseen(data).what != "":
+		p.add(place(top, data, unseen(data).at), "", unseen(data).what, "text that people see")
 	case marks(data) > maxMarks:
 		p.add(top, "", fmt.Sprintf("%d lines, commas, colons and brackets", marks(data)), fmt.Sprintf("at most %d", maxMarks))
 	case bytes.HasPrefix(data, []byte("%")) || bytes.Contains(data, []byte("\n%")):
@@ -237,14 +233,24 @@ func hidden(r rune) bool {
 	return false
 }
 
-// loneReturn is where a carriage return stands without a line feed after it, -1 if none does.
-func loneReturn(data []byte) int {
-	for at, b := range data {
-		if b == '\r' && (at+1 == len(data) || data[at+1] != '\n') {
-			return at
+// finding is something in a text, and the byte where it stands.
+type finding struct {
+	at   int
+	what string // "" if there is none
+}
+
+// unseen finds the first thing in a text that people do not see, or that makes them see another text.
+func unseen(text []byte) finding {
+	if at := bytes.IndexFunc(text, hidden); at >= 0 {
+		r, _ := utf8.DecodeRune(text[at:])
+		return finding{at, fmt.Sprintf("the character %U, which people do not see", r)}
+	}
+	for at, b := range text {
+		if b == '\r' && (at+1 == len(text) || text[at+1] != '\n') {
+			return finding{at, "a carriage return alone, which ends a line that people see go on"}
 		}
 	}
-	return -1
+	return finding{}
 }
 
 // marks counts the bytes that can begin or end a value: a bound on the number of values that costs one pass and no memory.
@@ -282,7 +288,8 @@ func invalidAt(data []byte) int {
 	return at
 }
 
-// convert turns YAML's tree into ours, and records everything in it that would need resolving: anchors, aliases, tags, merge keys.
+// convert turns YAML's tree into ours, and records everything in it that would need resolving (anchors, aliases, tags, merge keys), and what
+// an escape hides in a key or a value.
 func convert(file string, from *yaml.Node, field string, p *problems) *node {
 	n := &node{file: file, line: from.Line, col: from.Column}
 	switch {
@@ -307,6 +314,11 @@ func convert(file string, from *yaml.Node, field string, p *problems) *node {
 		n.text = from.Value
 		if from.Style == 0 {
 			n.other = plainKind(from)
+		}
+		if from.Style&yaml.DoubleQuotedStyle != 0 { // the only texts with escapes; the bytes of the others were screened
+			if found := unseen([]byte(n.text)); found.what != "" {
+				p.add(n, field, found.what+", by an escape", "text that people see")
+			}
 		}
 	}
 	return n

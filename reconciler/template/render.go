@@ -52,7 +52,6 @@ type Check struct {
 	Needs    []string // units that must be healthy first, those included that are not placed on this host
 	Health   Health
 	Gate     Gate
-	Variant  int      // which of the unit's variants it is, from 0
 	Passed   []string // why the variants and backends before were passed over
 }
 
@@ -225,7 +224,6 @@ func (u *Unit) choose(w *backends.Workload, host Host, r *render) error {
 			switch {
 			case why == "" && len(lack) == 0:
 				u.Variants[i].take(w, name)
-				r.check.Variant = i
 				return nil
 			case why == "" && near < 0:
 				near, nearBackend, nearLack = i, name, lack
@@ -243,7 +241,7 @@ func (u *Unit) choose(w *backends.Workload, host Host, r *render) error {
 	}
 	misfit.Want = "a unit that does not ask for " + words(nearLack) + ", or a backend that has it"
 	u.Variants[near].take(w, nearBackend)
-	r.check.Variant, r.lack = near, misfit
+	r.lack = misfit
 	return nil
 }
 

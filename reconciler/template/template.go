@@ -10,8 +10,8 @@
 // site.yaml, profiles/<name>.yaml and units/<name>/unit.yaml are each one YAML document with one mapping, whose keys are the JSON names of
 // [Config], [Profile] and [Unit]; docs/schema has them as JSON Schemas. Decoding is strict: E_DECODE, with file, line and column, for every
 // fault of a file at once. Refused are unknown keys and keys that come twice, anchors, aliases, merge keys, tags, directives, a second
-// document, an empty file, a byte order mark, bytes that are no UTF-8, characters that people do not see, numbers other than plain decimal
-// ones, booleans other than true and false, texts without quotes that YAML takes for something else, keys without a value, more than
+// document, an empty file, a byte order mark, bytes that are no UTF-8, characters that people do not see (written as they are or as an
+// escape), numbers other than plain decimal ones, booleans other than true and false, texts without quotes that YAML takes for something else, keys without a value, more than
 // 1 MiB, 16 levels or 20,000 values. There are no variables: a text is what it says, ${HOME} included.
 //
 // A field that this build does not act on is refused as E_UNSUPPORTED. A path that is no regular file or folder, a symbolic link above

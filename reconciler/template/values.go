@@ -202,7 +202,8 @@ const (
 	namePattern = `[a-z][a-z0-9]*(-[a-z0-9]+)*`
 	hostPattern = `([a-z0-9]([a-z0-9.-]*[a-z0-9])?|\[[0-9a-f:]+\])(:[1-9][0-9]{0,4})?`
 	repoPattern = `(/[a-z0-9]+([._-]+[a-z0-9]+)*)`
-	segment     = `([^./\x00-\x1f\x7f][^/\x00-\x1f\x7f]*|\.[^./\x00-\x1f\x7f][^/\x00-\x1f\x7f]*|\.\.[^/\x00-\x1f\x7f]+)`
+	controls    = `\x00-\x1f\x7f-\x9f\x{200b}\x{200e}\x{200f}\x{2028}-\x{202e}\x{2060}\x{2066}-\x{2069}\x{feff}` // what parse.go calls hidden, and the ends of lines
+	segment     = `([^./` + controls + `][^/` + controls + `]*|\.[^./` + controls + `][^/` + controls + `]*|\.\.[^/` + controls + `]+)`
 	branchPart  = `[A-Za-z0-9_][A-Za-z0-9_-]*(\.[A-Za-z0-9_-]+)*`
 )
 
@@ -223,7 +224,7 @@ func textRules() map[reflect.Type]textRule {
 		reflect.TypeFor[Ref](): {hostPattern + repoPattern + `+(:[A-Za-z0-9_][A-Za-z0-9_.-]{0,127})?(@sha256:[0-9a-f]{64})?`, 512, 0,
 			"an image: host/repository@sha256: and 64 lower-case hex digits"},
 		reflect.TypeFor[Path]():       {`(/` + segment + `)+`, 4096, 0, "a clean absolute path: /etc/relay.toml"},
-		reflect.TypeFor[HostPath]():   {`/[^\x00-\x1f\x7f]*`, 4096, 0, "an absolute path of the host"},
+		reflect.TypeFor[HostPath]():   {`/[^` + controls + `]*`, 4096, 0, "an absolute path of the host"},
 		reflect.TypeFor[LocalPath]():  {segment + `(/` + segment + `)*`, 1024, 0, "a clean path inside the unit's folder: relay.toml"},
 		reflect.TypeFor[URLPath]():    {`/[!-~]*`, 1024, 0, "a path and query: /healthz"},
 		reflect.TypeFor[Capability](): {`CAP_[A-Z][A-Z_]*`, 64, 0, "a capability: CAP_NET_BIND_SERVICE"},
