@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"math/rand/v2"
 	"os"
 	"path/filepath"
@@ -29,10 +30,16 @@ import (
 func (r *Repository) Head(ctx context.Context) (reconciler.Commit, error) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	return r.head(ctx)
+	commit, err := r.head(ctx)
+	if err == nil {
+		r.handed[r.tip] = r.Now()
+	}
+	return commit, err
 }
 
 func (r *Repository) head(ctx context.Context) (reconciler.Commit, error) {
+	now := r.Now()
+	maps.DeleteFunc(r.handed, func(_ plumbing.Hash, when time.Time) bool { return now.Sub(when) > judging })
 	if r.remote.scheme == "" {
 		tip, err := lookLocal(r.remote.repositoryDir(), r.Branch, r.Limits)
 		if err != nil {
