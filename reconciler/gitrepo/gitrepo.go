@@ -305,7 +305,7 @@ func (r *Repository) commit(s *store, h plumbing.Hash) (trust.Commit, error) {
 	return out, nil
 }
 
-// Ancestor says whether old is new or an ancestor of it.
+// Ancestor says whether old is new or an ancestor of it. A commit that the copy does not have is nobody's ancestor.
 func (r *Repository) Ancestor(ctx context.Context, old, new string) (bool, error) {
 	from, err := parseID(old)
 	if err != nil {
@@ -313,9 +313,6 @@ func (r *Repository) Ancestor(ctx context.Context, old, new string) (bool, error
 	}
 	to, err := parseID(new)
 	if err != nil {
-		return false, err
-	}
-	if _, err := r.own.readAs(plumbing.CommitObject, from); err != nil {
 		return false, err
 	}
 	found := false

@@ -139,10 +139,11 @@ func TestHistory(t *testing.T) {
 	top := w.commit("a", "3")
 	r := w.open()
 	head(t, r)
+	nobodys := strings.Repeat("5", 40)
 	for _, c := range []struct {
 		old, new string
 		want     bool
-	}{{root, top, true}, {side, top, true}, {top, top, true}, {top, root, false}, {side, left, false}} {
+	}{{root, top, true}, {side, top, true}, {top, top, true}, {top, root, false}, {side, left, false}, {nobodys, top, false}} {
 		if got, err := r.Ancestor(ctx, c.old, c.new); err != nil || got != c.want {
 			t.Errorf("Ancestor(%s, %s) is %v, %v; want %v", short(c.old), short(c.new), got, err, c.want)
 		}
@@ -173,6 +174,9 @@ func TestHistory(t *testing.T) {
 		if diff := cmp.Diff(want, got); diff != "" {
 			t.Errorf("Between(%q, %q) differs from git rev-list:\n%s", c[0], c[1], diff)
 		}
+	}
+	if ok, err := r.Ancestor(ctx, top, nobodys); ok || err == nil {
+		t.Errorf("Ancestor(top, a commit that nobody has) is %v, without an error", ok)
 	}
 	if _, err := r.At(ctx, strings.Repeat("0", 39)+"1"); err == nil {
 		t.Error("At(a commit that nobody has): no error")
