@@ -331,10 +331,24 @@ func (r *Repository) receive(ctx context.Context, idle context.CancelCauseFunc, 
 	if err != nil {
 		return tip, err
 	}
+	return tip, r.download(&lively{answer, silent, r.Limits.Idle}, request, f)
+}
+
+// download writes the pack of an answer. Before it a server has a line for each commit that was offered and every such line is held in
+// memory; around it there may be what it says of its progress.
+func (r *Repository) download(answer io.Reader, request *packp.UploadPackRequest, f *os.File) error {
+	const before = 64 << 10
+	bounded := &io.LimitedReader{R: answer, N: before}
 	response := packp.NewUploadPackResponse(request)
-	if err := response.Decode(io.NopCloser(&lively{answer, silent, r.Limits.Idle})); err != nil {
-		return tip, fmt.Errorf("asking for the branch: %s", refusal.Clip(err.Error(), 300))
+	err := response.Decode(io.NopCloser(bounded))
+	if bounded.N <= 0 {
+		return tooLarge("the remote's answer before the pack", before+1, before, "bytes")
 	}
+	if err != nil {
+		return fmt.Errorf("asking for the branch: %s", refusal.Clip(err.Error(), 300))
+	}
+	most := 2*r.Limits.Bytes + 1<<20
+	bounded.N = most
 	var in io.Reader = response
 	if request.Capabilities.Supports(capability.Sideband64k) {
 		in = sideband.NewDemuxer(sideband.Sideband64k, in)
@@ -343,12 +357,15 @@ func (r *Repository) receive(ctx context.Context, idle context.CancelCauseFunc, 
 	}
 	n, err := io.Copy(f, io.LimitReader(in, r.Limits.Bytes+1))
 	if n > r.Limits.Bytes {
-		return tip, tooLarge("the pack", n, r.Limits.Bytes, "bytes")
+		return tooLarge("the pack", n, r.Limits.Bytes, "bytes")
+	}
+	if bounded.N <= 0 {
+		return tooLarge("the remote's answer with the pack", most+1, most, "bytes")
 	}
 	if err != nil {
-		return tip, fmt.Errorf("receiving the pack: %s", refusal.Clip(err.Error(), 300))
+		return fmt.Errorf("receiving the pack: %s", refusal.Clip(err.Error(), 300))
 	}
-	return tip, nil
+	return nil
 }
 
 // lively is a reader whose every byte puts off the alarm.

@@ -44,7 +44,7 @@ type indexer struct {
 	at       map[int64]int           // offset → entry
 	waiting  map[plumbing.Hash][]int // deltas by the id of their base
 	ids      map[plumbing.Hash]bool  // every object of the pack
-	links    map[plumbing.Hash]bool  // what its commits and trees lead to
+	links    map[plumbing.Hash]bool  // what its commits and trees lead to; at most four times as many as objects are allowed
 }
 
 // index checks a pack file and returns its index. Every link of its commits and trees leads into the pack or is held already.
@@ -180,20 +180,30 @@ func (x *indexer) name(i int, id plumbing.Hash, kind plumbing.ObjectType, conten
 		if err != nil {
 			return err
 		}
-		x.links[c.tree] = true
-		for _, p := range c.parents {
-			x.links[p] = true
-		}
+		return x.lead(append(c.parents, c.tree))
 	case plumbing.TreeObject:
 		entries, err := parseTree(content)
 		if err != nil {
 			return refuse("E_OBJ_MALFORMED", "tree "+id.String(), err.Error(), "a tree as git writes it")
 		}
+		var to []plumbing.Hash
 		for _, e := range entries {
 			if e.mode != modeModule {
-				x.links[e.id] = true
+				to = append(to, e.id)
 			}
 		}
+		return x.lead(to)
+	}
+	return nil
+}
+
+// lead notes where an object leads.
+func (x *indexer) lead(to []plumbing.Hash) error {
+	for _, h := range to {
+		x.links[h] = true
+	}
+	if n, most := int64(len(x.links)), 4*int64(x.limits.Objects); n > most {
+		return tooLarge("the pack", n, most, "objects to which its own lead")
 	}
 	return nil
 }
