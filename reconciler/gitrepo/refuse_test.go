@@ -433,6 +433,16 @@ func TestHostileAnswers(t *testing.T) {
 	}
 }
 
+// A local git that has more to send than is taken is not waited for.
+func TestLocalPackTooLarge(t *testing.T) {
+	w := newWorld(t)
+	w.rewrite(1, 4<<20)
+	r := w.open(func(r *Repository) { r.Limits.Bytes, r.Limits.Duration = 1000, time.Minute })
+	if _, err := r.Head(context.Background()); code(err) != "E_LIMIT" || !strings.Contains(err.Error(), "the pack") {
+		t.Errorf("T43 %v; want the pack refused", err)
+	}
+}
+
 func TestEveryBitAndPrefix(t *testing.T) {
 	p, _ := goodPack()
 	whole := p.onto(delta(len("text of a file that is long enough to be a base"), 48, "x")).done()

@@ -180,7 +180,13 @@ func (r *Repository) dialProcess(ctx context.Context, service string) (*talk, er
 	if err := cmd.Start(); err != nil {
 		return nil, fmt.Errorf("running git, which a push to a local repository needs: %v", err)
 	}
-	closeAll := func() { _, _ = in.Write([]byte("0000")); in.Close(); _ = cmd.Wait() }
+	closeAll := func() {
+		_, _ = in.Write([]byte("0000"))
+		in.Close()
+		_, _ = io.Copy(io.Discard, io.LimitReader(out, 1<<20)) // a hook may still speak; one that goes on is hung up on
+		out.Close()
+		_ = cmd.Wait()
+	}
 	return r.converse(in, out, said, closeAll)
 }
 
