@@ -161,7 +161,7 @@ func (r *Repository) dialProcess(ctx context.Context, service string) (*talk, er
 	cmd := exec.CommandContext(ctx, "git", strings.TrimPrefix(service, "git-"), r.remote.path)
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
 	cmd.Cancel = func() error { return syscall.Kill(-cmd.Process.Pid, syscall.SIGKILL) }
-	cmd.WaitDelay = 2 * time.Second
+	cmd.WaitDelay = lastWords
 	for _, v := range os.Environ() {
 		if !strings.HasPrefix(v, "GIT_") {
 			cmd.Env = append(cmd.Env, v)
@@ -190,7 +190,10 @@ func (r *Repository) dialProcess(ctx context.Context, service string) (*talk, er
 	return r.converse(in, out, said, closeAll)
 }
 
-// converse is a conversation over two pipes.
+// lastWords is how long a service that has been told to end may take before it is hung up on.
+const lastWords = 2 * time.Second
+
+// converse is a conversation over two pipes. Nothing is written to said any more once closeAll returns.
 func (r *Repository) converse(in io.WriteCloser, out io.Reader, said *tail, closeAll func()) (*talk, error) {
 	refs, err := r.greet(out)
 	if err != nil {
@@ -252,7 +255,18 @@ func (r *Repository) dialSSH(ctx context.Context, service string) (*talk, error)
 		closeAll()
 		return nil, fmt.Errorf("starting %s: %s", service, refusal.Clip(err.Error(), 300))
 	}
-	return r.converse(in, out, said, func() { _, _ = in.Write([]byte("0000")); closeAll() })
+	ended := make(chan struct{})
+	go func() { _ = session.Wait(); close(ended) }()
+	return r.converse(in, out, said, func() {
+		_, _ = in.Write([]byte("0000"))
+		_ = in.Close()
+		select { // its last words come before its end
+		case <-ended:
+		case <-time.After(lastWords):
+		}
+		closeAll()
+		<-ended
+	})
 }
 
 func (r *Repository) sshConfig() (*ssh.ClientConfig, func(), error) {
