@@ -201,8 +201,8 @@ func (h *host) openSource(context.Context) error {
 	}
 	source := &gitrepo.Repository{
 		Dir: filepath.Join(h.dir, "site"), Remote: h.config.Remote, Branch: string(h.config.Branch), Auth: gitrepo.Auth(h.config.Git),
-		Poll: time.Duration(h.config.Poll), Signer: signer, Name: "kMO on " + string(h.config.Host), Email: "kmo@" + string(h.config.Host),
-		Keep: h.kept,
+		Signer: signer, Name: "kMO on " + string(h.config.Host), Email: "kmo@" + string(h.config.Host),
+		Keep: h.kept, Logger: h.logger,
 	}
 	if err := source.Open(); err != nil {
 		return err

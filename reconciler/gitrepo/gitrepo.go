@@ -48,6 +48,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"log/slog"
 	"os"
 	"path/filepath"
 	"strings"
@@ -65,15 +66,15 @@ import (
 // Repository is the host's copy of one branch. Set the fields, call Open, and leave them alone after that.
 // Its methods may be called at the same time; Head and Revert wait for each other.
 type Repository struct {
-	Dir    string        // the copy; made if it is not there
-	Remote string        // see the package comment
-	Branch string        // without refs/heads/
-	Limits Limits        // zero fields are the defaults
-	Auth   Auth          // for ssh and https
-	Poll   time.Duration // how often Watch says "look again" at the least; 0 means 30 s
-	Signer ssh.Signer    // signs reverts; nil means that Revert is an error
-	Name   string        // of the revert's author; "" means kMO
-	Email  string        // of the revert's author; "" means kmo@localhost
+	Dir    string       // the copy; made if it is not there
+	Remote string       // see the package comment
+	Branch string       // without refs/heads/
+	Limits Limits       // zero fields are the defaults
+	Auth   Auth         // for ssh and https
+	Signer ssh.Signer   // signs reverts; nil means that Revert is an error
+	Name   string       // of the revert's author; "" means kMO
+	Email  string       // of the revert's author; "" means kmo@localhost
+	Logger *slog.Logger // told when the branch cannot be watched; nil is told nothing
 	Now    func() time.Time
 
 	// Keep names the commits that must stay in the copy beside the branch's own: whatever At, Ancestor, Between and Revert may
@@ -234,8 +235,8 @@ func (r *Repository) validate(s *state) error {
 		errs = append(errs, errors.New("known_hosts: none; want a file that has the remote's key: an unknown server is not trusted"))
 	}
 	r.Limits.fill()
-	if r.Poll == 0 {
-		r.Poll = 30 * time.Second
+	if r.Logger == nil {
+		r.Logger = slog.New(slog.DiscardHandler)
 	}
 	if r.Name == "" {
 		r.Name = "kMO"

@@ -7,7 +7,6 @@ import (
 	"fmt"
 	"io"
 	"maps"
-	"math/rand/v2"
 	"os"
 	"path/filepath"
 	"regexp"
@@ -404,44 +403,44 @@ func (r *Repository) recent(n int) []plumbing.Hash {
 	return all
 }
 
-// Watch says "look again" on the channel it returns: at once when the branch of a local remote moves, and at every Poll,
-// give or take a fifth, whatever the remote is. Notices that nobody took become one. It ends with ctx.
+// Watch says "look again" on the channel it returns when the branch of a local remote moves; of any other it hears nothing. Notices
+// that nobody took become one. It ends with ctx. Where it cannot watch, which the logger is told once, pushes are seen by looking.
 func (r *Repository) Watch(ctx context.Context) <-chan struct{} {
 	notices := make(chan struct{}, 1)
-	var events <-chan fsnotify.Event
-	var faults <-chan error
-	watcher, err := fsnotify.NewWatcher()
-	if err == nil && r.remote.scheme == "" {
-		events, faults = watcher.Events, watcher.Errors
-		r.watchBranch(watcher)
+	if r.remote.scheme != "" {
+		return notices
 	}
-	go func() {
-		if watcher != nil {
-			defer func() { _ = watcher.Close() }()
+	told := false
+	tell := func(err error) {
+		if err != nil && !told {
+			told = true
+			r.Logger.Warn("the branch cannot be watched: a push is not seen before the next look", "remote", r.remote.String(), "err", err)
 		}
-		timer := time.NewTimer(r.jitter())
-		defer timer.Stop()
+	}
+	watcher, err := fsnotify.NewWatcher()
+	if err != nil {
+		tell(err)
+		return notices
+	}
+	tell(r.watchBranch(watcher))
+	go func() {
+		defer func() { _ = watcher.Close() }()
 		for {
+			open := true
 			select {
 			case <-ctx.Done():
 				return
-			case <-timer.C:
-				timer.Reset(r.jitter())
-			case e := <-events:
-				if strings.HasSuffix(e.Name, ".lock") || e.Op == fsnotify.Chmod {
+			case _, open = <-watcher.Errors: // as good as a notice: something may have been missed
+			case e, more := <-watcher.Events:
+				if open = more; open && (strings.HasSuffix(e.Name, ".lock") || e.Op == fsnotify.Chmod || r.beside(e.Name)) {
 					continue
 				}
-				if r.beside(e.Name) {
-					continue
-				}
-			case _, open := <-faults: // as good as a notice: something may have been missed
-				if !open {
-					faults = nil
-				}
 			}
-			if events != nil {
-				r.watchBranch(watcher) // folders come and go
+			if !open {
+				tell(errors.New("the watch has ended"))
+				return
 			}
+			tell(r.watchBranch(watcher)) // folders come and go
 			select {
 			case notices <- struct{}{}:
 			default:
@@ -461,17 +460,18 @@ func (r *Repository) beside(name string) bool {
 	return name != branch && !strings.HasPrefix(branch, name+string(filepath.Separator))
 }
 
-// watchBranch watches every folder from the one that holds the repository down to the one that holds the branch's file.
+// watchBranch watches every folder there is from the one that holds the repository down to the one that holds the branch's file.
 // Watching a folder twice is watching it once.
-func (r *Repository) watchBranch(w *fsnotify.Watcher) {
+func (r *Repository) watchBranch(w *fsnotify.Watcher) error {
 	dir := r.remote.repositoryDir()
-	folder := filepath.Dir(filepath.Join(dir, "refs/heads", filepath.FromSlash(r.Branch)))
-	for ; len(folder) >= len(dir); folder = filepath.Dir(folder) {
-		_ = w.Add(folder)
+	folders := []string{filepath.Dir(dir)}
+	for folder := filepath.Dir(filepath.Join(dir, "refs/heads", filepath.FromSlash(r.Branch))); len(folder) >= len(dir); folder = filepath.Dir(folder) {
+		folders = append(folders, folder)
 	}
-	_ = w.Add(filepath.Dir(dir))
-}
-
-func (r *Repository) jitter() time.Duration {
-	return r.Poll*4/5 + rand.N(r.Poll*2/5+1)
+	for _, folder := range folders {
+		if err := w.Add(folder); err != nil && !errors.Is(err, os.ErrNotExist) && !errors.Is(err, syscall.ENOTDIR) {
+			return fmt.Errorf("watching %s: %w", folder, err)
+		}
+	}
+	return nil
 }
