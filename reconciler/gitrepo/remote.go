@@ -298,18 +298,6 @@ func (r *Repository) sshConfig() (*ssh.ClientConfig, func(), error) {
 	return config, func() { socket.Close() }, nil
 }
 
-// tail keeps the first kilobyte that a process says to its standard error.
-type tail struct{ b bytes.Buffer }
-
-func (t *tail) Write(p []byte) (int, error) {
-	t.b.Write(p[:min(len(p), 1024-min(1024, t.b.Len()))])
-	return len(p), nil
-}
-
-func (t *tail) String() string {
-	return refusal.Clip(strings.Join(strings.Fields(t.b.String()), " "), 300)
-}
-
 // web is one conversation's HTTP client. It knows its remote's origin: credentials go there and nowhere else, and what is
 // reached by a redirect must be a public address unless the origin itself is not.
 type web struct {

@@ -206,3 +206,20 @@ func (r *Repository) look(ctx context.Context) (plumbing.Hash, error) {
 	defer t.close()
 	return t.refs.References["refs/heads/"+r.Branch], nil
 }
+
+// tail keeps the last kilobyte of what a service says: its reason stands at the end.
+type tail struct{ last []byte }
+
+func (t *tail) Write(p []byte) (int, error) {
+	t.last = append(t.last, p...)
+	t.last = t.last[max(0, len(t.last)-1024):]
+	return len(p), nil
+}
+
+func (t *tail) String() string {
+	text := strings.Join(strings.Fields(string(t.last)), " ")
+	if cut := len(text) - 300; cut > 0 {
+		text = "…" + strings.ToValidUTF8(text[cut:], "")
+	}
+	return refusal.Clip(text, 310)
+}

@@ -141,6 +141,18 @@ func TestRevertRefused(t *testing.T) {
 	}
 }
 
+// Of a long answer the end is told.
+func TestRevertRefusedAtLength(t *testing.T) {
+	w := newWorld(t)
+	good, bad := w.commit("a", "1"), w.commit("a", "2")
+	w.hook("pre-receive", "for i in $(seq 200); do echo \"rule $i of the häuse\"; done; echo 'not on a Friday'; exit 1")
+	_, err := w.open().Revert(context.Background(), plea(good, bad))
+	text := fmt.Sprint(err)
+	if !errors.Is(err, reconciler.ErrPushRefused) || !strings.Contains(text, "rule 200 of the häuse not on a Friday") || strings.Contains(text, "rule 9 ") || len(text) > 500 {
+		t.Errorf("%d bytes: %v; want ErrPushRefused with the hook's last words", len(text), err)
+	}
+}
+
 // An ssh server's reasons may come after the answer that shows its no.
 func TestRevertDeniedInTheEnd(t *testing.T) {
 	w := newWorld(t)
