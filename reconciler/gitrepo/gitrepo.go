@@ -160,7 +160,8 @@ func (r *Repository) Open() error {
 	}
 	s.own = own
 	r.state = s
-	return r.loadTip()
+	r.loadTip()
+	return nil
 }
 
 // sweep removes what a killed process left: quarantines, half-written files, packs it was removing, and packs without an index.
@@ -194,10 +195,10 @@ func (r *Repository) sweep() error {
 }
 
 // loadTip reads where the copy is. What cannot be read is a reason to fetch everything again, not an error.
-func (r *Repository) loadTip() error {
+func (r *Repository) loadTip() {
 	text, err := readRegular(filepath.Join(r.Dir, "refs/heads", filepath.FromSlash(r.Branch)), 100)
 	if errors.Is(err, os.ErrNotExist) {
-		return nil
+		return
 	}
 	h, next, bad := parseRef(strings.TrimSpace(string(text)))
 	if err == nil && bad == nil && next == "" {
@@ -208,7 +209,6 @@ func (r *Repository) loadTip() error {
 	if r.tip.IsZero() {
 		r.own.damaged.Store(true)
 	}
-	return nil
 }
 
 // Close lets go of the files.

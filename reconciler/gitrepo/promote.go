@@ -129,7 +129,7 @@ func (r *Repository) promote(in *pack) error {
 	path := strings.TrimSuffix(in.file.Name(), ".pack")
 	done := make(chan error, 1)
 	go func() { done <- in.file.Sync() }()
-	err := writeSynced(path+".idx", 0o400, func(w io.Writer) error {
+	err := writeSynced(path+".idx", func(w io.Writer) error {
 		_, err := idxfile.NewEncoder(w).Encode(in.idx)
 		return err
 	})
@@ -325,17 +325,7 @@ func (r *Repository) moveTip(tip plumbing.Hash) error {
 	if err := os.MkdirAll(filepath.Dir(path), 0o700); err != nil {
 		return err
 	}
-	temporary := filepath.Join(r.Dir, "refs", "new")
-	if err := os.RemoveAll(temporary); err != nil {
-		return err
-	}
-	err := writeSynced(temporary, 0o600, func(w io.Writer) error {
-		_, err := fmt.Fprintln(w, tip)
-		return err
-	})
-	if err == nil {
-		err = os.Rename(temporary, path)
-	}
+	err := renameio.WriteFile(path, []byte(tip.String()+"\n"), 0o600, renameio.WithTempDir(r.Dir))
 	if err == nil {
 		err = syncFolder(filepath.Dir(path))
 	}
@@ -471,8 +461,8 @@ func (r *Repository) locked(do func() error) error {
 	return do()
 }
 
-func writeSynced(path string, mode os.FileMode, write func(io.Writer) error) error {
-	f, err := os.OpenFile(path, os.O_WRONLY|os.O_CREATE|os.O_EXCL, mode)
+func writeSynced(path string, write func(io.Writer) error) error {
+	f, err := os.OpenFile(path, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o400)
 	if err != nil {
 		return err
 	}
