@@ -13,6 +13,7 @@ import (
 	"os"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"sync"
 	"time"
 
@@ -182,13 +183,39 @@ func (h *host) openSource(context.Context) error {
 	}
 	source := &gitrepo.Repository{
 		Dir: filepath.Join(h.dir, "site"), Remote: h.config.Remote, Branch: string(h.config.Branch), Auth: gitrepo.Auth(h.config.Git),
-		Poll: time.Duration(h.config.Poll), Signer: signer, Name: "kMO on " + string(h.config.Host), Email: "kmo@" + string(h.config.Host),
+		Signer: signer, Name: "kMO on " + string(h.config.Host), Email: "kmo@" + string(h.config.Host),
+		Keep: h.kept, Logger: h.logger,
 	}
 	if err := source.Open(); err != nil {
 		return err
 	}
 	h.source = source
 	return nil
+}
+
+// kept are the commits that this host goes back to or compares with: what its copy of the branch must never lose.
+func (h *host) kept() ([]string, error) {
+	rec, err := h.journal.Load()
+	if err != nil {
+		return nil, err
+	}
+	state, err := h.trusted().Load()
+	if errors.Is(err, fs.ErrNotExist) && rec.Good == "" && rec.Trying == "" {
+		err = nil // a new host
+	}
+	ids := append([]string{rec.Good, rec.Trying, state.Accepted.Commit}, state.Burned...)
+	for _, bad := range rec.Bad {
+		ids = append(ids, bad.Commit)
+	}
+	for _, entry := range state.Log {
+		ids = append(ids, entry.Commit)
+	}
+	return slices.DeleteFunc(ids, func(id string) bool { return id == "" }), err
+}
+
+// trusted is where what this host has accepted is remembered.
+func (h *host) trusted() trust.StateFile {
+	return trust.StateFile{Path: filepath.Join(h.dir, "trust.json")}
 }
 
 // openBackends starts a plugin process for each built-in backend of this host and each plugin found.
@@ -254,7 +281,7 @@ func (h *host) openReconciler(context.Context) error {
 	if err != nil {
 		return err
 	}
-	state := trust.StateFile{Path: filepath.Join(h.dir, "trust.json")}
+	state := h.trusted()
 	if rec.Seq == 0 { // a new host: both files are made, in this order, so that one alone is always an alarm
 		tree, err := h.audit.Tree()
 		if err != nil {

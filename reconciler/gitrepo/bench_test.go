@@ -31,7 +31,7 @@ func BenchmarkPushToHead(b *testing.B) {
 func BenchmarkPushToNotice(b *testing.B) {
 	w := newWorld(b)
 	w.commit("a", "0")
-	r := w.open(func(r *Repository) { r.Poll = time.Hour })
+	r := w.open()
 	ctx, cancel := context.WithCancel(context.Background())
 	defer cancel()
 	notices := r.Watch(ctx)

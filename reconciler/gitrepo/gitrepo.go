@@ -16,11 +16,15 @@
 //	objects/pack/pack-<sha1>.{pack,idx}   what was promoted, in Git's own formats; git fsck reads it
 //	refs/heads/<branch>                   the commit that Head last returned
 //	quarantine-*                          a fetch under way; swept by Open
+//	gone                                  packs being removed, by name; Open ends what a killed process began
 //	lock                                  held (flock) while anything is promoted
 //
 // There is never a work tree: files are read from trees by object id (Commit.Tree), and every object is hashed again when it
 // is read. Objects never change and are never replaced; when the copy itself is found damaged, the next Head fetches the whole
 // branch again and drops the damaged packs only once that has been promoted.
+//
+// What a remote sends is promoted before anyone trusts it, so the copy is bounded as a whole (Limits.Copy). When a new pack
+// would not fit, what neither the branch nor Keep leads to is left out of the packs; when it still does not fit, Head refuses it.
 //
 // Remotes:
 //
@@ -44,6 +48,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"log/slog"
 	"os"
 	"path/filepath"
 	"strings"
@@ -61,16 +66,21 @@ import (
 // Repository is the host's copy of one branch. Set the fields, call Open, and leave them alone after that.
 // Its methods may be called at the same time; Head and Revert wait for each other.
 type Repository struct {
-	Dir    string        // the copy; made if it is not there
-	Remote string        // see the package comment
-	Branch string        // without refs/heads/
-	Limits Limits        // zero fields are the defaults
-	Auth   Auth          // for ssh and https
-	Poll   time.Duration // how often Watch says "look again" at the least; 0 means 30 s
-	Signer ssh.Signer    // signs reverts; nil means that Revert is an error
-	Name   string        // of the revert's author; "" means kMO
-	Email  string        // of the revert's author; "" means kmo@localhost
+	Dir    string       // the copy; made if it is not there
+	Remote string       // see the package comment
+	Branch string       // without refs/heads/
+	Limits Limits       // zero fields are the defaults
+	Auth   Auth         // for ssh and https
+	Signer ssh.Signer   // signs reverts; nil means that Revert is an error
+	Name   string       // of the revert's author; "" means kMO
+	Email  string       // of the revert's author; "" means kmo@localhost
+	Logger *slog.Logger // told when the branch cannot be watched; nil is told nothing
 	Now    func() time.Time
+
+	// Keep names the commits that must stay in the copy beside the branch's own: whatever At, Ancestor, Between and Revert may
+	// be asked for. It is called when the copy is full, by Head and Revert. After an error, or where it names what the copy does
+	// not have, nothing is removed; nor is anything ever if it is nil.
+	Keep func() ([]string, error)
 
 	*state
 }
@@ -78,10 +88,11 @@ type Repository struct {
 // state is what Open makes.
 type state struct {
 	remote  remote
-	mu      sync.Mutex    // held by Head and Revert
-	tip     plumbing.Hash // guarded by mu: what refs/heads/<branch> of the copy says
-	last    trust.Commit  // guarded by mu: the commit at tip, once it was read
-	source  *store        // guarded by mu: the objects of a local remote
+	mu      sync.Mutex                  // held by Head and Revert
+	tip     plumbing.Hash               // guarded by mu: what refs/heads/<branch> of the copy says
+	last    trust.Commit                // guarded by mu: the commit at tip, once it was read
+	source  *store                      // guarded by mu: the objects of a local remote
+	handed  map[plumbing.Hash]time.Time // guarded by mu: what Head has lately returned, and when last
 	own     *store
 	trees   treeCache
 	checked map[plumbing.Hash]extent // guarded by mu: folders whose paths were found good
@@ -90,7 +101,8 @@ type state struct {
 // Limits bound what a remote may send. Zero fields are the defaults of defaultLimits.
 type Limits struct {
 	Bytes    int64         // of a pack
-	Objects  int           // of a fetch, and files of a commit
+	Copy     int64         // bytes of the copy's packs and indexes; while it is made smaller, its disk has both, and a fetch
+	Objects  int           // of a fetch, and files of a commit; the copy has eight times as many
 	Object   int64         // bytes of one object
 	Ratio    int64         // unpacked bytes for a received one, counted above 256 MiB
 	Delta    int           // deltas between an object and its base
@@ -105,7 +117,7 @@ type Limits struct {
 // defaultLimits are the bounds of a Repository that sets none.
 func defaultLimits() Limits {
 	return Limits{
-		Bytes: 2 << 30, Objects: 500_000, Object: 64 << 20, Ratio: 1000, Delta: 50, Depth: 32, Path: 4096, Refs: 10_000,
+		Bytes: 2 << 30, Copy: 4 << 30, Objects: 500_000, Object: 64 << 20, Ratio: 1000, Delta: 50, Depth: 32, Path: 4096, Refs: 10_000,
 		Commits: 100_000, Duration: 10 * time.Minute, Idle: time.Minute,
 	}
 }
@@ -122,7 +134,7 @@ type Auth struct {
 
 // Open checks the fields, reporting all that is wrong at once, and opens or makes the copy. It does not ask the remote.
 func (r *Repository) Open() error {
-	s := &state{checked: map[plumbing.Hash]extent{}}
+	s := &state{checked: map[plumbing.Hash]extent{}, handed: map[plumbing.Hash]time.Time{}}
 	if err := r.validate(s); err != nil {
 		return err
 	}
@@ -139,16 +151,64 @@ func (r *Repository) Open() error {
 			return fmt.Errorf("making the copy: %v", err)
 		}
 	}
+	if err := r.locked(r.sweep); err != nil {
+		return fmt.Errorf("sweeping the copy: %v", err)
+	}
 	own, err := openStore(filepath.Join(r.Dir, "objects"), r.Limits)
 	if err != nil {
 		return fmt.Errorf("opening the copy: %v", err)
 	}
 	s.own = own
 	r.state = s
-	if err := r.locked(r.sweep); err != nil {
-		return fmt.Errorf("sweeping the copy: %v", err)
+	r.loadTip()
+	return nil
+}
+
+// sweep removes what a killed process left: quarantines, half-written files, packs it was removing, and packs without an index.
+func (r *Repository) sweep() error {
+	if err := r.removeNoted(); err != nil {
+		return err
 	}
-	return r.loadTip()
+	var left []string
+	for _, pattern := range []string{"quarantine-*", ".*[0-9]"} { // what renameio leaves is .NAME and a number
+		found, err := filepath.Glob(filepath.Join(r.Dir, pattern))
+		if err != nil {
+			return err
+		}
+		left = append(left, found...)
+	}
+	packs, err := filepath.Glob(filepath.Join(r.Dir, "objects/pack/pack-*.pack"))
+	if err != nil {
+		return err
+	}
+	for _, p := range packs {
+		if _, err := os.Lstat(strings.TrimSuffix(p, ".pack") + ".idx"); errors.Is(err, os.ErrNotExist) {
+			left = append(left, p)
+		}
+	}
+	for _, path := range left {
+		if err := os.RemoveAll(path); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// loadTip reads where the copy is. What cannot be read is a reason to fetch everything again, not an error.
+func (r *Repository) loadTip() {
+	text, err := readRegular(filepath.Join(r.Dir, "refs/heads", filepath.FromSlash(r.Branch)), 100)
+	if errors.Is(err, os.ErrNotExist) {
+		return
+	}
+	h, next, bad := parseRef(strings.TrimSpace(string(text)))
+	if err == nil && bad == nil && next == "" {
+		if _, err = r.commit(r.own, h); err == nil {
+			r.tip = h
+		}
+	}
+	if r.tip.IsZero() {
+		r.own.damaged.Store(true)
+	}
 }
 
 // Close lets go of the files.
@@ -175,8 +235,8 @@ func (r *Repository) validate(s *state) error {
 		errs = append(errs, errors.New("known_hosts: none; want a file that has the remote's key: an unknown server is not trusted"))
 	}
 	r.Limits.fill()
-	if r.Poll == 0 {
-		r.Poll = 30 * time.Second
+	if r.Logger == nil {
+		r.Logger = slog.New(slog.DiscardHandler)
 	}
 	if r.Name == "" {
 		r.Name = "kMO"
@@ -204,7 +264,7 @@ func (l *Limits) fill() {
 			*p.field = *p.other
 		}
 	}
-	for _, p := range []struct{ field, other *int64 }{{&l.Bytes, &d.Bytes}, {&l.Object, &d.Object}, {&l.Ratio, &d.Ratio}} {
+	for _, p := range []struct{ field, other *int64 }{{&l.Bytes, &d.Bytes}, {&l.Copy, &d.Copy}, {&l.Object, &d.Object}, {&l.Ratio, &d.Ratio}} {
 		if *p.field == 0 {
 			*p.field = *p.other
 		}
@@ -246,7 +306,7 @@ func (r *Repository) commit(s *store, h plumbing.Hash) (trust.Commit, error) {
 	return out, nil
 }
 
-// Ancestor says whether old is new or an ancestor of it.
+// Ancestor says whether old is new or an ancestor of it. A commit that the copy does not have is nobody's ancestor.
 func (r *Repository) Ancestor(ctx context.Context, old, new string) (bool, error) {
 	from, err := parseID(old)
 	if err != nil {
@@ -254,9 +314,6 @@ func (r *Repository) Ancestor(ctx context.Context, old, new string) (bool, error
 	}
 	to, err := parseID(new)
 	if err != nil {
-		return false, err
-	}
-	if _, err := r.own.readAs(plumbing.CommitObject, from); err != nil {
 		return false, err
 	}
 	found := false

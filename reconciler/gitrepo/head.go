@@ -6,7 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"math/rand/v2"
+	"maps"
 	"os"
 	"path/filepath"
 	"regexp"
@@ -29,10 +29,16 @@ import (
 func (r *Repository) Head(ctx context.Context) (reconciler.Commit, error) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	return r.head(ctx)
+	commit, err := r.head(ctx)
+	if err == nil {
+		r.handed[r.tip] = r.Now()
+	}
+	return commit, err
 }
 
 func (r *Repository) head(ctx context.Context) (reconciler.Commit, error) {
+	now := r.Now()
+	maps.DeleteFunc(r.handed, func(_ plumbing.Hash, when time.Time) bool { return now.Sub(when) > judging })
 	if r.remote.scheme == "" {
 		tip, err := lookLocal(r.remote.repositoryDir(), r.Branch, r.Limits)
 		if err != nil {
@@ -324,10 +330,24 @@ func (r *Repository) receive(ctx context.Context, idle context.CancelCauseFunc, 
 	if err != nil {
 		return tip, err
 	}
+	return tip, r.download(&lively{answer, silent, r.Limits.Idle}, request, f)
+}
+
+// download writes the pack of an answer. Before it a server has a line for each commit that was offered and every such line is held in
+// memory; around it there may be what it says of its progress.
+func (r *Repository) download(answer io.Reader, request *packp.UploadPackRequest, f *os.File) error {
+	const before = 64 << 10
+	bounded := &io.LimitedReader{R: answer, N: before}
 	response := packp.NewUploadPackResponse(request)
-	if err := response.Decode(io.NopCloser(&lively{answer, silent, r.Limits.Idle})); err != nil {
-		return tip, fmt.Errorf("asking for the branch: %s", refusal.Clip(err.Error(), 300))
+	err := response.Decode(io.NopCloser(bounded))
+	if bounded.N <= 0 {
+		return tooLarge("the remote's answer before the pack", before+1, before, "bytes")
 	}
+	if err != nil {
+		return fmt.Errorf("asking for the branch: %s", refusal.Clip(err.Error(), 300))
+	}
+	most := 2*r.Limits.Bytes + 1<<20
+	bounded.N = most
 	var in io.Reader = response
 	if request.Capabilities.Supports(capability.Sideband64k) {
 		in = sideband.NewDemuxer(sideband.Sideband64k, in)
@@ -336,12 +356,15 @@ func (r *Repository) receive(ctx context.Context, idle context.CancelCauseFunc, 
 	}
 	n, err := io.Copy(f, io.LimitReader(in, r.Limits.Bytes+1))
 	if n > r.Limits.Bytes {
-		return tip, tooLarge("the pack", n, r.Limits.Bytes, "bytes")
+		return tooLarge("the pack", n, r.Limits.Bytes, "bytes")
+	}
+	if bounded.N <= 0 {
+		return tooLarge("the remote's answer with the pack", most+1, most, "bytes")
 	}
 	if err != nil {
-		return tip, fmt.Errorf("receiving the pack: %s", refusal.Clip(err.Error(), 300))
+		return fmt.Errorf("receiving the pack: %s", refusal.Clip(err.Error(), 300))
 	}
-	return tip, nil
+	return nil
 }
 
 // lively is a reader whose every byte puts off the alarm.
@@ -380,44 +403,44 @@ func (r *Repository) recent(n int) []plumbing.Hash {
 	return all
 }
 
-// Watch says "look again" on the channel it returns: at once when the branch of a local remote moves, and at every Poll,
-// give or take a fifth, whatever the remote is. Notices that nobody took become one. It ends with ctx.
+// Watch says "look again" on the channel it returns when the branch of a local remote moves; of any other it hears nothing. Notices
+// that nobody took become one. It ends with ctx. Where it cannot watch, which the logger is told once, pushes are seen by looking.
 func (r *Repository) Watch(ctx context.Context) <-chan struct{} {
 	notices := make(chan struct{}, 1)
-	var events <-chan fsnotify.Event
-	var faults <-chan error
-	watcher, err := fsnotify.NewWatcher()
-	if err == nil && r.remote.scheme == "" {
-		events, faults = watcher.Events, watcher.Errors
-		r.watchBranch(watcher)
+	if r.remote.scheme != "" {
+		return notices
 	}
-	go func() {
-		if watcher != nil {
-			defer func() { _ = watcher.Close() }()
+	told := false
+	tell := func(err error) {
+		if err != nil && !told {
+			told = true
+			r.Logger.Warn("the branch cannot be watched: a push is not seen before the next look", "remote", r.remote.String(), "err", err)
 		}
-		timer := time.NewTimer(r.jitter())
-		defer timer.Stop()
+	}
+	watcher, err := fsnotify.NewWatcher()
+	if err != nil {
+		tell(err)
+		return notices
+	}
+	tell(r.watchBranch(watcher))
+	go func() {
+		defer func() { _ = watcher.Close() }()
 		for {
+			open := true
 			select {
 			case <-ctx.Done():
 				return
-			case <-timer.C:
-				timer.Reset(r.jitter())
-			case e := <-events:
-				if strings.HasSuffix(e.Name, ".lock") || e.Op == fsnotify.Chmod {
+			case _, open = <-watcher.Errors: // as good as a notice: something may have been missed
+			case e, more := <-watcher.Events:
+				if open = more; open && (strings.HasSuffix(e.Name, ".lock") || e.Op == fsnotify.Chmod || r.beside(e.Name)) {
 					continue
 				}
-				if r.beside(e.Name) {
-					continue
-				}
-			case _, open := <-faults: // as good as a notice: something may have been missed
-				if !open {
-					faults = nil
-				}
 			}
-			if events != nil {
-				r.watchBranch(watcher) // folders come and go
+			if !open {
+				tell(errors.New("the watch has ended"))
+				return
 			}
+			tell(r.watchBranch(watcher)) // folders come and go
 			select {
 			case notices <- struct{}{}:
 			default:
@@ -437,17 +460,18 @@ func (r *Repository) beside(name string) bool {
 	return name != branch && !strings.HasPrefix(branch, name+string(filepath.Separator))
 }
 
-// watchBranch watches every folder from the one that holds the repository down to the one that holds the branch's file.
+// watchBranch watches every folder there is from the one that holds the repository down to the one that holds the branch's file.
 // Watching a folder twice is watching it once.
-func (r *Repository) watchBranch(w *fsnotify.Watcher) {
+func (r *Repository) watchBranch(w *fsnotify.Watcher) error {
 	dir := r.remote.repositoryDir()
-	folder := filepath.Dir(filepath.Join(dir, "refs/heads", filepath.FromSlash(r.Branch)))
-	for ; len(folder) >= len(dir); folder = filepath.Dir(folder) {
-		_ = w.Add(folder)
+	folders := []string{filepath.Dir(dir)}
+	for folder := filepath.Dir(filepath.Join(dir, "refs/heads", filepath.FromSlash(r.Branch))); len(folder) >= len(dir); folder = filepath.Dir(folder) {
+		folders = append(folders, folder)
 	}
-	_ = w.Add(filepath.Dir(dir))
-}
-
-func (r *Repository) jitter() time.Duration {
-	return r.Poll*4/5 + rand.N(r.Poll*2/5+1)
+	for _, folder := range folders {
+		if err := w.Add(folder); err != nil && !errors.Is(err, os.ErrNotExist) && !errors.Is(err, syscall.ENOTDIR) {
+			return fmt.Errorf("watching %s: %w", folder, err)
+		}
+	}
+	return nil
 }

@@ -1,16 +1,19 @@
 package gitrepo
 
 import (
+	"bytes"
 	"context"
 	"encoding/pem"
 	"fmt"
 	"io/fs"
+	"log/slog"
 	"net"
 	"net/http/httptest"
 	"os"
 	"path/filepath"
 	"strings"
 	"sync"
+	"syscall"
 	"testing"
 	"testing/fstest"
 	"time"
@@ -139,10 +142,11 @@ func TestHistory(t *testing.T) {
 	top := w.commit("a", "3")
 	r := w.open()
 	head(t, r)
+	nobodys := strings.Repeat("5", 40)
 	for _, c := range []struct {
 		old, new string
 		want     bool
-	}{{root, top, true}, {side, top, true}, {top, top, true}, {top, root, false}, {side, left, false}} {
+	}{{root, top, true}, {side, top, true}, {top, top, true}, {top, root, false}, {side, left, false}, {nobodys, top, false}} {
 		if got, err := r.Ancestor(ctx, c.old, c.new); err != nil || got != c.want {
 			t.Errorf("Ancestor(%s, %s) is %v, %v; want %v", short(c.old), short(c.new), got, err, c.want)
 		}
@@ -173,6 +177,9 @@ func TestHistory(t *testing.T) {
 		if diff := cmp.Diff(want, got); diff != "" {
 			t.Errorf("Between(%q, %q) differs from git rev-list:\n%s", c[0], c[1], diff)
 		}
+	}
+	if ok, err := r.Ancestor(ctx, top, nobodys); ok || err == nil {
+		t.Errorf("Ancestor(top, a commit that nobody has) is %v, without an error", ok)
 	}
 	if _, err := r.At(ctx, strings.Repeat("0", 39)+"1"); err == nil {
 		t.Error("At(a commit that nobody has): no error")
@@ -311,7 +318,7 @@ func TestWatch(t *testing.T) {
 				return id
 			}
 			push("0" + branch)
-			r := w.open(func(r *Repository) { r.Branch, r.Poll = branch, time.Hour })
+			r := w.open(func(r *Repository) { r.Branch = branch })
 			ctx, cancel := context.WithCancel(context.Background())
 			defer cancel()
 			notices := r.Watch(ctx)
@@ -322,18 +329,33 @@ func TestWatch(t *testing.T) {
 			next(t, notices, r, push("3"+branch))
 		})
 	}
-	t.Run("poll", func(t *testing.T) {
-		r := w.open(func(r *Repository) { r.Poll = time.Millisecond })
-		ctx, cancel := context.WithCancel(context.Background())
-		defer cancel()
-		for range 3 {
-			select {
-			case <-r.Watch(ctx):
-			case <-time.After(5 * time.Second):
-				t.Fatal("no poll")
-			}
-		}
-	})
+}
+
+// A host that cannot be told of pushes says so, once.
+func TestWatchCannot(t *testing.T) {
+	w := newWorld(t)
+	w.commit("a", "1")
+	var said bytes.Buffer
+	r := w.open(func(r *Repository) { r.Logger = slog.New(slog.NewTextHandler(&said, nil)) })
+	var files syscall.Rlimit
+	if err := syscall.Getrlimit(syscall.RLIMIT_NOFILE, &files); err != nil {
+		t.Fatal(err)
+	}
+	none := files
+	none.Cur = 3 // standard input, output and error
+	if err := syscall.Setrlimit(syscall.RLIMIT_NOFILE, &none); err != nil {
+		t.Fatal(err)
+	}
+	notices := r.Watch(t.Context())
+	if err := syscall.Setrlimit(syscall.RLIMIT_NOFILE, &files); err != nil {
+		t.Fatal(err)
+	}
+	if got := said.String(); strings.Count(got, "\n") != 1 || !strings.Contains(got, "cannot be watched") || !strings.Contains(got, "too many open files") {
+		t.Errorf("said %q; want one line with the reason", got)
+	}
+	if len(notices) > 0 {
+		t.Error("a notice of nothing")
+	}
 }
 
 // What a carrier may do to history is for trust to refuse; the carrier's part is to say it as it is and to lose nothing.

@@ -15,6 +15,7 @@ import (
 	"github.com/go-git/go-git/v5/plumbing/format/idxfile"
 	"github.com/go-git/go-git/v5/plumbing/format/packfile"
 	"github.com/go-git/go-git/v5/plumbing/object"
+	gitbinary "github.com/go-git/go-git/v5/utils/binary"
 
 	"github.com/kindos/kmo/policy/refusal"
 )
@@ -43,7 +44,7 @@ type indexer struct {
 	at       map[int64]int           // offset → entry
 	waiting  map[plumbing.Hash][]int // deltas by the id of their base
 	ids      map[plumbing.Hash]bool  // every object of the pack
-	links    map[plumbing.Hash]bool  // what its commits and trees lead to
+	links    map[plumbing.Hash]bool  // what its commits and trees lead to; at most four times as many as objects are allowed
 }
 
 // index checks a pack file and returns its index. Every link of its commits and trees leads into the pack or is held already.
@@ -179,20 +180,30 @@ func (x *indexer) name(i int, id plumbing.Hash, kind plumbing.ObjectType, conten
 		if err != nil {
 			return err
 		}
-		x.links[c.tree] = true
-		for _, p := range c.parents {
-			x.links[p] = true
-		}
+		return x.lead(append(c.parents, c.tree))
 	case plumbing.TreeObject:
 		entries, err := parseTree(content)
 		if err != nil {
 			return refuse("E_OBJ_MALFORMED", "tree "+id.String(), err.Error(), "a tree as git writes it")
 		}
+		var to []plumbing.Hash
 		for _, e := range entries {
 			if e.mode != modeModule {
-				x.links[e.id] = true
+				to = append(to, e.id)
 			}
 		}
+		return x.lead(to)
+	}
+	return nil
+}
+
+// lead notes where an object leads.
+func (x *indexer) lead(to []plumbing.Hash) error {
+	for _, h := range to {
+		x.links[h] = true
+	}
+	if n, most := int64(len(x.links)), 4*int64(x.limits.Objects); n > most {
+		return tooLarge("the pack", n, most, "objects to which its own lead")
 	}
 	return nil
 }
@@ -311,7 +322,36 @@ func (x *indexer) descend(ctx context.Context, root frame) error {
 	return nil
 }
 
-// packer writes a pack without deltas. The number of objects is set when it is known.
+// verify reads a pack whole and compares it with its index.
+func (r *Repository) verify(ctx context.Context, path string) error {
+	p, err := openPack(path, r.Limits)
+	if err != nil {
+		return err
+	}
+	defer p.close()
+	idx, err := index(ctx, p.file, r.Limits, func(plumbing.Hash) bool { return true })
+	if err != nil {
+		return err
+	}
+	if idx.PackfileChecksum != p.idx.PackfileChecksum {
+		return errors.New("an index of another pack")
+	}
+	entries, err := idx.Entries()
+	for err == nil {
+		var e *idxfile.Entry
+		if e, err = entries.Next(); err == nil {
+			if at, missing := p.idx.FindOffset(e.Hash); missing != nil || uint64(at) != e.Offset {
+				return errors.New("an index of another pack")
+			}
+		}
+	}
+	if errors.Is(err, io.EOF) {
+		return nil
+	}
+	return err
+}
+
+// packer writes a pack, making no deltas of its own. The number of objects is set when it is known.
 type packer struct {
 	out    *os.File
 	z      *zlib.Writer
@@ -334,23 +374,79 @@ func (w *packer) Write(b []byte) (int, error) {
 	return w.out.Write(b)
 }
 
-// add writes one object: type and size, seven bits a byte after the first four, then zlib.
-func (w *packer) add(t plumbing.ObjectType, content []byte) error {
-	size := uint64(len(content))
+// begin writes what every entry begins with: type and size, seven bits a byte after the first four.
+func (w *packer) begin(t plumbing.ObjectType, size uint64) error {
 	head := []byte{byte(t)<<4 | byte(size&15)}
 	for size >>= 4; size > 0; size >>= 7 {
 		head[len(head)-1] |= 0x80
 		head = append(head, byte(size&127))
 	}
-	if _, err := w.Write(head); err != nil {
+	w.count++
+	_, err := w.Write(head)
+	return err
+}
+
+// add writes one object: its head, then zlib.
+func (w *packer) add(t plumbing.ObjectType, content []byte) error {
+	if err := w.begin(t, uint64(len(content))); err != nil {
 		return err
 	}
 	w.z.Reset(w)
 	if _, err := w.z.Write(content); err != nil {
 		return err
 	}
-	w.count++
 	return w.z.Close()
+}
+
+// sift copies the wanted entries of a pack as they stand there. A delta whose base is left out becomes whole: read has it.
+func (w *packer) sift(ctx context.Context, p *pack, want map[plumbing.Hash]bool, read func(plumbing.Hash) (plumbing.ObjectType, []byte, error)) error {
+	entries, err := p.entries()
+	if err != nil {
+		return err
+	}
+	moved := map[int64]int64{} // where an entry stood, and where it stands
+	for i, e := range entries {
+		if ctx.Err() != nil {
+			return ctx.Err()
+		}
+		if !want[e.Hash] {
+			continue
+		}
+		head, body, err := p.header(int64(e.Offset))
+		if err != nil {
+			return err
+		}
+		end := p.size - sha1.Size
+		if i+1 < len(entries) {
+			end = int64(entries[i+1].Offset)
+		}
+		to := w.offset
+		base, near := moved[head.OffsetReference]
+		switch {
+		case head.Type == plumbing.OFSDeltaObject && near: // at another distance now
+			err = errors.Join(w.begin(head.Type, uint64(head.Length)), gitbinary.WriteVariableWidthInt(w, to-base), w.raw(p, body, end))
+		case head.Type == plumbing.OFSDeltaObject, head.Type == plumbing.REFDeltaObject && !want[head.Reference]:
+			var kind plumbing.ObjectType
+			var content []byte
+			if kind, content, err = read(e.Hash); err == nil {
+				err = w.add(kind, content)
+			}
+		default:
+			w.count++
+			err = w.raw(p, head.Offset, end)
+		}
+		if err != nil {
+			return err
+		}
+		moved[head.Offset] = to
+	}
+	return nil
+}
+
+// raw copies bytes of a pack.
+func (w *packer) raw(p *pack, from, end int64) error {
+	_, err := io.Copy(w, io.NewSectionReader(p.file, from, end-from))
+	return err
 }
 
 // finish writes the count and the checksum.

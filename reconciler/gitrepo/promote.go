@@ -1,15 +1,19 @@
 package gitrepo
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
 	"io"
 	"io/fs"
+	"maps"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"syscall"
+	"time"
 
 	"github.com/go-git/go-billy/v5/osfs"
 	"github.com/go-git/go-git/v5/plumbing"
@@ -17,6 +21,7 @@ import (
 	"github.com/go-git/go-git/v5/plumbing/format/idxfile"
 	"github.com/go-git/go-git/v5/plumbing/format/packfile"
 	"github.com/go-git/go-git/v5/storage/filesystem"
+	"github.com/google/renameio/v2"
 
 	"github.com/kindos/kmo/policy/refusal"
 	"github.com/kindos/kmo/reconciler"
@@ -27,6 +32,9 @@ const (
 	mergeAt   = 64
 	smallPack = 4096
 )
+
+// judging is how long whoever was handed a commit may take until it is among those of Keep.
+const judging = time.Hour
 
 // quarantine makes an empty pack file in a folder of its own. done closes it and clears what was not promoted.
 func (r *Repository) quarantine() (f *os.File, done func(), err error) {
@@ -77,17 +85,9 @@ func (r *Repository) admit(ctx context.Context, f *os.File, tip plumbing.Hash, w
 	if err := checkTree(ctx, quarantine, head.tree, r.Limits, known); err != nil {
 		return commit, fmt.Errorf("commit %s: %w", tip, err)
 	}
-	err = r.locked(func() error {
-		if err := r.promote(f, idx); err != nil {
-			return err
-		}
-		if whole {
-			r.dropDamaged(ctx)
-		}
-		return r.moveTip(tip)
-	})
+	err = r.locked(func() error { return r.take(ctx, p, tip, whole) })
 	if err != nil {
-		return commit, fmt.Errorf("promoting: %v", err)
+		return commit, fmt.Errorf("promoting: %w", err)
 	}
 	if len(r.own.present()) > mergeAt {
 		_ = r.locked(func() error { return r.merge(ctx) }) // the next fetch tries again
@@ -95,23 +95,49 @@ func (r *Repository) admit(ctx context.Context, f *os.File, tip plumbing.Hash, w
 	return r.commit(r.own, tip)
 }
 
-// promote moves a judged pack into the copy: synced, the pack first, its index last.
-func (r *Repository) promote(f *os.File, idx *idxfile.MemoryIndex) error {
-	if n, err := idx.Count(); n == 0 || err != nil {
+// take moves the branch to a judged pack's commit. Where the copy has no room for the pack, smaller packs take the place of some:
+// they are in before the branch moves, and those go after it has, so that the copy is sound wherever it is interrupted.
+func (r *Repository) take(ctx context.Context, p *pack, tip plumbing.Hash, whole bool) error {
+	smaller, gone, err := r.makeRoom(ctx, p, tip, whole)
+	defer func() {
+		for _, one := range smaller {
+			one.close()
+		}
+	}()
+	if err != nil {
 		return err
 	}
-	path := strings.TrimSuffix(f.Name(), ".pack")
+	for _, one := range append(smaller, p) {
+		if err := r.promote(one); err != nil {
+			return err
+		}
+	}
+	if whole {
+		r.dropDamaged(ctx)
+	}
+	if err := r.moveTip(tip); err != nil {
+		return err
+	}
+	return r.remove(gone)
+}
+
+// promote moves a pack from quarantine into the copy: synced, the pack first, its index last.
+func (r *Repository) promote(in *pack) error {
+	if n, err := in.idx.Count(); n == 0 || err != nil {
+		return err
+	}
+	path := strings.TrimSuffix(in.file.Name(), ".pack")
 	done := make(chan error, 1)
-	go func() { done <- f.Sync() }()
-	err := writeSynced(path+".idx", 0o400, func(w io.Writer) error {
-		_, err := idxfile.NewEncoder(w).Encode(idx)
+	go func() { done <- in.file.Sync() }()
+	err := writeSynced(path+".idx", func(w io.Writer) error {
+		_, err := idxfile.NewEncoder(w).Encode(in.idx)
 		return err
 	})
 	if err := errors.Join(err, <-done); err != nil {
 		return err
 	}
 	dir := filepath.Join(r.Dir, "objects/pack")
-	to := filepath.Join(dir, "pack-"+plumbing.Hash(idx.PackfileChecksum).String())
+	to := filepath.Join(dir, in.promoted())
 	for _, suffix := range []string{".pack", ".idx"} {
 		if err := os.Rename(path+suffix, to+suffix); err != nil {
 			return err
@@ -120,7 +146,7 @@ func (r *Repository) promote(f *os.File, idx *idxfile.MemoryIndex) error {
 	if err := syncFolder(dir); err != nil {
 		return err
 	}
-	p, err := newPack(to, idx, r.Limits)
+	p, err := newPack(to, in.idx, r.Limits)
 	if err != nil {
 		return err
 	}
@@ -128,18 +154,169 @@ func (r *Repository) promote(f *os.File, idx *idxfile.MemoryIndex) error {
 	return nil
 }
 
-// put adds a pack, in the place of one with the same name if there is one.
-func (s *store) put(p *pack) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	for i, old := range s.packs {
-		if old.name == p.name {
-			old.close()
-			s.packs[i] = p
-			return
+// promoted is the pack's name in the copy.
+func (p *pack) promoted() string { return "pack-" + plumbing.Hash(p.idx.PackfileChecksum).String() }
+
+// makeRoom returns nothing where the copy has room for a new pack. Else it leaves out what nothing leads to once the branch is at tip,
+// and returns smaller packs, in quarantine, and those whose place they take. The copy stays as it is; what still does not fit is refused.
+func (r *Repository) makeRoom(ctx context.Context, p *pack, tip plumbing.Hash, whole bool) (smaller, gone []*pack, err error) {
+	have := r.own.present()
+	full := r.fits(append(have, p))
+	if n, err := p.idx.Count(); full == nil || n == 0 || err != nil {
+		return nil, nil, err
+	}
+	after, smaller, gone, err := r.reduce(ctx, have, p, tip, whole)
+	switch {
+	case ctx.Err() != nil:
+		return smaller, nil, ctx.Err()
+	case err != nil:
+		full.Got += "; nothing was left out: " + refusal.Clip(err.Error(), 200)
+		return smaller, nil, full
+	}
+	if full = r.fits(after); full != nil {
+		return smaller, nil, full
+	}
+	return smaller, gone, nil
+}
+
+// fits refuses packs that are more than a copy may be. The objects are counted because every index is held in memory.
+func (r *Repository) fits(packs []*pack) *refusal.Error {
+	var bytes, objects int64
+	for _, p := range packs {
+		n, _ := p.idx.Count()
+		objects += n
+		bytes += p.size + 28*n + 1072 // and its index
+	}
+	if bytes <= r.Limits.Copy && objects <= r.most() {
+		return nil
+	}
+	return refuse("E_LIMIT", "the copy with the new pack", fmt.Sprintf("%d bytes, %d objects", bytes, objects),
+		fmt.Sprintf("at most %d bytes and %d objects of what the branch or this host's own record leads to", r.Limits.Copy, r.most()))
+}
+
+func (r *Repository) most() int64 { return 8 * int64(r.Limits.Objects) }
+
+// reduce sorts the copy's packs by what is live in them: all, and they stay; some, and a smaller one is written; nothing. What is in
+// more than one pack counts in the first; if the copy is damaged, in the new one. after is all that the copy would have.
+func (r *Repository) reduce(ctx context.Context, have []*pack, p *pack, tip plumbing.Hash, whole bool) (after, smaller, gone []*pack, err error) {
+	from := &store{limits: r.Limits, packs: []*pack{p}, borrow: []*store{r.own}}
+	live, err := r.live(ctx, from, tip)
+	if err == nil && whole {
+		_, _, err = claim(p, live)
+	}
+	after = []*pack{p}
+	for i := 0; err == nil && i < len(have); i++ {
+		if have[i].name == p.promoted() {
+			continue // the new one replaces it
+		}
+		var mine map[plumbing.Hash]bool
+		var all bool
+		if mine, all, err = claim(have[i], live); all {
+			after = append(after, have[i])
+			continue
+		}
+		gone = append(gone, have[i])
+		if err == nil && len(mine) > 0 {
+			var less *pack
+			if less, err = r.sift(ctx, have[i], mine, live, from, fmt.Sprint(strings.TrimSuffix(p.file.Name(), ".pack"), i)); err == nil {
+				after, smaller = append(after, less), append(smaller, less)
+			}
 		}
 	}
-	s.packs = append(s.packs, p)
+	for _, less := range smaller { // in the copy already, if a process was killed before it removed the larger one
+		gone = slices.DeleteFunc(gone, func(old *pack) bool { return old.name == less.promoted() })
+	}
+	for h, unclaimed := range live {
+		if in, _ := p.idx.Contains(h); unclaimed && !in && err == nil {
+			err = fmt.Errorf("object %s is in no pack", h)
+		}
+	}
+	return after, smaller, gone, err
+}
+
+// claim takes what is live in a pack and in none before it. all says that this is everything the pack has.
+func claim(p *pack, live map[plumbing.Hash]bool) (mine map[plumbing.Hash]bool, all bool, err error) {
+	entries, err := p.entries()
+	mine = map[plumbing.Hash]bool{}
+	for _, e := range entries {
+		if live[e.Hash] {
+			live[e.Hash], mine[e.Hash] = false, true
+		}
+	}
+	return mine, err == nil && len(mine) == len(entries), err
+}
+
+// sift writes what is wanted of a pack to one in quarantine, and judges that as if a remote had sent it.
+func (r *Repository) sift(ctx context.Context, p *pack, want, live map[plumbing.Hash]bool, from *store, path string) (*pack, error) {
+	f, err := os.OpenFile(path+".pack", os.O_RDWR|os.O_CREATE|os.O_EXCL, 0o400)
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	out, err := newPacker(f, r.Limits.Copy)
+	if err == nil {
+		err = out.sift(ctx, p, want, from.read)
+	}
+	if err == nil {
+		err = out.finish()
+	}
+	if err != nil {
+		return nil, err
+	}
+	idx, err := index(ctx, f, r.Limits, func(h plumbing.Hash) bool { _, ok := live[h]; return ok })
+	if err != nil {
+		return nil, err
+	}
+	for h := range want {
+		if ok, _ := idx.Contains(h); !ok {
+			return nil, fmt.Errorf("object %s was not copied", h)
+		}
+	}
+	return newPack(path, idx, r.Limits)
+}
+
+// live has every object that must stay once the branch is at tip: what that, the commits of Keep and those lately handed out lead to.
+// All of it is read and hashed, so that nothing is removed from a copy that is not sound. True means that no pack has claimed it.
+func (r *Repository) live(ctx context.Context, from *store, tip plumbing.Hash) (map[plumbing.Hash]bool, error) {
+	if r.Keep == nil {
+		return nil, errors.New("no record says what else must stay")
+	}
+	ids, err := r.Keep()
+	if err != nil {
+		return nil, err
+	}
+	todo := append(slices.Collect(maps.Keys(r.handed)), tip)
+	for _, id := range ids {
+		h, err := parseID(id)
+		if err != nil {
+			return nil, err
+		}
+		todo = append(todo, h)
+	}
+	live := map[plumbing.Hash]bool{}
+	for len(todo) > 0 {
+		h := todo[len(todo)-1]
+		todo = todo[:len(todo)-1]
+		if live[h] {
+			continue
+		}
+		if ctx.Err() != nil {
+			return nil, ctx.Err()
+		}
+		if live[h] = true; int64(len(live)) > r.most() {
+			return nil, fmt.Errorf("more than %d objects are needed", r.most())
+		}
+		kind, content, err := from.read(h)
+		if err != nil {
+			return nil, err
+		}
+		for _, next := range links(kind, content) {
+			if !live[next] {
+				todo = append(todo, next)
+			}
+		}
+	}
+	return live, nil
 }
 
 // moveTip is the commit point of a fetch.
@@ -148,17 +325,7 @@ func (r *Repository) moveTip(tip plumbing.Hash) error {
 	if err := os.MkdirAll(filepath.Dir(path), 0o700); err != nil {
 		return err
 	}
-	temporary := filepath.Join(r.Dir, "refs", "new")
-	if err := os.RemoveAll(temporary); err != nil {
-		return err
-	}
-	err := writeSynced(temporary, 0o600, func(w io.Writer) error {
-		_, err := fmt.Fprintln(w, tip)
-		return err
-	})
-	if err == nil {
-		err = os.Rename(temporary, path)
-	}
+	err := renameio.WriteFile(path, []byte(tip.String()+"\n"), 0o600, renameio.WithTempDir(r.Dir))
 	if err == nil {
 		err = syncFolder(filepath.Dir(path))
 	}
@@ -166,24 +333,6 @@ func (r *Repository) moveTip(tip plumbing.Hash) error {
 		r.tip = tip
 	}
 	return err
-}
-
-// loadTip reads where the copy is. What cannot be read is a reason to fetch everything again, not an error.
-func (r *Repository) loadTip() error {
-	text, err := readRegular(filepath.Join(r.Dir, "refs/heads", filepath.FromSlash(r.Branch)), 100)
-	if errors.Is(err, os.ErrNotExist) {
-		return nil
-	}
-	h, next, bad := parseRef(strings.TrimSpace(string(text)))
-	if err == nil && bad == nil && next == "" {
-		if _, err = r.commit(r.own, h); err == nil {
-			r.tip = h
-		}
-	}
-	if r.tip.IsZero() {
-		r.own.damaged.Store(true)
-	}
-	return nil
 }
 
 // dropDamaged reads every pack of the copy again and removes those that are not whole. It is called when a whole fetch is in.
@@ -206,35 +355,6 @@ func (r *Repository) dropDamaged(ctx context.Context) {
 	}
 }
 
-// verify reads a pack whole and compares it with its index.
-func (r *Repository) verify(ctx context.Context, path string) error {
-	p, err := openPack(path, r.Limits)
-	if err != nil {
-		return err
-	}
-	defer p.close()
-	idx, err := index(ctx, p.file, r.Limits, func(plumbing.Hash) bool { return true })
-	if err != nil {
-		return err
-	}
-	if idx.PackfileChecksum != p.idx.PackfileChecksum {
-		return errors.New("an index of another pack")
-	}
-	entries, err := idx.Entries()
-	for err == nil {
-		var e *idxfile.Entry
-		if e, err = entries.Next(); err == nil {
-			if at, missing := p.idx.FindOffset(e.Hash); missing != nil || uint64(at) != e.Offset {
-				return errors.New("an index of another pack")
-			}
-		}
-	}
-	if errors.Is(err, io.EOF) {
-		return nil
-	}
-	return err
-}
-
 // merge makes the small packs one, with deltas, and removes them once it is in.
 func (r *Repository) merge(ctx context.Context) error {
 	var small []*pack
@@ -244,10 +364,12 @@ func (r *Repository) merge(ctx context.Context) error {
 		if n, err := p.idx.Count(); err != nil || n >= smallPack {
 			continue
 		}
-		entries, err := p.idx.EntriesByOffset()
-		for err == nil {
-			var e *idxfile.Entry
-			if e, err = entries.Next(); err == nil && !seen[e.Hash] {
+		entries, err := p.entries()
+		if err != nil {
+			return err
+		}
+		for _, e := range entries {
+			if !seen[e.Hash] {
 				seen[e.Hash] = true
 				ids = append(ids, e.Hash)
 			}
@@ -270,42 +392,60 @@ func (r *Repository) merge(ctx context.Context) error {
 	if n, err := idx.Count(); err != nil || int(n) != len(ids) {
 		return errors.New("merging: objects are missing")
 	}
-	if err := r.promote(f, idx); err != nil {
+	merged, err := newPack(strings.TrimSuffix(f.Name(), ".pack"), idx, r.Limits)
+	if err != nil {
 		return err
 	}
-	for _, p := range small {
-		if p.name == "pack-"+plumbing.Hash(idx.PackfileChecksum).String() {
-			continue
-		}
-		path := filepath.Join(r.Dir, "objects/pack", p.name)
-		if err := errors.Join(os.Remove(path+".idx"), os.Remove(path+".pack")); err != nil {
-			return err
-		}
+	defer merged.close()
+	if err := r.promote(merged); err != nil {
+		return err
 	}
-	return r.own.refresh()
+	return r.remove(slices.DeleteFunc(small, func(p *pack) bool { return p.name == merged.promoted() }))
 }
 
-// sweep removes what a killed process left: quarantines, and packs without an index.
-func (r *Repository) sweep() error {
-	left, err := filepath.Glob(filepath.Join(r.Dir, "quarantine-*"))
-	if err != nil {
-		return err
+// remove takes packs out of the copy. What is held must have all that it leads to, and with some of them gone that may not be so:
+// they are noted first, and whoever opens the copy next ends what was begun.
+func (r *Repository) remove(gone []*pack) error {
+	if len(gone) == 0 {
+		return nil
 	}
-	packs, err := filepath.Glob(filepath.Join(r.Dir, "objects/pack/pack-*.pack"))
-	if err != nil {
-		return err
+	var names bytes.Buffer
+	for _, p := range gone {
+		fmt.Fprintln(&names, p.name)
 	}
-	for _, p := range packs {
-		if _, err := os.Lstat(strings.TrimSuffix(p, ".pack") + ".idx"); errors.Is(err, os.ErrNotExist) {
-			left = append(left, p)
+	err := r.removeNoted() // what could not be removed before
+	if err == nil {
+		err = renameio.WriteFile(filepath.Join(r.Dir, "gone"), names.Bytes(), 0o600, renameio.WithTempDir(r.Dir))
+	}
+	if err == nil {
+		err = syncFolder(r.Dir)
+	}
+	if err == nil {
+		err = r.removeNoted()
+	}
+	if err = errors.Join(err, r.own.refresh()); err != nil {
+		r.own.damaged.Store(true)
+	}
+	return err
+}
+
+func (r *Repository) removeNoted() error {
+	note, dir := filepath.Join(r.Dir, "gone"), filepath.Join(r.Dir, "objects/pack")
+	text, err := os.ReadFile(note)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	for name := range strings.FieldsSeq(string(text)) {
+		for _, suffix := range []string{".idx", ".pack"} {
+			if one := os.Remove(filepath.Join(dir, filepath.Base(name)+suffix)); !errors.Is(one, fs.ErrNotExist) {
+				err = errors.Join(err, one)
+			}
 		}
 	}
-	for _, path := range left {
-		if err := os.RemoveAll(path); err != nil {
-			return err
-		}
+	if err = errors.Join(err, syncFolder(dir)); err != nil {
+		return err
 	}
-	return nil
+	return os.Remove(note)
 }
 
 // locked runs do while no other process promotes.
@@ -321,8 +461,8 @@ func (r *Repository) locked(do func() error) error {
 	return do()
 }
 
-func writeSynced(path string, mode os.FileMode, write func(io.Writer) error) error {
-	f, err := os.OpenFile(path, os.O_WRONLY|os.O_CREATE|os.O_EXCL, mode)
+func writeSynced(path string, write func(io.Writer) error) error {
+	f, err := os.OpenFile(path, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o400)
 	if err != nil {
 		return err
 	}

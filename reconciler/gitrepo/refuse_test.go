@@ -395,6 +395,54 @@ func TestHostilePacks(t *testing.T) {
 	}
 }
 
+// What a server sends is bounded also where it is no pack, and what a pack leads to also where it has little itself.
+func TestHostileAnswers(t *testing.T) {
+	w := newWorld(t)
+	pack, id := goodPack()
+	ack := lines("ACK " + id + "\n")
+	progress := lines("\x02" + strings.Repeat("counting ", 1000))
+	var wide []byte
+	for i := range 41 {
+		wide = fmt.Appendf(wide, "100644 %02d\x00%s", i, sha1.New().Sum([]byte{byte(i)})[:20])
+	}
+	leading, _ := goodPack()
+	for name, c := range map[string]struct {
+		caps   string
+		answer string
+		limit  func(*Limits)
+		want   string
+	}{
+		"T43 lines before the pack":   {"ofs-delta", strings.Repeat(ack, 100_000) + lines("NAK\n") + string(pack.done()), func(*Limits) {}, "at most 65536"},
+		"as many lines as commits":    {"ofs-delta", strings.Repeat(ack, 64) + lines("NAK\n") + string(pack.done()), func(*Limits) {}, ""},
+		"T43 progress without a pack": {"side-band-64k", lines("NAK\n") + strings.Repeat(progress, 1000), func(l *Limits) { l.Bytes = 1000 }, "the remote's answer with the pack"},
+		"T43 links to nothing": {"ofs-delta", lines("NAK\n") + string(leading.object(plumbing.TreeObject, wide).done()),
+			func(l *Limits) { l.Objects = 10 }, "objects to which its own lead"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			s := liar(t, lines(id+" refs/heads/main\x00"+c.caps+"\n", ""), func(a http.ResponseWriter) { io.WriteString(a, c.answer) })
+			r := w.open(func(r *Repository) { r.Remote = s.URL + "/site.git"; c.limit(&r.Limits) })
+			before := contents(t, r.Dir)
+			_, err := r.Head(context.Background())
+			if c.want == "" && err != nil || c.want != "" && (code(err) != "E_LIMIT" || !strings.Contains(err.Error(), c.want)) {
+				t.Errorf("%v; want E_LIMIT and %q", err, c.want)
+			}
+			if diff := cmp.Diff(before, contents(t, r.Dir)); diff != "" && c.want != "" {
+				t.Errorf("the copy changed:\n%s", diff)
+			}
+		})
+	}
+}
+
+// A local git that has more to send than is taken is not waited for.
+func TestLocalPackTooLarge(t *testing.T) {
+	w := newWorld(t)
+	w.rewrite(1, 4<<20)
+	r := w.open(func(r *Repository) { r.Limits.Bytes, r.Limits.Duration = 1000, time.Minute })
+	if _, err := r.Head(context.Background()); code(err) != "E_LIMIT" || !strings.Contains(err.Error(), "the pack") {
+		t.Errorf("T43 %v; want the pack refused", err)
+	}
+}
+
 func TestEveryBitAndPrefix(t *testing.T) {
 	p, _ := goodPack()
 	whole := p.onto(delta(len("text of a file that is long enough to be a base"), 48, "x")).done()

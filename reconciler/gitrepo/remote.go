@@ -161,7 +161,7 @@ func (r *Repository) dialProcess(ctx context.Context, service string) (*talk, er
 	cmd := exec.CommandContext(ctx, "git", strings.TrimPrefix(service, "git-"), r.remote.path)
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
 	cmd.Cancel = func() error { return syscall.Kill(-cmd.Process.Pid, syscall.SIGKILL) }
-	cmd.WaitDelay = 2 * time.Second
+	cmd.WaitDelay = lastWords
 	for _, v := range os.Environ() {
 		if !strings.HasPrefix(v, "GIT_") {
 			cmd.Env = append(cmd.Env, v)
@@ -180,11 +180,20 @@ func (r *Repository) dialProcess(ctx context.Context, service string) (*talk, er
 	if err := cmd.Start(); err != nil {
 		return nil, fmt.Errorf("running git, which a push to a local repository needs: %v", err)
 	}
-	closeAll := func() { _, _ = in.Write([]byte("0000")); in.Close(); _ = cmd.Wait() }
+	closeAll := func() {
+		_, _ = in.Write([]byte("0000"))
+		in.Close()
+		_, _ = io.Copy(io.Discard, io.LimitReader(out, 1<<20)) // a hook may still speak; one that goes on is hung up on
+		out.Close()
+		_ = cmd.Wait()
+	}
 	return r.converse(in, out, said, closeAll)
 }
 
-// converse is a conversation over two pipes.
+// lastWords is how long a service that has been told to end may take before it is hung up on.
+const lastWords = 2 * time.Second
+
+// converse is a conversation over two pipes. Nothing is written to said any more once closeAll returns.
 func (r *Repository) converse(in io.WriteCloser, out io.Reader, said *tail, closeAll func()) (*talk, error) {
 	refs, err := r.greet(out)
 	if err != nil {
@@ -246,7 +255,18 @@ func (r *Repository) dialSSH(ctx context.Context, service string) (*talk, error)
 		closeAll()
 		return nil, fmt.Errorf("starting %s: %s", service, refusal.Clip(err.Error(), 300))
 	}
-	return r.converse(in, out, said, func() { _, _ = in.Write([]byte("0000")); closeAll() })
+	ended := make(chan struct{})
+	go func() { _ = session.Wait(); close(ended) }()
+	return r.converse(in, out, said, func() {
+		_, _ = in.Write([]byte("0000"))
+		_ = in.Close()
+		select { // its last words come before its end
+		case <-ended:
+		case <-time.After(lastWords):
+		}
+		closeAll()
+		<-ended
+	})
 }
 
 func (r *Repository) sshConfig() (*ssh.ClientConfig, func(), error) {
@@ -276,18 +296,6 @@ func (r *Repository) sshConfig() (*ssh.ClientConfig, func(), error) {
 	}
 	config.Auth = []ssh.AuthMethod{ssh.PublicKeysCallback(agent.NewClient(socket).Signers)}
 	return config, func() { socket.Close() }, nil
-}
-
-// tail keeps the first kilobyte that a process says to its standard error.
-type tail struct{ b bytes.Buffer }
-
-func (t *tail) Write(p []byte) (int, error) {
-	t.b.Write(p[:min(len(p), 1024-min(1024, t.b.Len()))])
-	return len(p), nil
-}
-
-func (t *tail) String() string {
-	return refusal.Clip(strings.Join(strings.Fields(t.b.String()), " "), 300)
 }
 
 // web is one conversation's HTTP client. It knows its remote's origin: credentials go there and nowhere else, and what is

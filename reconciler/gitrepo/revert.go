@@ -118,8 +118,8 @@ func (r *Repository) revertCommit(v reconciler.Revert, good commitHead) ([]byte,
 	fmt.Fprintf(&b, "tree %s\nparent %s\nauthor %s\ncommitter %s\n\n", good.tree, v.Head, who, who)
 	fmt.Fprintf(&b, "Revert to %s: %s %s\n\n", short(v.Good), line(v.Unit, 60), line(v.Gate, 60))
 	fmt.Fprintf(&b, "The unit did not pass its gate, so this brings back the content of the last\ncommit that did: %s.\n\n", v.Good)
-	fmt.Fprintf(&b, "Kmo-Reverts: %s..%s\nKmo-Unit: %s\nKmo-Gate: %s\nKmo-Evidence: %s\nKmo-Host: %s\n",
-		v.Good, v.Head, line(v.Unit, 200), line(v.Gate, 200), line(v.Evidence, 1000), line(v.Host, 200))
+	fmt.Fprintf(&b, "%s: %s..%s\nKmo-Unit: %s\n%s: %s\n%s: %s\n%s: %s\n", trust.TrailerReverts, v.Good, v.Head, line(v.Unit, 200),
+		trust.TrailerGate, line(v.Gate, 200), trust.TrailerEvidence, line(v.Evidence, 1000), trust.TrailerHost, line(v.Host, 200))
 	return trust.SignCommit(b.Bytes(), r.Signer)
 }
 
@@ -205,4 +205,21 @@ func (r *Repository) look(ctx context.Context) (plumbing.Hash, error) {
 	}
 	defer t.close()
 	return t.refs.References["refs/heads/"+r.Branch], nil
+}
+
+// tail keeps the last kilobyte of what a service says: its reason stands at the end.
+type tail struct{ last []byte }
+
+func (t *tail) Write(p []byte) (int, error) {
+	t.last = append(t.last, p...)
+	t.last = t.last[max(0, len(t.last)-1024):]
+	return len(p), nil
+}
+
+func (t *tail) String() string {
+	text := strings.Join(strings.Fields(string(t.last)), " ")
+	if cut := len(text) - 300; cut > 0 {
+		text = "…" + strings.ToValidUTF8(text[cut:], "")
+	}
+	return refusal.Clip(text, 310)
 }

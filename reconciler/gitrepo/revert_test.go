@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"net/http"
 	"net/http/httptest"
 	"os"
@@ -13,6 +14,7 @@ import (
 	"testing"
 
 	"golang.org/x/crypto/ssh"
+	"golang.org/x/crypto/ssh/knownhosts"
 
 	"github.com/kindos/kmo/reconciler"
 )
@@ -135,6 +137,48 @@ func TestRevertRefused(t *testing.T) {
 	for _, v := range []reconciler.Revert{plea(newer, good), plea(newer, newer), plea(good, "main"), plea("", newer)} {
 		if _, err := other.Revert(ctx, v); err == nil {
 			t.Errorf("a range that is none, %s..%s: no error", v.Good, v.Head)
+		}
+	}
+}
+
+// Of a long answer the end is told.
+func TestRevertRefusedAtLength(t *testing.T) {
+	w := newWorld(t)
+	good, bad := w.commit("a", "1"), w.commit("a", "2")
+	w.hook("pre-receive", "for i in $(seq 200); do echo \"rule $i of the häuse\"; done; echo 'not on a Friday'; exit 1")
+	_, err := w.open().Revert(context.Background(), plea(good, bad))
+	text := fmt.Sprint(err)
+	if !errors.Is(err, reconciler.ErrPushRefused) || !strings.Contains(text, "rule 200 of the häuse not on a Friday") || strings.Contains(text, "rule 9 ") || len(text) > 500 {
+		t.Errorf("%d bytes: %v; want ErrPushRefused with the hook's last words", len(text), err)
+	}
+}
+
+// An ssh server's reasons may come after the answer that shows its no.
+func TestRevertDeniedInTheEnd(t *testing.T) {
+	w := newWorld(t)
+	good, bad := w.commit("a", "1"), w.commit("a", "2")
+	address, host := w.servesSSH(testSigner(t, 2).PublicKey(), func(command string, channel ssh.Channel) error {
+		if strings.HasPrefix(command, "git-upload-pack") {
+			return w.service(command, channel)
+		}
+		_, _ = io.WriteString(channel, "no such service\n")
+		_, _ = io.ReadFull(channel, make([]byte, 4)) // the client has given up
+		for _, word := range []string{"you ", "may ", "not ", "push ", "here\n"} {
+			_, _ = io.WriteString(channel.Stderr(), word)
+		}
+		return errors.New("denied")
+	})
+	known := filepath.Join(w.home, "known_hosts")
+	if err := os.WriteFile(known, []byte(knownhosts.Line([]string{address}, host)+"\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	r := w.open(func(r *Repository) {
+		r.Remote, r.Auth = "ssh://git@"+address+w.bare, Auth{KeyFile: keyFile(t, 2), KnownHosts: known}
+	})
+	for range 3 {
+		_, err := r.Revert(context.Background(), plea(good, bad))
+		if !errors.Is(err, reconciler.ErrPushRefused) || !strings.Contains(err.Error(), "you may not push here") {
+			t.Errorf("%v; want ErrPushRefused with the server's words", err)
 		}
 	}
 }

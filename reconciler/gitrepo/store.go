@@ -127,6 +127,20 @@ func (s *store) close() {
 	s.packs, s.borrow = nil, nil
 }
 
+// put adds a pack, in the place of one with the same name if there is one.
+func (s *store) put(p *pack) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for i, old := range s.packs {
+		if old.name == p.name {
+			old.close()
+			s.packs[i] = p
+			return
+		}
+	}
+	s.packs = append(s.packs, p)
+}
+
 func (s *store) present() []*pack {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -249,6 +263,7 @@ type pack struct {
 	idx    *idxfile.MemoryIndex
 	limits Limits
 	made   time.Time
+	size   int64 // bytes of the file
 
 	mu    sync.Mutex // held while the file is read
 	file  *os.File
@@ -287,7 +302,7 @@ func newPack(path string, idx *idxfile.MemoryIndex, limits Limits) (*pack, error
 		return nil, err
 	}
 	return &pack{
-		name: filepath.Base(path), idx: idx, limits: limits, made: stat.ModTime(),
+		name: filepath.Base(path), idx: idx, limits: limits, made: stat.ModTime(), size: stat.Size(),
 		file: file, scan: packfile.NewScanner(file), bases: map[int64]packed{},
 	}, nil
 }
@@ -313,6 +328,32 @@ func (p *pack) read(h plumbing.Hash) (plumbing.ObjectType, []byte, error) {
 		return 0, nil, err
 	}
 	return o.kind, o.content, nil
+}
+
+// entries lists a pack's objects as they stand in the file.
+func (p *pack) entries() ([]*idxfile.Entry, error) {
+	entries, err := p.idx.EntriesByOffset()
+	var all []*idxfile.Entry
+	for err == nil {
+		var e *idxfile.Entry
+		if e, err = entries.Next(); err == nil {
+			all = append(all, e)
+		}
+	}
+	if errors.Is(err, io.EOF) {
+		err = nil
+	}
+	return all, err
+}
+
+// header reads what an entry begins with, and says where its bytes begin.
+func (p *pack) header(offset int64) (head *packfile.ObjectHeader, body int64, err error) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if head, err = p.scan.SeekObjectHeader(offset); err == nil {
+		body, err = p.scan.SeekFromStart(0)
+	}
+	return head, body, err
 }
 
 // at follows a chain of deltas down to its base and applies them upwards.

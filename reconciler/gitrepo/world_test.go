@@ -167,6 +167,21 @@ func (w *world) serveHTTP(user, password string) *httptest.Server {
 // serveSSH is a server that runs the two git services for one key. It returns its address and its host key.
 func (w *world) serveSSH(client ssh.PublicKey) (address string, host ssh.PublicKey) {
 	w.t.Helper()
+	return w.servesSSH(client, w.service)
+}
+
+func (w *world) service(command string, channel ssh.Channel) error {
+	cmd := exec.Command("sh", "-c", command)
+	cmd.Dir, cmd.Env = w.home, w.env()
+	cmd.Stdout, cmd.Stderr = channel, channel.Stderr()
+	in, _ := cmd.StdinPipe()
+	go func() { _, _ = io.Copy(in, channel); in.Close() }()
+	return cmd.Run()
+}
+
+// servesSSH is serveSSH with something else in place of the services.
+func (w *world) servesSSH(client ssh.PublicKey, run func(command string, channel ssh.Channel) error) (address string, host ssh.PublicKey) {
+	w.t.Helper()
 	signer := testSigner(w.t, 7)
 	config := &ssh.ServerConfig{PublicKeyCallback: func(_ ssh.ConnMetadata, key ssh.PublicKey) (*ssh.Permissions, error) {
 		if !bytes.Equal(key.Marshal(), client.Marshal()) {
@@ -187,13 +202,13 @@ func (w *world) serveSSH(client ssh.PublicKey) (address string, host ssh.PublicK
 			if err != nil {
 				return
 			}
-			all.Go(func() { w.session(conn, config) })
+			all.Go(func() { session(conn, config, run) })
 		}
 	})
 	return l.Addr().String(), signer.PublicKey()
 }
 
-func (w *world) session(conn net.Conn, config *ssh.ServerConfig) {
+func session(conn net.Conn, config *ssh.ServerConfig, run func(command string, channel ssh.Channel) error) {
 	defer conn.Close()
 	_, channels, requests, err := ssh.NewServerConn(conn, config)
 	if err != nil {
@@ -213,13 +228,8 @@ func (w *world) session(conn net.Conn, config *ssh.ServerConfig) {
 			_ = q.Reply(true, nil)
 			var command struct{ Text string }
 			_ = ssh.Unmarshal(q.Payload, &command)
-			cmd := exec.Command("sh", "-c", command.Text)
-			cmd.Dir, cmd.Env = w.home, w.env()
-			cmd.Stdout, cmd.Stderr = channel, channel.Stderr()
-			in, _ := cmd.StdinPipe()
-			go func() { _, _ = io.Copy(in, channel); in.Close() }()
 			status := struct{ N uint32 }{}
-			if err := cmd.Run(); err != nil {
+			if err := run(command.Text, channel); err != nil {
 				status.N = 1
 			}
 			_, _ = channel.SendRequest("exit-status", false, ssh.Marshal(status))
