@@ -83,10 +83,10 @@ type quorum struct {
 	running      Commit // whose content runs; the zero Commit if none
 	head         Commit
 	history      History
-	authors      map[string]bool       // principals that wrote any of the change
-	since        map[string][]Commit   // by base: the commits after it, up to and with the head
-	recent       map[string]Commit     // commits between what runs and the head, and both, by id
-	verdicts     map[string]baseAnswer // by base and unit
+	authors      map[string]map[string]bool // by unit, principals that wrote any of its change
+	since        map[string][]Commit        // by base: the commits after it, up to and with the head
+	recent       map[string]Commit          // commits between what runs and the head, and both, by id
+	verdicts     map[string]baseAnswer      // by base and unit
 }
 
 type baseAnswer struct{ code, why string }
@@ -106,6 +106,10 @@ func (q *quorum) count(ctx context.Context, u *UnitFacts) error {
 	}
 	for _, entry := range entries {
 		file := path.Join(folder, entry.Name())
+		if entry.IsDir() {
+			q.add(u, Approval{File: file}.uncounted("E_PATH", "it is a folder; want one file for each signer"))
+			continue
+		}
 		data, err := readBounded(q.head.Tree, file)
 		if err != nil {
 			return fmt.Errorf("reading %s: %w", file, err)
@@ -332,7 +336,7 @@ func (q *quorum) eligible(u *UnitFacts, p *Principal, a Approval) Approval {
 	tier := q.root.Tiers[u.Tier]
 	switch {
 	case a.Code != "":
-	case tier.ExcludeAuthor && q.authors[p.Name]:
+	case tier.ExcludeAuthor && q.authors[u.Unit][p.Name]:
 		return a.uncounted("E_QUORUM", fmt.Sprintf("%s wrote or committed part of this change, and tier %d does not count authors", p.Name, u.Tier))
 	case tier.ExcludeRobots && p.Class == "robot":
 		return a.uncounted("E_QUORUM", fmt.Sprintf("%s is a robot, and tier %d counts humans only", p.Name, u.Tier))

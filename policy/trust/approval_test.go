@@ -131,6 +131,53 @@ func TestT13StrangersName(t *testing.T) {
 	}
 }
 
+// TestT13WhoWrote: who carries an approval in, or merges a side as it is, has written nothing; who wrote is known on a new host too.
+func TestT13WhoWrote(t *testing.T) {
+	t.Run("a head that only carries approvals", func(t *testing.T) {
+		w, running, head := tiered(t, "1", nil)
+		w.approve(running, head, "bus", nil, "bob", "carol")
+		if got := w.verify(running, w.commit("bob", "", "approvals"), "bus"); got.Missing() != 0 {
+			t.Errorf("%+v; want both, who wrote nothing of the unit", got)
+		}
+	})
+	t.Run("a merge that takes a side as it is", func(t *testing.T) {
+		w, running, _ := tiered(t, "1", nil)
+		w.git("reset", "-q", "--hard", running.ID)
+		w.git("checkout", "-q", "-b", "side")
+		w.files["units/bus/unit.yaml"] = "tier: 1\nv: 4\n"
+		w.approve(running, w.commit("alice", "", "change"), "bus", nil, "bob", "carol")
+		w.commit("alice", "", "approvals")
+		w.git("checkout", "-q", "main")
+		w.git("-c", "user.signingkey="+w.keyFile("bob"), "-c", "user.email=bob@example.org", "merge", "-q", "-S", "--no-ff", "-m", "merge", "side")
+		if got := w.verify(running, w.at(w.git("rev-parse", "HEAD")), "bus"); got.Missing() != 0 {
+			t.Errorf("%+v; want bob to count, who only merged", got)
+		}
+	})
+	t.Run("on a new host", func(t *testing.T) {
+		w := newWorld(t, nil)
+		w.files["units/bus/unit.yaml"] = "tier: 1\nv: 1\n"
+		begin := w.commit("alice", "", "begin")
+		w.approve(Commit{}, begin, "bus", nil, "alice", "carol")
+		w.commit("alice", "", "approvals")
+		got := w.verify(Commit{}, w.commit("bob", "", "nothing"), "bus")
+		if got.Missing() != 1 || len(got.Uncounted) != 1 || got.Uncounted[0].Principal != "alice" {
+			t.Errorf("%+v; want alice not to count, who wrote it", got)
+		}
+	})
+	t.Run("a folder among the approvals", func(t *testing.T) {
+		w, running, head := tiered(t, "1", nil)
+		w.approve(running, head, "bus", nil, "bob", "carol")
+		for file := range w.files {
+			if strings.HasPrefix(file, "approvals/") {
+				w.files[path.Join(path.Dir(file), "folder", "x")] = "x"
+			}
+		}
+		if got := w.verify(running, w.commit("alice", "", "approvals"), "bus"); got.Missing() != 0 || !slices.Contains(codes(got), "E_PATH") {
+			t.Errorf("%+v; want the folder not to count and the others to", got)
+		}
+	})
+}
+
 // TestT16ChangedAfterReview also shows that an approval is of a content: another commit with the same content keeps it.
 func TestT16ChangedAfterReview(t *testing.T) {
 	w, running, head := tiered(t, "1", nil)

@@ -367,9 +367,13 @@ func (c comparison) site(f *Facts) error {
 }
 
 // sortUnits puts units in order, and leaves no list null for the rules.
-func sortUnits(f *Facts, authors map[string]bool) {
+func sortUnits(f *Facts, authors map[string]map[string]bool) {
 	slices.SortFunc(f.Units, func(a, b UnitFacts) int { return cmp.Compare(a.Unit, b.Unit) })
-	f.Authors = append([]string{}, slices.Sorted(maps.Keys(authors))...)
+	all := map[string]bool{}
+	for _, who := range authors {
+		maps.Copy(all, who)
+	}
+	f.Authors = append([]string{}, slices.Sorted(maps.Keys(all))...)
 	f.Tripwires = append([]string{}, f.Tripwires...)
 	f.Units = append([]UnitFacts{}, f.Units...)
 	for i := range f.Units {

@@ -325,21 +325,20 @@ func (j *judgement) collisions(c comparison) error {
 func (j *judgement) approvals(ctx context.Context) error {
 	q := &quorum{
 		root: j.root, site: j.v.Site, branch: j.v.Branch, now: j.facts.Time, running: j.running, head: j.head, history: j.history,
-		authors: map[string]bool{j.facts.Signer: true}, since: map[string][]Commit{}, recent: map[string]Commit{}, verdicts: map[string]baseAnswer{},
+		authors: map[string]map[string]bool{}, since: map[string][]Commit{}, recent: map[string]Commit{j.head.ID: j.head}, verdicts: map[string]baseAnswer{},
 	}
-	commits := []Commit{j.head}
-	anchor := j.running
-	if anchor.ID != "" && anchor.ID != j.head.ID {
-		between, err := j.history.Between(ctx, anchor.ID, j.head.ID)
+	if j.running.ID != j.head.ID && (j.running.ID != "" || slices.ContainsFunc(j.facts.Units, func(u UnitFacts) bool { return j.root.Tiers[u.Tier].ExcludeAuthor })) {
+		commits, err := j.history.Between(ctx, j.running.ID, j.head.ID)
 		if err != nil {
-			return fmt.Errorf("history since %s: %w", anchor.ID, err)
+			return fmt.Errorf("history since %s: %w", j.running.ID, err)
 		}
-		commits = append(commits, between...)
-		q.recent[anchor.ID] = anchor
-	}
-	for _, c := range commits {
-		q.recent[c.ID] = c
-		j.writers(c, q.authors)
+		j.wrote(commits, q.authors)
+		if j.running.ID != "" {
+			q.recent[j.running.ID] = j.running
+			for _, c := range commits {
+				q.recent[c.ID] = c
+			}
+		}
 	}
 	for i := range j.facts.Units {
 		u := &j.facts.Units[i]
@@ -355,24 +354,58 @@ func (j *judgement) approvals(ctx context.Context) error {
 	return nil
 }
 
-// writers adds whom a commit between the two names as author and committer, and who signed it. Only the head must be signed, so below it names
-// are claims. A false one excludes somebody who wrote nothing; who writes under a stranger's name is not excluded. To ask for a name of the
-// root would not mend that, for a colleague's name will do, and to ask for signatures would refuse histories that need none. What holds
-// whatever is written: the head's signer, person or robot, is among the authors, so a tier that does not count authors asks for its
+// wrote finds for each unit who wrote part of its change: whom those commits name, and who signed them, that give the unit a content which
+// does not run and which none of their parents has. A commit that only carries approvals, or a merge that takes one side as it is, writes nothing.
+//
+// Only the head must be signed, so below it names are claims. A false one excludes somebody who wrote nothing; who writes under a stranger's name
+// is not excluded. To ask for a name of the root would not mend that, for a colleague's name will do, and to ask for signatures would refuse
+// histories that need none. So where a commit that wrote is not signed by a key of the root, the head's signer is an author too: it takes its
 // approvals from others than the one who let the change in. Nobody is counted by this.
-func (j *judgement) writers(c Commit, authors map[string]bool) {
+func (j *judgement) wrote(commits []Commit, authors map[string]map[string]bool) {
+	trees := map[string]Tree{j.running.ID: j.running.Tree}
+	for _, c := range commits {
+		trees[c.ID] = c.Tree
+	}
+	for i := range j.facts.Units {
+		u := &j.facts.Units[i]
+		who := map[string]bool{}
+		authors[u.Unit] = who
+		is := make(map[string]string, len(trees))
+		for id, tree := range trees {
+			if tree != nil {
+				is[id] = content(tree, u)
+			}
+		}
+		runs := is[j.running.ID]
+		for _, c := range commits {
+			had := func(parent string) bool { before, known := is[parent]; return known && before == is[c.ID] }
+			if is[c.ID] == runs || slices.ContainsFunc(c.Parents, had) {
+				continue
+			}
+			if !j.writers(c, who) {
+				who[j.facts.Signer] = true
+			}
+		}
+	}
+}
+
+// writers adds whom a commit names as author and committer, and who signed it; signed says whether that was a key of the root.
+func (j *judgement) writers(c Commit, who map[string]bool) (signed bool) {
 	p, signature, unsigned := openCommit(c.Raw, c.ID)
 	for _, email := range []string{p.Author.Email, p.Committer.Email} {
 		if name := j.root.principalOf(email); name != "" {
-			authors[name] = true
+			who[name] = true
 		}
 	}
 	if unsigned != nil {
-		return
+		return false
 	}
-	if principal, _ := j.root.keyOf(signature.PublicKey); principal != nil && verifySignature(p.Payload, signature, c.ID) == nil {
-		authors[principal.Name] = true
+	principal, _ := j.root.keyOf(signature.PublicKey)
+	if principal == nil || verifySignature(p.Payload, signature, c.ID) != nil {
+		return false
 	}
+	who[principal.Name] = true
+	return true
 }
 
 // revert holds a commit signed with the role revert to its one right: to undo the newest change, as a whole.
