@@ -66,7 +66,13 @@ Exit statuses: 0 approved, 1 error or not approved, 2 usage, 3 refused.`,
 	return cmd
 }
 
+// longest is how long an approval may count.
+const longest = 366 * 24 * time.Hour
+
 func (a *approving) run(cmd *cobra.Command) (err error) {
+	if a.valid <= 0 || a.valid > longest {
+		return usageError{fmt.Errorf("--valid %v: want more than nothing and at most %v", a.valid, longest)}
+	}
 	source, done, err := a.open(cmd.Context())
 	if err != nil {
 		return err
@@ -107,14 +113,18 @@ func (a *approving) run(cmd *cobra.Command) (err error) {
 		return err
 	}
 	defer func() { _ = hangUp() }()
-	if err := a.show(cmd, root, key, after, changed); err != nil {
+	authors, err := root.Authors(cmd.Context(), before, after, changed, source)
+	if err != nil {
 		return err
 	}
-	base := before.ID
-	if base == "" {
-		base = after.ID
+	if err := a.show(cmd, root, key, after, changed, authors); err != nil {
+		return err
 	}
 	for _, unit := range changed {
+		base, err := trust.Base(cmd.Context(), before, after, &unit, source)
+		if err != nil {
+			return err
+		}
 		name, data, err := trust.SignApproval(trust.NewApproval(verifier.Site, verifier.Branch, base, unit, time.Now().Add(a.valid), a.intent), key)
 		if err != nil {
 			return err
@@ -169,13 +179,13 @@ func (a *approving) keep(name string, data []byte) error {
 }
 
 // show prints exactly what will be signed, and by whom, and asks.
-func (a *approving) show(cmd *cobra.Command, root *trust.Root, key ssh.Signer, after reconciler.Commit, changed []trust.UnitFacts) error {
+func (a *approving) show(cmd *cobra.Command, root *trust.Root, key ssh.Signer, after reconciler.Commit, changed []trust.UnitFacts, authors map[string]map[string]bool) error {
 	out := cmd.ErrOrStderr()
 	id := trust.KeyID(key.PublicKey())
-	who := root.Owner(key.PublicKey())
-	if who == "" {
-		return fmt.Errorf("key %s is nobody's in the trust root: its approval would not count", id)
+	if err := root.MayApprove(key.PublicKey(), time.Now()); err != nil {
+		return err
 	}
+	who := root.Owner(key.PublicKey())
 	_, _ = fmt.Fprintf(out, "commit %s\n", after.ID)
 	for _, unit := range changed {
 		_, _ = fmt.Fprintf(out, "%s: %s, tier %d, needs %d approvals\n  from %s\n  to   %s\n", unit.Unit, unit.Action, unit.Tier, unit.Need, orNothing(unit.From.String()), orNothing(unit.To.String()))
@@ -183,11 +193,9 @@ func (a *approving) show(cmd *cobra.Command, root *trust.Root, key ssh.Signer, a
 			_, _ = fmt.Fprintf(out, "  with profile %s from %s to %s\n", profile.Name, orNothing(profile.From.String()), orNothing(profile.To.String()))
 		}
 	}
-	if parsed, err := trust.ParseCommit(after.Raw); err == nil && root.Writer(parsed) == who {
-		for _, unit := range changed {
-			if root.Tiers[unit.Tier].ExcludeAuthor {
-				_, _ = fmt.Fprintf(out, "warning: %s wrote this commit, and tier %d of %s does not count its authors: somebody else must approve\n", who, unit.Tier, unit.Unit)
-			}
+	for _, unit := range changed {
+		if authors[unit.Unit][who] && root.Tiers[unit.Tier].ExcludeAuthor {
+			_, _ = fmt.Fprintf(out, "warning: %s wrote part of this, and tier %d of %s does not count its authors: somebody else must approve\n", who, unit.Tier, unit.Unit)
 		}
 	}
 	if a.yes {
@@ -210,13 +218,16 @@ func orNothing(text string) string {
 
 // open copies the checked-out branch to where it can be read as a host reads it; done clears the copy.
 func (a *approving) open(ctx context.Context) (source *gitrepo.Repository, done func() error, err error) {
-	branch, err := a.git(ctx, "symbolic-ref", "--short", "HEAD")
+	if a.repo, err = a.git(ctx, "rev-parse", "--show-toplevel"); err != nil {
+		return nil, nil, err
+	}
+	folder, err := a.git(ctx, "rev-parse", "--path-format=absolute", "--git-common-dir")
 	if err != nil {
 		return nil, nil, err
 	}
-	folder, err := filepath.Abs(a.repo)
+	branch, err := a.git(ctx, "symbolic-ref", "--short", "HEAD")
 	if err != nil {
-		return nil, nil, err
+		return nil, nil, fmt.Errorf("no branch is checked out in %s, and approvals are of a branch: git switch to it (%w)", a.repo, err)
 	}
 	copied, err := os.MkdirTemp("", "kmo-approve-")
 	if err != nil {

@@ -60,6 +60,42 @@ func NewApproval(site, branch, base string, change UnitFacts, expires time.Time,
 	}
 }
 
+// Base is the commit that an approval of a unit's change begins at: what runs, or, where the approved content has come and gone again since,
+// the newest commit after which it only came. Where nothing runs it is the head.
+func Base(ctx context.Context, running, head Commit, u *UnitFacts, h History) (string, error) {
+	if running.ID == "" {
+		return head.ID, nil
+	}
+	commits, err := h.Between(ctx, running.ID, head.ID)
+	if err != nil {
+		return "", fmt.Errorf("history since %s: %w", running.ID, err)
+	}
+	want := content(head.Tree, u)
+	has := func(t Tree) bool { return content(t, u) == want }
+	if comeAndGone(commits, has) == "" {
+		return running.ID, nil
+	}
+	for _, c := range commits {
+		if has(c.Tree) {
+			continue
+		}
+		since, err := h.Between(ctx, c.ID, head.ID)
+		if err != nil {
+			return "", fmt.Errorf("history since %s: %w", c.ID, err)
+		}
+		if comeAndGone(since, has) == "" {
+			return c.ID, nil
+		}
+	}
+	return running.ID, nil
+}
+
+// MayApprove refuses a key whose approvals do not count now, whatever they are of.
+func (r *Root) MayApprove(key ssh.PublicKey, now time.Time) error {
+	_, err := r.allowed(key, RoleApprove, now, "approval")
+	return err
+}
+
 // SignApproval returns the approval's path in the site and its bytes. The signer may be a file's or an ssh-agent's key.
 func SignApproval(p Predicate, signer ssh.Signer) (file string, data []byte, err error) {
 	payload, err := json.MarshalIndent(p, "", "  ")

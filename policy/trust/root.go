@@ -381,9 +381,6 @@ func (r *Root) Owner(key ssh.PublicKey) string {
 	return ""
 }
 
-// Writer names the principal that a commit's author line belongs to, "" if none. It is a claim: it can exclude, never count.
-func (r *Root) Writer(commit Parsed) string { return r.principalOf(commit.Author.Email) }
-
 // keyOf finds a key by what it is, never by a name that somebody wrote beside it.
 func (r *Root) keyOf(public ssh.PublicKey) (*Principal, *Key) {
 	for i := range r.Principals {

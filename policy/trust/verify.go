@@ -111,6 +111,17 @@ func (v *Verifier) Compare(running, head Commit) ([]UnitFacts, error) {
 	return j.facts.Units, nil
 }
 
+// Authors are, by unit, the principals who wrote part of what Compare has found, as far as commits say so: their approvals do not count where
+// the tier excludes authors.
+func (r *Root) Authors(ctx context.Context, running, head Commit, units []UnitFacts, h History) (map[string]map[string]bool, error) {
+	commits, err := h.Between(ctx, running.ID, head.ID)
+	if err != nil {
+		return nil, fmt.Errorf("history since %s: %w", running.ID, err)
+	}
+	j := &judgement{root: r, running: running, head: head, facts: Facts{Units: units}}
+	return j.wrote(commits), nil
+}
+
 // root reads the trust root out of a tree and checks it against the pin: an untrusted carrier brings it, the pin decides.
 func (v *Verifier) root(tree Tree) (*Root, error) {
 	if v.Describe == nil || v.Pin.Root.IsZero() {
@@ -325,14 +336,14 @@ func (j *judgement) collisions(c comparison) error {
 func (j *judgement) approvals(ctx context.Context) error {
 	q := &quorum{
 		root: j.root, site: j.v.Site, branch: j.v.Branch, now: j.facts.Time, running: j.running, head: j.head, history: j.history,
-		authors: map[string]map[string]bool{}, since: map[string][]Commit{}, recent: map[string]Commit{j.head.ID: j.head}, verdicts: map[string]baseAnswer{},
+		since: map[string][]Commit{}, recent: map[string]Commit{j.head.ID: j.head}, verdicts: map[string]baseAnswer{},
 	}
 	if j.running.ID != j.head.ID && (j.running.ID != "" || slices.ContainsFunc(j.facts.Units, func(u UnitFacts) bool { return j.root.Tiers[u.Tier].ExcludeAuthor })) {
 		commits, err := j.history.Between(ctx, j.running.ID, j.head.ID)
 		if err != nil {
 			return fmt.Errorf("history since %s: %w", j.running.ID, err)
 		}
-		j.wrote(commits, q.authors)
+		q.authors = j.wrote(commits)
 		if j.running.ID != "" {
 			q.recent[j.running.ID] = j.running
 			for _, c := range commits {
@@ -361,7 +372,8 @@ func (j *judgement) approvals(ctx context.Context) error {
 // is not excluded. To ask for a name of the root would not mend that, for a colleague's name will do, and to ask for signatures would refuse
 // histories that need none. So where a commit that wrote is not signed by a key of the root, the head's signer is an author too: it takes its
 // approvals from others than the one who let the change in. Nobody is counted by this.
-func (j *judgement) wrote(commits []Commit, authors map[string]map[string]bool) {
+func (j *judgement) wrote(commits []Commit) (authors map[string]map[string]bool) {
+	authors = make(map[string]map[string]bool)
 	trees := map[string]Tree{j.running.ID: j.running.Tree}
 	for _, c := range commits {
 		trees[c.ID] = c.Tree
@@ -382,11 +394,12 @@ func (j *judgement) wrote(commits []Commit, authors map[string]map[string]bool) 
 			if is[c.ID] == runs || slices.ContainsFunc(c.Parents, had) {
 				continue
 			}
-			if !j.writers(c, who) {
+			if !j.writers(c, who) && j.facts.Signer != "" {
 				who[j.facts.Signer] = true
 			}
 		}
 	}
+	return authors
 }
 
 // writers adds whom a commit names as author and committer, and who signed it; signed says whether that was a key of the root.
