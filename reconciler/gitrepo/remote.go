@@ -193,7 +193,7 @@ func (r *Repository) dialProcess(ctx context.Context, service string) (*talk, er
 // lastWords is how long a service that has been told to end may take before it is hung up on.
 const lastWords = 2 * time.Second
 
-// converse is a conversation over two pipes. Nothing is written to said any more once closeAll returns.
+// converse is a conversation over two pipes. When closeAll returns said has what was said in time.
 func (r *Repository) converse(in io.WriteCloser, out io.Reader, said *tail, closeAll func()) (*talk, error) {
 	refs, err := r.greet(out)
 	if err != nil {
@@ -258,14 +258,13 @@ func (r *Repository) dialSSH(ctx context.Context, service string) (*talk, error)
 	ended := make(chan struct{})
 	go func() { _ = session.Wait(); close(ended) }()
 	return r.converse(in, out, said, func() {
-		_, _ = in.Write([]byte("0000"))
-		_ = in.Close()
-		select { // its last words come before its end
+		// A server may not even take a goodbye. Its last words come before its end.
+		go func() { _, _ = in.Write([]byte("0000")); _ = in.Close() }()
+		select {
 		case <-ended:
 		case <-time.After(lastWords):
 		}
 		closeAll()
-		<-ended
 	})
 }
 

@@ -9,6 +9,7 @@ import (
 	"io"
 	"os"
 	"strings"
+	"sync"
 
 	"github.com/go-git/go-git/v5/plumbing"
 	"github.com/go-git/go-git/v5/plumbing/protocol/packp"
@@ -208,15 +209,22 @@ func (r *Repository) look(ctx context.Context) (plumbing.Hash, error) {
 }
 
 // tail keeps the last kilobyte of what a service says: its reason stands at the end.
-type tail struct{ last []byte }
+type tail struct {
+	mu   sync.Mutex // a service that is hung up on may still be speaking
+	last []byte
+}
 
 func (t *tail) Write(p []byte) (int, error) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
 	t.last = append(t.last, p...)
 	t.last = t.last[max(0, len(t.last)-1024):]
 	return len(p), nil
 }
 
 func (t *tail) String() string {
+	t.mu.Lock()
+	defer t.mu.Unlock()
 	text := strings.Join(strings.Fields(string(t.last)), " ")
 	if cut := len(text) - 300; cut > 0 {
 		text = "…" + strings.ToValidUTF8(text[cut:], "")

@@ -11,6 +11,7 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 
 	"golang.org/x/crypto/ssh"
@@ -157,6 +158,7 @@ func TestRevertRefusedAtLength(t *testing.T) {
 func TestRevertDeniedInTheEnd(t *testing.T) {
 	w := newWorld(t)
 	good, bad := w.commit("a", "1"), w.commit("a", "2")
+	var endless atomic.Bool
 	address, host := w.servesSSH(testSigner(t, 2).PublicKey(), func(command string, channel ssh.Channel) error {
 		if strings.HasPrefix(command, "git-upload-pack") {
 			return w.service(command, channel)
@@ -165,6 +167,11 @@ func TestRevertDeniedInTheEnd(t *testing.T) {
 		_, _ = io.ReadFull(channel, make([]byte, 4)) // the client has given up
 		for _, word := range []string{"you ", "may ", "not ", "push ", "here\n"} {
 			_, _ = io.WriteString(channel.Stderr(), word)
+		}
+		for endless.Load() { // until it is hung up on
+			if _, err := io.WriteString(channel.Stderr(), "you may not push here\n"); err != nil {
+				break
+			}
 		}
 		return errors.New("denied")
 	})
@@ -175,7 +182,8 @@ func TestRevertDeniedInTheEnd(t *testing.T) {
 	r := w.open(func(r *Repository) {
 		r.Remote, r.Auth = "ssh://git@"+address+w.bare, Auth{KeyFile: keyFile(t, 2), KnownHosts: known}
 	})
-	for range 3 {
+	for _, on := range []bool{false, true} {
+		endless.Store(on)
 		_, err := r.Revert(context.Background(), plea(good, bad))
 		if !errors.Is(err, reconciler.ErrPushRefused) || !strings.Contains(err.Error(), "you may not push here") {
 			t.Errorf("%v; want ErrPushRefused with the server's words", err)
