@@ -213,6 +213,11 @@ func (d *document) blobs() []v1.Descriptor {
 type roots struct {
 	blobs     map[string]merkle.Digest
 	manifests map[string]merkle.Digest // of members that are not fetched; where from is not trusted
+	unpacked  map[string]int64         // bytes that layers unpack to; nil unless that is asked for
+}
+
+func newRoots() roots {
+	return roots{blobs: map[string]merkle.Digest{}, manifests: map[string]merkle.Digest{}}
 }
 
 // root computes the manifestRoot or indexRoot of d from its bytes and the roots of what it names. Only of a member that was not

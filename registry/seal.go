@@ -42,28 +42,51 @@ type Sealing struct {
 
 // Root is the root to pin for an image, computed from all of its bytes on all platforms.
 func (s *Store) Root(ctx context.Context, ref Reference) (merkle.Digest, error) {
-	img, err := s.whole(ctx, ref)
+	img, err := s.whole(ctx, ref, newRoots())
 	if err != nil {
 		return merkle.Digest{}, err
 	}
 	return img.top.root(img.known)
 }
 
-// whole gets every document of an image and the root of every blob.
-func (s *Store) whole(ctx context.Context, ref Reference) (*image, error) {
+// whole gets every document of an image and adds the root of every blob to known.
+func (s *Store) whole(ctx context.Context, ref Reference, known roots) (*image, error) {
 	if err := s.open(); err != nil {
 		return nil, err
 	}
-	img := &image{ref: ref, subject: "image " + ref.String(), known: roots{blobs: map[string]merkle.Digest{}, manifests: map[string]merkle.Digest{}}}
+	img := &image{ref: ref, subject: "image " + ref.String(), known: known}
 	img.at = s.sources(ref)
 	img.top = &document{desc: v1.Descriptor{Size: -1, Digest: v1.Hash{Algorithm: "sha256", Hex: ref.SHA256}}}
 	return img, s.loadAll(ctx, img, img.top, 1)
 }
 
-// Seal computes the roots of an image that is already in its registry or layout, from all of its bytes, signs them, and puts the statement
-// beside it. It returns the root to pin.
+// measure is the root of a layer, and notes how many bytes it unpacks to, in one pass.
+func (s *Store) measure(ctx context.Context, img *image, layer v1.Descriptor) (root merkle.Digest, err error) {
+	subject := img.subject + ": blob sha256:" + layer.Digest.Hex
+	err = s.read(ctx, img.at, kindBlob, subject, layer, func(r io.Reader) error {
+		v := newVerifier(subject, layer, r, true)
+		tarball, done, err := decompress(subject, layer, v, "", maxUnpacked)
+		if err == nil {
+			_, err = io.CopyBuffer(struct{ io.Writer }{io.Discard}, tarball, make([]byte, 256<<10))
+			done()
+		}
+		if _, lie := io.Copy(io.Discard, v); lie != nil { // other bytes than the digest's explain what is wrong in them
+			return lie
+		}
+		if err == nil {
+			root, img.known.unpacked[layer.Digest.Hex] = v.blob.Root(), tarball.size
+		}
+		return err
+	})
+	return root, err
+}
+
+// Seal computes the roots of an image that is already in its registry or layout, from all of its bytes, signs them with what its layers unpack
+// to, and puts the statement beside it. It returns the root to pin.
 func (s *Store) Seal(ctx context.Context, ref Reference, signer crypto.Signer, sealing Sealing) (merkle.Digest, error) {
-	img, err := s.whole(ctx, ref)
+	known := newRoots()
+	known.unpacked = map[string]int64{}
+	img, err := s.whole(ctx, ref, known)
 	if err != nil {
 		return merkle.Digest{}, err
 	}
@@ -83,6 +106,9 @@ func (s *Store) Seal(ctx context.Context, ref Reference, signer crypto.Signer, s
 	raw, err := sign(statement, signer)
 	if err != nil {
 		return merkle.Digest{}, err
+	}
+	if len(raw) > maxEnvelope { // nobody would read it
+		return merkle.Digest{}, refuse("E_LIMIT", img.subject, fmt.Sprintf("a statement of %d bytes", len(raw)), fmt.Sprintf("at most %d", maxEnvelope))
 	}
 	subject := v1.Descriptor{MediaType: img.top.desc.MediaType, Size: img.top.desc.Size, Digest: img.top.desc.Digest}
 	m := v1.Manifest{ArtifactType: StatementArtifact, Subject: &subject}
@@ -108,7 +134,7 @@ func (d *document) state(p *Predicate, known roots, seen map[string]bool) error 
 			if !seen[b.Digest.Hex] {
 				seen[b.Digest.Hex] = true
 				leaves := max(1, (b.Size+merkle.ChunkSize-1)/merkle.ChunkSize)
-				p.Blobs = append(p.Blobs, BlobRoot{SHA256: b.Digest.Hex, Size: b.Size, BlobRoot: known.blobs[b.Digest.Hex], Leaves: leaves})
+				p.Blobs = append(p.Blobs, BlobRoot{SHA256: b.Digest.Hex, Size: b.Size, BlobRoot: known.blobs[b.Digest.Hex], Leaves: leaves, UncompressedSize: known.unpacked[b.Digest.Hex]})
 			}
 		}
 	}

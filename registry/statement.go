@@ -83,8 +83,8 @@ type BlobRoot struct {
 	SHA256           string        `json:"sha256"`
 	Size             int64         `json:"size"`
 	BlobRoot         merkle.Digest `json:"blobRoot"`
-	Leaves           int64         `json:"leaves"` // chunks
-	ContentRoot      merkle.Digest `json:"contentRoot,omitzero"`
+	Leaves           int64         `json:"leaves"`               // chunks
+	ContentRoot      merkle.Digest `json:"contentRoot,omitzero"` // for others to fill in: kMO reads an image's content, not a layer's
 	UncompressedSize int64         `json:"uncompressedSize,omitempty"`
 }
 
@@ -398,7 +398,7 @@ func (s *Store) leads(ctx context.Context, place source, img *image, desc v1.Des
 
 // with adds what a statement says to what is known from bytes, which it never replaces.
 func (r roots) with(s *Statement) roots {
-	sum := roots{blobs: map[string]merkle.Digest{}, manifests: map[string]merkle.Digest{}}
+	sum := newRoots()
 	for _, b := range s.Predicate.Blobs {
 		sum.blobs[b.SHA256] = b.BlobRoot
 	}

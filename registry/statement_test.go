@@ -22,6 +22,7 @@ import (
 
 	v1 "github.com/google/go-containerregistry/pkg/v1"
 	"github.com/google/go-containerregistry/pkg/v1/remote"
+	"github.com/google/go-containerregistry/pkg/v1/types"
 
 	"github.com/kindos/kmo/policy/refusal"
 	"github.com/kindos/kmo/registry/merkle"
@@ -160,7 +161,7 @@ func TestT52DeletedAndFlooded(t *testing.T) {
 	root := rootOf(t, ref)
 	key, public := signingKey("release")
 	t.Run("U-10 a flood of referrers is bounded", func(t *testing.T) {
-		img := must(newStore(t).whole(ctx, ref))(t)
+		img := must(newStore(t).whole(ctx, ref, newRoots()))(t)
 		subject := img.top.desc
 		pusher := newStore(t)
 		for i := range 3 * maxReferrers {
@@ -331,6 +332,64 @@ func TestT52AStrangerChangesNothing(t *testing.T) {
 		}
 		if _, err := s.Fetch(ctx, ref, root, OCI); err != nil {
 			t.Errorf("Fetch: %v, although the bytes say it right", err)
+		}
+	})
+}
+
+func TestSealSaysWhatLayersUnpackTo(t *testing.T) {
+	ctx := context.Background()
+	key, public := signingKey("release")
+	want := map[string]int64{}
+	var layers []blobOf
+	for i, media := range []types.MediaType{types.OCILayer, types.OCILayerZStd, types.OCIUncompressedLayer} {
+		tarball := archive(t, reg(fmt.Sprint(i), strings.Repeat("some bytes ", 1000+i)))
+		data := map[types.MediaType][]byte{types.OCILayer: gz(t, tarball), types.OCILayerZStd: zst(t, tarball), types.OCIUncompressedLayer: tarball}[media]
+		layers, want[sha256Hex(data)] = append(layers, blobOf{media, data}), int64(len(tarball))
+	}
+	w := newWorld(t)
+	ref := w.push("app", imageOf(t, "linux/amd64", nil, layers...))
+	s := newStore(t)
+	s.Keys = []crypto.PublicKey{public}
+	root, err := s.Seal(ctx, ref, key, Sealing{})
+	if err != nil || root != rootOf(t, ref) {
+		t.Fatalf("got %v, %v", root, err)
+	}
+	d, err := s.Describe(ctx, ref, root, OCI)
+	if err != nil || d.Statement == nil {
+		t.Fatalf("got %+v, %v", d, err)
+	}
+	for _, b := range d.Statement.Predicate.Blobs {
+		if b.UncompressedSize != want[b.SHA256] {
+			t.Errorf("blob %s: got %d, want %d", b.SHA256, b.UncompressedSize, want[b.SHA256])
+		}
+	}
+	if _, err := s.Fetch(ctx, ref, root, OCI); err != nil {
+		t.Errorf("by the limits that were sealed: %v", err)
+	}
+	t.Run("a layer that does not unpack", func(t *testing.T) {
+		bad := w.push("bad", imageOf(t, "linux/amd64", nil, blobOf{types.OCILayer, []byte("not gzip")}))
+		if _, err := newStore(t).Seal(ctx, bad, key, Sealing{}); refusal.Of(err) == nil || refusal.Of(err).Code != "E_LAYER" {
+			t.Errorf("got %v, want E_LAYER", err)
+		}
+	})
+	t.Run("a registry that gives other bytes", func(t *testing.T) {
+		w.lieAbout(sha256Hex(layers[0].data), func(b []byte) []byte { b[5] ^= 1; return b })
+		defer w.lies(nil)
+		if _, err := newStore(t).Seal(ctx, ref, key, Sealing{}); refusal.Of(err) == nil || refusal.Of(err).Code != "E_IMG_DIGEST" {
+			t.Errorf("got %v, want E_IMG_DIGEST", err)
+		}
+	})
+	t.Run("a file", func(t *testing.T) {
+		path := filepath.Join(t.TempDir(), "program")
+		if err := os.WriteFile(path, []byte("program"), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		ref, root, err := newStore(t).PushFile(ctx, path, w.place("program"), Native)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if sealed, err := newStore(t).Seal(ctx, ref, key, Sealing{}); err != nil || sealed != root {
+			t.Errorf("got %v, %v, want %v", sealed, err, root)
 		}
 	})
 }

@@ -159,7 +159,7 @@ func (s *Store) resolve(ctx context.Context, ref Reference, format Format) (*ima
 	}
 	ctx, cancel := context.WithTimeout(ctx, look)
 	defer cancel()
-	img := &image{ref: ref, subject: "image " + ref.String(), known: roots{blobs: map[string]merkle.Digest{}, manifests: map[string]merkle.Digest{}}}
+	img := &image{ref: ref, subject: "image " + ref.String(), known: newRoots()}
 	img.at = s.sources(ref)
 	var err error
 	if img.top, err = s.document(ctx, img.at, img.subject, v1.Descriptor{Size: -1, Digest: v1.Hash{Algorithm: "sha256", Hex: ref.SHA256}}); err != nil {
@@ -401,7 +401,13 @@ func (s *Store) loadAll(ctx context.Context, img *image, d *document, depth int)
 			return err
 		}
 		for _, blob := range unknown {
-			root, err := s.blob(ctx, img.at, img.subject, blob, false)
+			var root merkle.Digest
+			var err error
+			if img.known.unpacked != nil && blob.MediaType.IsLayer() && blob.MediaType.IsDistributable() {
+				root, err = s.measure(ctx, img, blob)
+			} else {
+				root, err = s.blob(ctx, img.at, img.subject, blob, false)
+			}
 			if err != nil {
 				return err
 			}

@@ -46,6 +46,8 @@ type node struct {
 	entry    merkle.Entry
 	children map[string]*node // of a folder
 	layer    int              // that brought it
+	held     int              // the last layer that brought it or anything below it
+	cleared  int              // a layer that hid all that was below it: what is there now is that layer's, or a later one's
 	implicit bool             // a folder that only paths of things below it have named so far
 }
 
@@ -57,6 +59,8 @@ type unpacker struct {
 	chown   bool // we may give files away: we are root
 	tree    *node
 	layer   int
+	white   map[string]bool // the layer's whiteouts and opaque markers, by their paths
+	way     []*node         // from the top to the folder that was looked for last
 	entries int
 	size    int64        // bytes that the layers unpacked to so far
 	room    func() error // an error when the disk has no room for more; nil if nobody asks
@@ -65,7 +69,7 @@ type unpacker struct {
 }
 
 func newUnpacker(subject string, root *os.Root) *unpacker {
-	top := &node{entry: merkle.Entry{Type: merkle.Folder, Mode: 0o755}, children: map[string]*node{}, layer: -1}
+	top := &node{entry: merkle.Entry{Type: merkle.Folder, Mode: 0o755}, children: map[string]*node{}, layer: -1, held: -1}
 	return &unpacker{subject: subject, root: root, chown: os.Geteuid() == 0, tree: top, buffer: make([]byte, 256<<10)}
 }
 
@@ -164,6 +168,7 @@ func (u *unpacker) apply(ctx context.Context, layer io.Reader) error {
 		if err == io.EOF {
 			_, err := io.Copy(io.Discard, ahead) // what follows the archive is part of the layer, and bounded with it
 			u.layer++
+			u.white = nil
 			return err
 		}
 		if err != nil {
@@ -217,11 +222,12 @@ func (u *unpacker) entry(h *tar.Header, body io.Reader) error {
 		return u.bad(h.Name, refusal.Clip(err.Error(), 200), "a clean relative path")
 	}
 	dir, base := path.Split(name)
-	parent, err := u.parent(h.Name, dir)
+	hides := strings.HasPrefix(base, whiteoutPrefix)
+	parent, err := u.parent(h.Name, dir, !hides)
 	if err != nil {
 		return err
 	}
-	if strings.HasPrefix(base, whiteoutPrefix) {
+	if hides {
 		return u.whiteout(parent, h.Name, dir, base)
 	}
 	e := merkle.Entry{Path: name, Mode: uint32(h.Mode) & 0o7777, UID: uint32(h.Uid), GID: uint32(h.Gid)}
@@ -249,12 +255,14 @@ func (u *unpacker) entry(h *tar.Header, body io.Reader) error {
 	return nil
 }
 
-// parent finds the folder dir, "" or with a slash at its end, and makes folders that no layer has described.
-func (u *unpacker) parent(name, dir string) (*node, error) {
+// parent finds the folder dir, "" or with a slash at its end, and makes folders that no layer has described. It notes that the layer adds
+// something below.
+func (u *unpacker) parent(name, dir string, adds bool) (*node, error) {
 	at := u.tree
-	for done, rest := "", dir; rest != ""; {
-		part, after, _ := strings.Cut(rest, "/")
-		done, rest = path.Join(done, part), after
+	u.way = append(u.way[:0], at)
+	for begin, end := 0, 0; begin < len(dir); begin = end + 1 {
+		end = begin + strings.IndexByte(dir[begin:], '/')
+		part, done := dir[begin:end], dir[:end]
 		next := at.children[part]
 		if next == nil {
 			if strings.HasPrefix(part, whiteoutPrefix) {
@@ -267,12 +275,18 @@ func (u *unpacker) parent(name, dir string) (*node, error) {
 				return nil, err
 			}
 			next = &node{entry: merkle.Entry{Type: merkle.Folder, Path: done, Mode: 0o755}, children: map[string]*node{}, layer: u.layer, implicit: true}
-			at.children[part] = next
+			at.children[part], adds = next, true
 		}
 		if next.entry.Type != merkle.Folder {
 			return nil, u.bad(name, "it lies below "+quote(done)+", which is no folder", "the path without links")
 		}
 		at = next
+		u.way = append(u.way, at)
+	}
+	for _, n := range u.way {
+		if adds {
+			n.held = u.layer
+		}
 	}
 	return at, nil
 }
@@ -296,7 +310,7 @@ func (u *unpacker) xattrs(h *tar.Header, e *merkle.Entry) error {
 }
 
 func (u *unpacker) make(h *tar.Header, e merkle.Entry, body io.Reader, old *node) (*node, error) {
-	made := &node{layer: u.layer}
+	made := &node{layer: u.layer, held: u.layer}
 	var err error
 	switch h.Typeflag {
 	case tar.TypeDir:
@@ -423,32 +437,43 @@ func (u *unpacker) find(name string) *node {
 
 // whiteout takes away what lower layers brought.
 func (u *unpacker) whiteout(parent *node, name, dir, base string) error {
+	if u.white[dir+base] {
+		return u.bad(name, "it is there twice in one layer", "each path once")
+	}
+	if u.white == nil {
+		u.white = map[string]bool{}
+	}
+	u.white[dir+base] = true
 	if base == opaqueName {
-		for child, n := range parent.children {
-			if err := u.clear(parent, n, path.Join(dir, child), child); err != nil {
-				return err
-			}
-		}
-		return nil
+		return u.clearBelow(parent)
 	}
 	hidden := strings.TrimPrefix(base, whiteoutPrefix)
 	if hidden == "" || hidden == "." || hidden == ".." || strings.HasPrefix(hidden, whiteoutPrefix) {
 		return u.bad(name, "whiteout of "+quote(hidden), "the name of a file beside it")
 	}
 	if n := parent.children[hidden]; n != nil {
-		return u.clear(parent, n, path.Join(dir, hidden), hidden)
+		return u.clear(parent, n, hidden)
 	}
 	return nil
 }
 
 // clear removes n, and everything below it, as far as lower layers brought it.
-func (u *unpacker) clear(parent, n *node, at, base string) error {
-	if !n.holds(u.layer) {
-		delete(parent.children, base)
-		return u.root.RemoveAll(at)
+func (u *unpacker) clear(parent, n *node, base string) error {
+	if n.held == u.layer {
+		return u.clearBelow(n)
 	}
-	for child, below := range n.children {
-		if err := u.clear(n, below, path.Join(at, child), child); err != nil {
+	delete(parent.children, base)
+	return u.root.RemoveAll(n.entry.Path)
+}
+
+// clearBelow clears what is below n, once for each layer: a layer may have a marker in every folder of a deep tree.
+func (u *unpacker) clearBelow(n *node) error {
+	if n.cleared == u.layer { // always so in layer 0, which has none below
+		return nil
+	}
+	n.cleared = u.layer
+	for base, below := range n.children {
+		if err := u.clear(n, below, base); err != nil {
 			return err
 		}
 	}
@@ -458,24 +483,11 @@ func (u *unpacker) clear(parent, n *node, at, base string) error {
 // remove makes room at base for something of another type, or for a file's new bytes.
 func (u *unpacker) remove(parent *node, name, base string) error {
 	n := parent.children[base]
-	if n.holds(u.layer) {
+	if n.held == u.layer {
 		return u.bad(name, "it replaces a folder that this layer fills", "each path once")
 	}
 	delete(parent.children, base)
 	return u.root.RemoveAll(n.entry.Path)
-}
-
-// holds says whether n or anything below it came with the layer.
-func (n *node) holds(layer int) bool {
-	if n.layer == layer {
-		return true
-	}
-	for _, below := range n.children {
-		if below.holds(layer) {
-			return true
-		}
-	}
-	return false
 }
 
 // list returns all entries, parents before children, in no other order.

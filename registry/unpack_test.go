@@ -79,6 +79,8 @@ func TestHostileLayers(t *testing.T) {
 		"T54 write through a link below":        {[][]file{{link(tar.TypeSymlink, "a", filepath.Dir(outside))}, {reg("a/outside", "evil")}}, "no folder"},
 		"T54 folder through a link":             {[][]file{{link(tar.TypeSymlink, "a", filepath.Dir(outside))}, {dir("a/b")}}, "no folder"},
 		"T54 below a file":                      {[][]file{{reg("a", ""), reg("a/b", "")}}, "no folder"},
+		"T54 duplicate whiteout":                {[][]file{{reg("a", "")}, {reg(".wh.a", ""), reg("./.wh.a", "")}}, "twice"},
+		"T54 duplicate opaque marker":           {[][]file{{dir("a")}, {reg("a/.wh..wh..opq", ""), reg("a/b", ""), reg("a/.wh..wh..opq", "")}}, "twice"},
 		"T54 file over a folder that is filled": {[][]file{{dir("a")}, {reg("a/b", ""), reg("a", "")}}, "replaces"},
 		"U-09 path over 4 KiB":                  {[][]file{{reg(strings.Repeat("a/", 2100)+"b", "")}}, "4096"},
 		"U-09 control character":                {[][]file{{reg("a\x1b[31m", "")}}, "control"},
@@ -247,6 +249,8 @@ func TestLayers(t *testing.T) {
 		"dot slash":                     {[][]file{{dir("."), dir("./a"), reg("./a/b", "1")}}, []string{"a/", "a/b=1"}},
 		"names equal but for case":      {[][]file{{reg("net/xt_MARK.h", "1"), reg("net/xt_mark.h", "2"), dir("Net")}, {reg("net/.wh.xt_MARK.h", "")}}, []string{"Net/", "net/", "net/xt_mark.h=2"}},
 		"names with a backslash":        {[][]file{{reg(`system/mnt-a\x2db.mount`, "1"), link(tar.TypeLink, `b\`, `system/mnt-a\x2db.mount`)}}, []string{`b\=1`, "system/", `system/mnt-a\x2db.mount=1`}},
+		"whiteouts at every level":      {[][]file{{dir("a"), dir("a/b"), reg("a/b/x", "1"), reg("a/y", "2")}, {reg("a/b/z", "3"), reg("a/b/.wh..wh..opq", ""), reg("a/.wh.b", ""), reg(".wh.a", "")}}, []string{"a/", "a/b/", "a/b/z=3"}},
+		"whiteouts in every layer":      {[][]file{{reg("a/x", "1")}, {reg("a/.wh..wh..opq", ""), reg("a/y", "2")}, {reg("a/.wh..wh..opq", ""), reg("a/z", "3")}}, []string{"a/", "a/z=3"}},
 		"removed and made again":        {[][]file{{dir("a"), reg("a/x", "1")}, {reg(".wh.a", "")}, {dir("a")}}, []string{"a/"}},
 	} {
 		t.Run(name, func(t *testing.T) {

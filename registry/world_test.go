@@ -391,7 +391,7 @@ func pushStatement(t *testing.T, s *Store, ref Reference, statement *Statement, 
 // wholeOf is an image with every root, by a store of its own.
 func wholeOf(t *testing.T, ref Reference) *image {
 	t.Helper()
-	img, err := newStore(t).whole(context.Background(), ref)
+	img, err := newStore(t).whole(context.Background(), ref, newRoots())
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -8,15 +8,19 @@ import (
 	"golang.org/x/crypto/sha3"
 )
 
-// The slow reference: the package comment's text, line by line, on whole slices.
+// The slow reference: the package comment's text, line by line, on whole slices. Unlike the package it knows n = 64, SHA3-512, as well.
 
-func refHash(level, typ byte, parts ...[]byte) []byte {
-	x := append([]byte{0x6b, 0x4d, 0x4f, 0x6d, 0x31, 32, level, typ}, bytes.Join(parts, nil)...)
+func refHash(n, level, typ byte, parts ...[]byte) []byte {
+	x := append([]byte{0x6b, 0x4d, 0x4f, 0x6d, 0x31, n, level, typ}, bytes.Join(parts, nil)...)
+	if n == 64 {
+		sum := sha3.Sum512(x)
+		return sum[:]
+	}
 	sum := sha3.Sum256(x)
 	return sum[:]
 }
 
-func refMTH(level byte, h [][]byte) []byte {
+func refMTH(n, level byte, h [][]byte) []byte {
 	if len(h) == 1 {
 		return h[0]
 	}
@@ -24,31 +28,31 @@ func refMTH(level byte, h [][]byte) []byte {
 	for k*2 < len(h) {
 		k *= 2
 	}
-	return refHash(level, 1, refMTH(level, h[:k]), refMTH(level, h[k:]))
+	return refHash(n, level, 1, refMTH(n, level, h[:k]), refMTH(n, level, h[k:]))
 }
 
 func refUint(n uint64, size int) []byte { return binary.BigEndian.AppendUint64(nil, n)[8-size:] }
 
 func ref16(s string) []byte { return append(refUint(uint64(len(s)), 2), s...) }
 
-func refBlob(data []byte) []byte {
+func refBlob(n byte, data []byte) []byte {
 	var leaves [][]byte
 	for at := 0; at == 0 || at < len(data); at += 65536 {
-		leaves = append(leaves, refHash(0, 0, data[at:min(at+65536, len(data))]))
+		leaves = append(leaves, refHash(n, 0, 0, data[at:min(at+65536, len(data))]))
 	}
-	return refHash(0, 2, refUint(uint64(len(data)), 8), refUint(65536, 4), refMTH(0, leaves))
+	return refHash(n, 0, 2, refUint(uint64(len(data)), 8), refUint(65536, 4), refMTH(n, 0, leaves))
 }
 
 func refTop(level byte, xs [][]byte) []byte {
 	var leaves [][]byte
 	for _, x := range xs {
-		leaves = append(leaves, refHash(level, 0, x))
+		leaves = append(leaves, refHash(32, level, 0, x))
 	}
 	var root []byte
 	if len(leaves) > 0 {
-		root = refMTH(level, leaves)
+		root = refMTH(32, level, leaves)
 	}
-	return refHash(level, 2, refUint(uint64(len(xs)), 8), root)
+	return refHash(32, level, 2, refUint(uint64(len(xs)), 8), root)
 }
 
 func refManifest(blobs []Descriptor) []byte {
