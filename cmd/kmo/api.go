@@ -30,6 +30,7 @@ type Status struct {
 	Agent     bool              `json:"agent"` // an agent is running; else this is what the journal and the backends say
 	Record    reconciler.Record `json:"record"`
 	Workloads []reconciler.Have `json:"workloads"`
+	Error     string            `json:"error,omitempty"`   // why the agent's last look came to no outcome: the record is of one before it
 	Trouble   string            `json:"trouble,omitempty"` // why the workloads could not be listed
 }
 
@@ -37,7 +38,7 @@ type Status struct {
 // ends with running, not with the request: who has stopped waiting stops no try.
 func (h *host) api(running context.Context) http.Handler {
 	mux := http.NewServeMux()
-	mux.HandleFunc("GET /healthz", func(w http.ResponseWriter, _ *http.Request) { _, _ = io.WriteString(w, "ok\n") })
+	mux.HandleFunc("GET /healthz", h.healthy)
 	mux.HandleFunc("GET /metrics", h.metrics)
 	mux.HandleFunc("GET /status", answer(func(r *http.Request) (any, error) { return h.status(r.Context()) }))
 	mux.HandleFunc("GET /plan", answer(func(r *http.Request) (any, error) { return h.plan(r.Context(), r.FormValue("revision")) }))

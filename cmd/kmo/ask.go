@@ -30,6 +30,7 @@ func (h *host) status(ctx context.Context) (Status, error) {
 	if s.Workloads, err = h.observe(ctx); err != nil {
 		s.Trouble = err.Error()
 	}
+	s.Error = h.failure()
 	return s, nil
 }
 
@@ -352,14 +353,33 @@ type counts struct {
 	outcomes map[reconciler.Outcome]int
 	errors   int
 	last     reconciler.Record
+	failure  string // why the last look came to no outcome
+}
+
+// failure says why the last look came to no outcome, "" if it came to one.
+func (h *host) failure() string {
+	h.counts.mu.Lock()
+	defer h.counts.mu.Unlock()
+	return h.counts.failure
+}
+
+// healthy is the agent's own health: whether it can do its work, not whether the branch is good.
+func (h *host) healthy(w http.ResponseWriter, _ *http.Request) {
+	if failure := h.failure(); failure != "" {
+		http.Error(w, failure, http.StatusServiceUnavailable)
+		return
+	}
+	_, _ = io.WriteString(w, "ok\n")
 }
 
 // ended counts one reconcile.
 func (h *host) ended(rec reconciler.Record, err error) {
 	h.counts.mu.Lock()
 	defer h.counts.mu.Unlock()
+	h.counts.failure = ""
 	if err != nil {
 		h.counts.errors++
+		h.counts.failure, h.counts.last = err.Error(), reconciler.Record{}
 		return
 	}
 	if h.counts.outcomes == nil {

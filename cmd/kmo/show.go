@@ -140,7 +140,12 @@ Exit statuses: 0 converged, 1 error, waiting or still trying, 2 usage, 3 refused
 		Example: "  kmo status\n  kmo status --watch\n  kmo status -o json | jq -r '.workloads[].name'",
 		Args:    cobra.NoArgs,
 	}
-	cmd = ask(cmd, flags, "GET", "/status", noQuery, printStatus, func(s Status) error { return exitOf(s.Record) })
+	cmd = ask(cmd, flags, "GET", "/status", noQuery, printStatus, func(s Status) error {
+		if s.Error != "" {
+			return status(exitError)
+		}
+		return exitOf(s.Record)
+	})
 	once := cmd.RunE
 	cmd.RunE = func(cmd *cobra.Command, args []string) error {
 		if !flags.glances {
@@ -184,6 +189,9 @@ func printStatus(w io.Writer, s Status) {
 	}
 	_, _ = fmt.Fprintf(w, "%s on %s, zone %s, branch %s (%s)\n", s.Site, s.Record.Host, s.Zone, s.Branch, agent)
 	printRecord(w, s.Record)
+	if s.Error != "" {
+		_, _ = fmt.Fprintf(w, "  the agent cannot go on: %s\n", s.Error)
+	}
 	if s.Trouble != "" {
 		_, _ = fmt.Fprintf(w, "  workloads: %s\n", s.Trouble)
 	}

@@ -78,7 +78,8 @@ type Log struct {
 	file   *os.File
 	ends   []int64     // offset after each record's newline
 	hashes []tlog.Hash // tlog's stored hashes
-	broken error       // set when file and checkpoint may differ; only a new Open helps
+	sure   tlog.Tree   // what is known to be on the disk
+	broken error       // set when file and checkpoint may differ, until the log was read again
 }
 
 // Open opens or creates a log, and checks every record against the checkpoint.
@@ -90,16 +91,37 @@ func Open(options Options) (*Log, error) {
 	if err := os.MkdirAll(options.Dir, 0o700); err != nil {
 		return nil, fmt.Errorf("audit log: %w", err)
 	}
-	file, err := os.OpenFile(l.path("records"), os.O_RDWR|os.O_CREATE, 0o600)
+	if err := l.read(os.O_CREATE); err != nil {
+		return nil, err
+	}
+	return l, nil
+}
+
+// read opens the file, and checks and mends what is in it.
+func (l *Log) read(create int) error {
+	file, err := os.OpenFile(l.path("records"), os.O_RDWR|create, 0o600)
 	if err != nil {
-		return nil, fmt.Errorf("audit log: %w", err)
+		return fmt.Errorf("audit log: %w", err)
 	}
 	l.file = file
 	if err := l.recover(); err != nil {
 		file.Close()
-		return nil, err
+		return err
 	}
-	return l, nil
+	l.sure, err = l.tree(int64(len(l.ends)))
+	return err
+}
+
+// again reads the log after a write that failed, by the code that reads it after a crash: the disk may have room again.
+func (l *Log) again() error {
+	fresh := &Log{options: l.options, signer: l.signer, verifier: l.verifier}
+	fresh.options.Seen = l.sure
+	if err := fresh.read(0); err != nil {
+		return err
+	}
+	l.file.Close()
+	l.file, l.ends, l.hashes, l.sure, l.broken = fresh.file, fresh.ends, fresh.hashes, fresh.sure, nil
+	return nil
 }
 
 // Close releases the file.
@@ -117,7 +139,9 @@ func (l *Log) Append(kind string, v any) (index int64, err error) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	if l.broken != nil {
-		return 0, fmt.Errorf("audit log %s: an earlier write: %v", l.options.Dir, l.broken)
+		if err := l.again(); err != nil {
+			return 0, fmt.Errorf("audit log %s: an earlier write: %v; reading it again: %w", l.options.Dir, l.broken, err)
+		}
 	}
 	body, err := json.Marshal(v)
 	if err != nil {
@@ -146,10 +170,11 @@ func (l *Log) Append(kind string, v any) (index int64, err error) {
 		err = l.checkpoint()
 	}
 	if err != nil {
-		l.broken = err // whether the line is on the disk is for the next Open to find out
+		l.broken = err // whether the line is on the disk is for the next Append to find out
 		return 0, fmt.Errorf("audit log %s: %w", l.options.Dir, err)
 	}
-	return r.Index, nil
+	l.sure, err = l.tree(int64(len(l.ends)))
+	return r.Index, err
 }
 
 // Records calls f with each record, oldest first, until it returns an error, and returns that.
@@ -190,7 +215,7 @@ func (l *Log) Tree() (Tree, error) {
 
 // include adds one line, on the disk already, to the tree.
 func (l *Log) include(line []byte) error {
-	more, err := tlog.StoredHashes(int64(len(l.ends)), line, tlog.HashReaderFunc(l.read))
+	more, err := tlog.StoredHashes(int64(len(l.ends)), line, tlog.HashReaderFunc(l.stored))
 	if err != nil {
 		return err
 	}
@@ -199,7 +224,7 @@ func (l *Log) include(line []byte) error {
 	return nil
 }
 
-func (l *Log) read(indexes []int64) ([]tlog.Hash, error) {
+func (l *Log) stored(indexes []int64) ([]tlog.Hash, error) {
 	out := make([]tlog.Hash, len(indexes))
 	for i, index := range indexes {
 		if index < 0 || index >= int64(len(l.hashes)) {
@@ -211,7 +236,7 @@ func (l *Log) read(indexes []int64) ([]tlog.Hash, error) {
 }
 
 func (l *Log) tree(n int64) (tlog.Tree, error) {
-	root, err := tlog.TreeHash(n, tlog.HashReaderFunc(l.read))
+	root, err := tlog.TreeHash(n, tlog.HashReaderFunc(l.stored))
 	return tlog.Tree{N: n, Hash: root}, err
 }
 
@@ -237,12 +262,12 @@ func (l *Log) keys() error {
 // from reads records beginning with one index.
 func (l *Log) from(first int, f func(Record) error) error {
 	l.mu.Lock()
-	start, end := int64(0), l.size()
+	file, start, end := l.file, int64(0), l.size()
 	if first > 0 {
 		start = l.ends[first-1]
 	}
 	l.mu.Unlock()
-	reader := bufio.NewReaderSize(io.NewSectionReader(l.file, start, end-start), 1<<16)
+	reader := bufio.NewReaderSize(io.NewSectionReader(file, start, end-start), 1<<16)
 	for {
 		line, err := readLine(reader)
 		if errors.Is(err, io.EOF) && len(line) == 0 {
