@@ -85,7 +85,7 @@ func (r *Reconciler) decide(ctx context.Context, rec Record, good, next *desired
 	if err != nil {
 		return "describe", err
 	}
-	set, err := r.rules(ctx, next.facts.Base, next.commit)
+	set, err := r.rules(ctx, next.facts, next.commit)
 	if err != nil {
 		return "policy", err
 	}
@@ -122,21 +122,26 @@ func (rec *Record) obstacle(next *desired) (stage string, err error) {
 	return "", nil
 }
 
-// rules returns the rules of the last accepted commit, which judge the next; where none was accepted yet, the new commit's own.
+// rules returns the rules of the last accepted commit, which judge the next; where none was accepted yet, the new commit's own. A policy that
+// comes with other changes, in commits of its own, judges them as well.
 // The new commit's rules must load too, whoever judges: a set that would not is refused before it can count.
-func (r *Reconciler) rules(ctx context.Context, accepted string, head Commit) (*policy.Set, error) {
+func (r *Reconciler) rules(ctx context.Context, facts trust.Facts, head Commit) (*policy.Set, error) {
 	own, err := r.sets.of(r.Rules, head.Tree)
 	if err != nil {
 		return nil, err
 	}
-	if accepted == "" {
+	if facts.Base == "" {
 		return own, nil
 	}
-	commit, err := r.Source.At(ctx, accepted)
+	commit, err := r.Source.At(ctx, facts.Base)
 	if err != nil {
 		return nil, fmt.Errorf("the last accepted commit: %w", err)
 	}
-	return r.sets.of(r.Rules, commit.Tree)
+	base, err := r.sets.of(r.Rules, commit.Tree)
+	if err != nil || !facts.Apart {
+		return base, err
+	}
+	return base.And(own), nil
 }
 
 // ruleCache keeps the sets that were loaded last, by the object id of their folder: loading one takes longer than deciding.

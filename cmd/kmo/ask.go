@@ -152,9 +152,16 @@ type Explanation struct {
 
 // explain collects the audit log's records of a commit: also of one that was not let in, or that the branch has no more.
 func (h *host) explain(ctx context.Context, revision string) (e Explanation, err error) {
+	revision = strings.ToLower(revision)
 	id, err := h.judged(revision)
 	if err == nil && id == "" {
 		id, err = h.commit(ctx, revision)
+	}
+	if id == "" && revision == "" { // the remote does not answer: of what this host saw last it can tell all the same
+		rec, lost := h.record()
+		if id = rec.Head; lost != nil {
+			return e, lost
+		}
 	}
 	if id == "" {
 		return e, err
@@ -164,6 +171,9 @@ func (h *host) explain(ctx context.Context, revision string) (e Explanation, err
 		return e, err
 	}
 	if len(e.Records) == 0 {
+		if _, err := h.source.At(ctx, id); err != nil {
+			return e, fmt.Errorf("commit %s: this host has never seen it: %w", id, err)
+		}
 		e.Within, err = h.within(ctx, id)
 	}
 	for _, record := range e.Records {
@@ -203,6 +213,12 @@ func (h *host) replay(ctx context.Context, record audit.Record) string {
 	}
 	then := entry.Decision
 	set, err := h.rulesAt(ctx, cmp.Or(judged.Change.Base, judged.Commit))
+	if err == nil && judged.Change.Base != "" && judged.Change.Apart {
+		var own *policy.Set
+		if own, err = h.rulesAt(ctx, judged.Commit); err == nil {
+			set = set.And(own)
+		}
+	}
 	switch {
 	case err != nil:
 		return "not replayed: " + err.Error()
@@ -296,7 +312,7 @@ func inWords(record audit.Record) []string {
 	case "revert":
 		var entry reconciler.RevertEntry
 		if json.Unmarshal(record.Body, &entry) == nil {
-			lines := []string{fmt.Sprintf("revert: %s taken back in Git to the content of %s, because %s failed %s: %s", short(entry.Commit), short(entry.Revert.Good), entry.Revert.Unit, entry.Revert.Gate, entry.Revert.Evidence)}
+			lines := []string{fmt.Sprintf("revert: %s is to be taken back in Git to the content of %s, because %s failed %s: %s", short(entry.Commit), short(entry.Revert.Good), entry.Revert.Unit, entry.Revert.Gate, entry.Revert.Evidence)}
 			for _, id := range entry.Range {
 				lines = append(lines, "together with "+short(id)+", which lies between: push again what is good of it")
 			}
