@@ -21,6 +21,8 @@ import (
 	"github.com/go-git/go-git/v5/plumbing"
 	"github.com/go-git/go-git/v5/plumbing/object"
 	"github.com/google/go-cmp/cmp"
+	"golang.org/x/crypto/ssh"
+	"golang.org/x/crypto/ssh/knownhosts"
 
 	"github.com/kindos/kmo/policy/refusal"
 )
@@ -440,6 +442,41 @@ func TestLocalPackTooLarge(t *testing.T) {
 	r := w.open(func(r *Repository) { r.Limits.Bytes, r.Limits.Duration = 1000, time.Minute })
 	if _, err := r.Head(context.Background()); code(err) != "E_LIMIT" || !strings.Contains(err.Error(), "the pack") {
 		t.Errorf("T43 %v; want the pack refused", err)
+	}
+}
+
+// An ssh server that sends what cannot be read, and then more of it, is given up on in time.
+func TestHostileSSH(t *testing.T) {
+	w := newWorld(t)
+	stop := make(chan struct{})
+	address, host := w.servesSSH(testSigner(t, 2).PublicKey(), func(_ string, channel ssh.Channel) error {
+		for range 40 {
+			_, _ = channel.SendRequest("exit-status", false, nil)
+		}
+		<-stop
+		return nil
+	})
+	defer close(stop)
+	known := filepath.Join(w.home, "known_hosts")
+	if err := os.WriteFile(known, []byte(knownhosts.Line([]string{address}, host)+"\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	r := w.open(func(r *Repository) {
+		r.Remote, r.Auth = "ssh://git@"+address+w.bare, Auth{KeyFile: keyFile(t, 2), KnownHosts: known}
+		r.Limits.Duration = time.Second
+	})
+	given := make(chan error, 1)
+	go func() {
+		_, err := r.Head(context.Background())
+		given <- err
+	}()
+	select {
+	case err := <-given:
+		if code(err) != "E_LIMIT" {
+			t.Errorf("T43 %v; want E_LIMIT", err)
+		}
+	case <-time.After(time.Minute):
+		t.Fatal("T43 still waiting a minute after the fetch's one second")
 	}
 }
 

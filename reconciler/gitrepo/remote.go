@@ -241,23 +241,26 @@ func (r *Repository) dialSSH(ctx context.Context, service string) (*talk, error)
 	_ = conn.SetDeadline(time.Time{})
 	client := ssh.NewClient(sconn, channels, requests)
 	closeAll := func() { stop(); _ = client.Close() }
-	session, err := client.NewSession()
+	channel, requests, err := client.OpenChannel("session", nil)
 	if err != nil {
 		closeAll()
 		return nil, fmt.Errorf("opening a session: %s", refusal.Clip(err.Error(), 300))
 	}
-	in, err1 := session.StdinPipe()
-	out, err2 := session.StdoutPipe()
-	said := &tail{}
-	session.Stderr = said
+	// Not an ssh.Session: after a request that it cannot read it takes no more of them, and the connection then hangs, even when closed.
+	go ssh.DiscardRequests(requests)
+	said, ended := &tail{}, make(chan struct{})
+	go func() { _, _ = io.Copy(said, channel.Stderr()); close(ended) }()
 	quoted := "'" + strings.NewReplacer("'", `'\''`, "!", `'\!'`).Replace(r.remote.path) + "'"
-	if err := errors.Join(err1, err2, session.Start(service+" "+quoted)); err != nil {
+	began, err := channel.SendRequest("exec", true, ssh.Marshal(struct{ Command string }{service + " " + quoted}))
+	if err == nil && !began {
+		err = errors.New("the server will not")
+	}
+	if err != nil {
 		closeAll()
 		return nil, fmt.Errorf("starting %s: %s", service, refusal.Clip(err.Error(), 300))
 	}
-	ended := make(chan struct{})
-	go func() { _ = session.Wait(); close(ended) }()
-	return r.converse(in, out, said, func() {
+	in := half{channel}
+	return r.converse(in, channel, said, func() {
 		// A server may not even take a goodbye. Its last words come before its end.
 		go func() { _, _ = in.Write([]byte("0000")); _ = in.Close() }()
 		select {
@@ -267,6 +270,11 @@ func (r *Repository) dialSSH(ctx context.Context, service string) (*talk, error)
 		closeAll()
 	})
 }
+
+// half is a channel of which Close ends what is sent, and not what is received.
+type half struct{ ssh.Channel }
+
+func (h half) Close() error { return h.CloseWrite() }
 
 func (r *Repository) sshConfig() (*ssh.ClientConfig, func(), error) {
 	hosts, err := knownhosts.NewDB(r.Auth.KnownHosts)
