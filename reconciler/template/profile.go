@@ -2,6 +2,7 @@ package template
 
 import (
 	"fmt"
+	"path"
 	"reflect"
 	"strings"
 
@@ -174,6 +175,9 @@ func (u *Unit) check(top *node, folder string, zones []Name, p *problems) {
 			p.add(top.at("place", "on", "zone", i), fmt.Sprintf("place.on.zone[%d]", i), show(string(zone)), "a zone of site.yaml: "+refusal.Clip(words(texts(zones)), 2*maxShown))
 		}
 	}
+	if soonest := u.Gate.Bake + Duration(max(u.Health.After-1, 0))*u.Health.Every; u.Gate.Deadline != 0 && u.Gate.Deadline <= soonest {
+		p.add(top.at("gate", "deadline"), "gate.deadline", u.Gate.Deadline.String(), "more than "+soonest.String()+", the soonest that it can pass")
+	}
 	u.checkPorts(top, p)
 	u.checkPaths(top, p)
 }
@@ -196,6 +200,11 @@ func (u *Unit) checkPorts(top *node, p *problems) {
 		}
 		names[string(port.Name)], numbers[port.Port], hosts[port.Host] = true, true, true
 	}
+	for name := range u.Run.Env {
+		if strings.HasPrefix(string(name), "KMO_PORT_") {
+			p.add(top.at("run", "env", string(name)), "run.env."+string(name), "a variable that tells a port's number", "another name")
+		}
+	}
 	probe := func(kind string, port PortName) {
 		if !names[string(port)] {
 			p.add(top.at("health", kind, "port"), "health."+kind+".port", show(string(port)), "the name of a port under run.ports")
@@ -209,15 +218,19 @@ func (u *Unit) checkPorts(top *node, p *problems) {
 	}
 }
 
-// checkPaths refuses two things at one path of the workload.
+// checkPaths refuses two things at one path of the workload, one below another, and what is the system's: no backend could give it.
 func (u *Unit) checkPaths(top *node, p *problems) {
-	taken := make(map[Path]string)
-	take := func(path Path, field string, at ...any) {
-		if by, ok := taken[path]; ok {
-			p.add(top.at(at...), field, show(string(path))+", which "+by+" is too", "another path")
+	type place struct {
+		field string
+		at    []any
+	}
+	taken := make(map[Path]place)
+	take := func(to Path, field string, at ...any) {
+		if by, ok := taken[to]; ok {
+			p.add(top.at(at...), field, show(string(to))+", which "+by.field+" is too", "another path")
 			return
 		}
-		taken[path] = field
+		taken[to] = place{field, at}
 	}
 	for i, f := range u.Files {
 		take(f.To, fmt.Sprintf("files[%d].to", i), "files", i, "to")
@@ -230,5 +243,17 @@ func (u *Unit) checkPaths(top *node, p *problems) {
 	}
 	for i, keep := range u.Overlay.Keep {
 		take(keep, fmt.Sprintf("overlay.keep[%d]", i), "overlay", "keep", i)
+	}
+	for inner, mine := range taken {
+		for outer := path.Dir(string(inner)); outer != "/" && outer != "."; outer = path.Dir(outer) {
+			if by, ok := taken[Path(outer)]; ok {
+				p.add(top.at(mine.at...), mine.field, show(string(inner))+", which lies in "+by.field, "a path outside "+outer)
+			}
+		}
+		for _, system := range []string{"/proc", "/dev", "/sys"} {
+			if string(inner) == system || strings.HasPrefix(string(inner), system+"/") {
+				p.add(top.at(mine.at...), mine.field, show(string(inner)), "a path outside "+system)
+			}
+		}
 	}
 }
