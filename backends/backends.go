@@ -25,7 +25,8 @@ type Backend interface {
 	// anybody else's. A workload whose process ended is listed with the state it is in.
 	Observe(context.Context) ([]Status, error)
 	// Apply makes the workload exist as specified and returns once its program has been started; it does not wait for
-	// health. Applying what already runs with the same spec changes nothing; applying what is there but damaged repairs it.
+	// health. Applying what already runs with the same spec and Content changes nothing; applying what is there but damaged, or stands on
+	// another Content than Status says, starts it again. A postInit hook that ends badly makes it Damaged until it is applied again and ends well.
 	// It must return a *FeatureError, having changed nothing, for anything asked that it cannot give, and a *StartError if the
 	// workload itself is at fault.
 	Apply(context.Context, Workload) error
@@ -254,27 +255,17 @@ const (
 	Damaged  State = "damaged"  // it exists, but is not what was applied; Detail says how
 )
 
-// Health is what the runtime itself knows of a workload's health; probes are the gate's.
-type Health string
-
-// The healths.
-const (
-	HealthUnknown Health = ""
-	Healthy       Health = "healthy"
-	Unhealthy     Health = "unhealthy"
-)
-
 // Status is one workload as it is.
 type Status struct {
 	Name      string        `json:"name"`
 	Spec      merkle.Digest `json:"spec"`
 	State     State         `json:"state"`
-	Health    Health        `json:"health,omitempty"`
+	Content   string        `json:"content,omitempty"`   // Image.Content that it was started from; "" where the backend has a copy of its own
 	Addresses []Address     `json:"addresses,omitempty"` // in the order of Run.Ports
 	PID       int           `json:"pid,omitempty"`       // on the host, where there is one
 	Started   time.Time     `json:"started,omitzero"`    // of the present program
 	Restarts  int           `json:"restarts"`
-	ExitCode  int           `json:"exitCode,omitempty"` // of the last program that ended; 128 + signal
+	ExitCode  int           `json:"exitCode,omitempty"` // of the last program that ended; 128 + signal; 0 too if nobody saw it, which Detail says
 	OOM       bool          `json:"oom,omitempty"`      // the last end was for want of memory
 	Usage     Usage         `json:"usage"`
 	Unapplied []string      `json:"unapplied,omitempty"` // what the host did not let the backend apply, in words

@@ -231,6 +231,9 @@ func Diff(want []backends.Workload, have []Have, exclusive func(old, new string)
 		wanted[at] = true
 		status, ok := exists[at]
 		reason := damage(status)
+		if at := w.Image.Content; reason == "" && at != "" && status.Content != "" && status.Content != at {
+			reason = "it stands on another copy of its image"
+		}
 		if ok && reason == "" {
 			continue
 		}

@@ -722,6 +722,23 @@ func TestT56AllUsersOfAChangedBase(t *testing.T) {
 	}
 }
 
+// TestT56ReplacedWhileAway: the image's copy is replaced while no agent runs; what was started from the old one is started again.
+func TestT56ReplacedWhileAway(t *testing.T) {
+	story(t, func(t *testing.T, w *world) {
+		w.unit("relay", "1", "")
+		w.push("v1")
+		w.reconcile(Converged)
+		old := w.fake.Workloads()[0].Image
+		w.images.drift[old.Content] = true
+		w.images.copies[old.SHA256]++
+		w.start()
+		w.reconcile(Converged)
+		if on := w.onChanged(); len(on) != 0 {
+			t.Errorf("%v still stand on the copy that was replaced", on)
+		}
+	})
+}
+
 // TestCrashTable fails each outside call before and after its effect and ends the agent there, as a kill would; a new agent must come to
 // the same end, with one revert and nothing half-done.
 func TestCrashTable(t *testing.T) {

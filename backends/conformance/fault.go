@@ -18,6 +18,7 @@ func faultChecks() []check {
 	return []check{
 		{"hooks run at their moments", hooksRun},
 		{"a failing preInit is an error with its output, and no program", preInitFails},
+		{"a postInit hook that ends badly damages the workload", postInitFails},
 		{"an image without content is an error and leaves nothing", noContent},
 		{"a context that has ended changes nothing", endedContext},
 		{"cancel leaves nothing half", cancelled},
@@ -71,6 +72,28 @@ func preInitFails(b *bench) {
 	}
 	if text, err := b.logs(w.Name, backends.LogOptions{}); err == nil && strings.Contains(text, "never") {
 		b.Errorf("the program ran although preInit failed: %q", text)
+	}
+	b.remove(w.Name)
+	b.gone(w.Name)
+}
+
+func postInitFails(b *bench) {
+	if !b.able.Has(backends.Hooking) {
+		return // the refusal of it is checked with the others
+	}
+	w := b.unit("relay", "wait")
+	w.Hooks.PostInit = [][]string{{"/app", "say because-of-this", "exit 9"}}
+	w = seal(w)
+	b.names = append(b.names, w.Name)
+	for range 2 { // the second runs the hook again
+		err := b.backend.Apply(b.Context(), w)
+		var start *backends.StartError
+		if !errors.As(err, &start) || start.Workload != w.Name {
+			b.Fatalf("apply: error %v, want a *StartError", err)
+		}
+		if s, ok := b.status(w.Name); !ok || s.State != backends.Damaged {
+			b.Errorf("after a postInit hook that failed it is %+v, want it damaged", s)
+		}
 	}
 	b.remove(w.Name)
 	b.gone(w.Name)

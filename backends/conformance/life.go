@@ -3,6 +3,8 @@ package conformance
 import (
 	"errors"
 	"fmt"
+	"os"
+	"path/filepath"
 	"slices"
 	"strconv"
 	"strings"
@@ -16,6 +18,7 @@ func lifeChecks() []check {
 	return []check{
 		{"apply starts the program", applyStarts},
 		{"apply twice is once", applyTwice},
+		{"another content of the same spec starts it again", otherContent},
 		{"two specs of one unit stand side by side", sideBySide},
 		{"remove clears and is nil if there is none", removeClears},
 		{"remove gives the program its grace", removeGrace},
@@ -54,6 +57,46 @@ func applyTwice(b *bench) {
 	if list := b.observe(); len(list) != 1 {
 		b.Errorf("observe lists %v, want one", names(list))
 	}
+}
+
+func otherContent(b *bench) {
+	w := b.apply(b.unit("relay", "wait"))
+	b.line(w.Name, "waiting")
+	before := b.until(w.Name, "running", running)
+	if before.Content == "" {
+		return // the backend has a copy of its own
+	}
+	w.Image.Content = b.copied(w.Image.Content)
+	b.apply(w)
+	after := b.until(w.Name, "running", running)
+	if after.Content != w.Image.Content || !after.Started.After(before.Started) || after.Restarts != 0 {
+		b.Errorf("on another content it is %+v, was %+v", after, before)
+	}
+	if list := b.observe(); len(list) != 1 {
+		b.Errorf("observe lists %v, want one", names(list))
+	}
+}
+
+// copied is a copy of an image's content at another place, or another name where it is imaginary.
+func (b *bench) copied(content string) string {
+	b.Helper()
+	stat, err := os.Stat(content)
+	if err != nil {
+		return content + "-copy"
+	}
+	to := filepath.Join(b.hostDir(), "copy")
+	if stat.IsDir() {
+		err = os.CopyFS(to, os.DirFS(content))
+	} else {
+		var text []byte
+		if text, err = os.ReadFile(content); err == nil {
+			err = os.WriteFile(to, text, 0o755)
+		}
+	}
+	if err != nil {
+		b.Fatal(err)
+	}
+	return to
 }
 
 func sideBySide(b *bench) {

@@ -119,21 +119,27 @@ func (b *Backend) Apply(ctx context.Context, w backends.Workload) error {
 		if err := checkContent(w.Image.Content); err != nil {
 			return fmt.Errorf("%s: image content: %w", w.Name, err)
 		}
-		if x != nil && x.Status.State != backends.Damaged && x.Status.State != backends.Exited {
+		if x != nil && x.Workload.Image.Content == w.Image.Content && x.Status.State != backends.Damaged && x.Status.State != backends.Exited {
 			return nil
 		}
 		if x == nil {
 			x = &workload{Workload: w, Written: map[string][]byte{}}
 			x.Status = backends.Status{Name: w.Name, Spec: w.Spec, State: backends.Starting, Addresses: b.addresses(w)}
+		} else if x.Workload.Image.Content != w.Image.Content {
+			b.stop(x)
+			x.Workload = w
 		}
-		x.Status.Detail = ""
+		x.Status.Content, x.Status.Detail = w.Image.Content, ""
 		if err := b.hooks(x, "preInit", w.Hooks.PreInit); err != nil {
 			return err
 		}
 		b.workloads[w.Name] = x
 		b.start(x)
-		b.hooks(x, "postInit", w.Hooks.PostInit) //nolint:errcheck // only preInit must succeed
-		return b.changed(w.Name)
+		err := b.hooks(x, "postInit", w.Hooks.PostInit)
+		if err != nil {
+			x.Status.State, x.Status.Detail = backends.Damaged, err.Error()
+		}
+		return errors.Join(err, b.changed(w.Name))
 	})
 }
 

@@ -75,7 +75,7 @@ func toFingerprint(p *wire.FingerprintAnswer) backends.Fingerprint {
 
 func fromStatus(s *backends.Status) *wire.Status {
 	w := &wire.Status{
-		Name: s.Name, Spec: s.Spec[:], State: string(s.State), Health: string(s.Health), Pid: int64(s.PID),
+		Name: s.Name, Spec: s.Spec[:], State: string(s.State), Content: s.Content, Pid: int64(s.PID),
 		Restarts: int64(s.Restarts), ExitCode: int64(s.ExitCode), Oom: s.OOM,
 		Memory: s.Usage.Memory, Cpu: int64(s.Usage.CPU), Pids: s.Usage.PIDs, Unapplied: s.Unapplied, Detail: s.Detail,
 	}
@@ -91,7 +91,7 @@ func fromStatus(s *backends.Status) *wire.Status {
 // toStatus reads one workload's status. It returns an error for what no backend may say.
 func toStatus(w *wire.Status) (backends.Status, error) {
 	s := backends.Status{
-		Name: w.Name, State: backends.State(w.State), Health: backends.Health(w.Health), PID: int(w.Pid),
+		Name: w.Name, State: backends.State(w.State), Content: w.Content, PID: int(w.Pid),
 		Restarts: int(w.Restarts), ExitCode: int(w.ExitCode), OOM: w.Oom,
 		Usage:     backends.Usage{Memory: w.Memory, CPU: time.Duration(w.Cpu), PIDs: w.Pids},
 		Unapplied: clipAll(w.Unapplied), Detail: line(w.Detail),

@@ -89,7 +89,7 @@ func TestOwnContext(t *testing.T) {
 // TestRoundTrip sends values in which every field is set.
 func TestRoundTrip(t *testing.T) {
 	status := backends.Status{
-		Name: "relay-1", Spec: merkle.Digest{1, 2}, State: backends.Backoff, Health: backends.Unhealthy,
+		Name: "relay-1", Spec: merkle.Digest{1, 2}, State: backends.Backoff, Content: "/images/relay",
 		Addresses: []backends.Address{{Port: "http", Address: "127.0.0.1:8080"}}, PID: 77, Started: time.Unix(5, 6).UTC(),
 		Restarts: 8, ExitCode: 137, OOM: true, Usage: backends.Usage{Memory: 9, CPU: 10, PIDs: 11},
 		Unapplied: []string{"landlock: the kernel has none"}, Detail: "spilt coffee",

@@ -350,7 +350,7 @@ func (e *entry) status() (backends.Status, bool) {
 	if r.Workload.Name == "" || e.cleared {
 		return backends.Status{}, false // only asked for so far
 	}
-	s := backends.Status{Name: e.name, Spec: r.Workload.Spec, State: e.state, Restarts: r.Restarts, Unapplied: r.Unapplied, Detail: e.detail}
+	s := backends.Status{Name: e.name, Spec: r.Workload.Spec, State: e.state, Content: r.Workload.Image.Content, Restarts: r.Restarts, Unapplied: r.Unapplied, Detail: e.detail}
 	for i, p := range r.Workload.Run.Ports {
 		s.Addresses = append(s.Addresses, backends.Address{Port: p.Name, Address: fmt.Sprintf("127.0.0.1:%d", r.Ports[i])})
 	}

@@ -275,7 +275,6 @@ type Status struct {
 	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
 	Spec          []byte                 `protobuf:"bytes,2,opt,name=spec,proto3" json:"spec,omitempty"` // 32 bytes
 	State         string                 `protobuf:"bytes,3,opt,name=state,proto3" json:"state,omitempty"`
-	Health        string                 `protobuf:"bytes,4,opt,name=health,proto3" json:"health,omitempty"`
 	Addresses     []*Address             `protobuf:"bytes,5,rep,name=addresses,proto3" json:"addresses,omitempty"`
 	Pid           int64                  `protobuf:"varint,6,opt,name=pid,proto3" json:"pid,omitempty"`
 	Started       int64                  `protobuf:"varint,7,opt,name=started,proto3" json:"started,omitempty"` // nanoseconds since 1970; 0 for never
@@ -287,6 +286,7 @@ type Status struct {
 	Pids          int64                  `protobuf:"varint,13,opt,name=pids,proto3" json:"pids,omitempty"`
 	Unapplied     []string               `protobuf:"bytes,14,rep,name=unapplied,proto3" json:"unapplied,omitempty"`
 	Detail        string                 `protobuf:"bytes,15,opt,name=detail,proto3" json:"detail,omitempty"`
+	Content       string                 `protobuf:"bytes,16,opt,name=content,proto3" json:"content,omitempty"` // the image content that it was started from
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -338,13 +338,6 @@ func (x *Status) GetSpec() []byte {
 func (x *Status) GetState() string {
 	if x != nil {
 		return x.State
-	}
-	return ""
-}
-
-func (x *Status) GetHealth() string {
-	if x != nil {
-		return x.Health
 	}
 	return ""
 }
@@ -422,6 +415,13 @@ func (x *Status) GetUnapplied() []string {
 func (x *Status) GetDetail() string {
 	if x != nil {
 		return x.Detail
+	}
+	return ""
+}
+
+func (x *Status) GetContent() string {
+	if x != nil {
+		return x.Content
 	}
 	return ""
 }
@@ -1322,12 +1322,11 @@ const file_backend_proto_rawDesc = "" +
 	"\x02id\x18\x01 \x01(\x04R\x02id\"U\n" +
 	"\rObserveAnswer\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\x04R\x02id\x124\n" +
-	"\tworkloads\x18\x02 \x03(\v2\x16.kmo.backend.v1.StatusR\tworkloads\"\x80\x03\n" +
+	"\tworkloads\x18\x02 \x03(\v2\x16.kmo.backend.v1.StatusR\tworkloads\"\x88\x03\n" +
 	"\x06Status\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x12\n" +
 	"\x04spec\x18\x02 \x01(\fR\x04spec\x12\x14\n" +
-	"\x05state\x18\x03 \x01(\tR\x05state\x12\x16\n" +
-	"\x06health\x18\x04 \x01(\tR\x06health\x125\n" +
+	"\x05state\x18\x03 \x01(\tR\x05state\x125\n" +
 	"\taddresses\x18\x05 \x03(\v2\x17.kmo.backend.v1.AddressR\taddresses\x12\x10\n" +
 	"\x03pid\x18\x06 \x01(\x03R\x03pid\x12\x18\n" +
 	"\astarted\x18\a \x01(\x03R\astarted\x12\x1a\n" +
@@ -1339,7 +1338,8 @@ const file_backend_proto_rawDesc = "" +
 	"\x03cpu\x18\f \x01(\x03R\x03cpu\x12\x12\n" +
 	"\x04pids\x18\r \x01(\x03R\x04pids\x12\x1c\n" +
 	"\tunapplied\x18\x0e \x03(\tR\tunapplied\x12\x16\n" +
-	"\x06detail\x18\x0f \x01(\tR\x06detail\"7\n" +
+	"\x06detail\x18\x0f \x01(\tR\x06detail\x12\x18\n" +
+	"\acontent\x18\x10 \x01(\tR\acontentJ\x04\b\x04\x10\x05\"7\n" +
 	"\aAddress\x12\x12\n" +
 	"\x04port\x18\x01 \x01(\tR\x04port\x12\x18\n" +
 	"\aaddress\x18\x02 \x01(\tR\aaddress\":\n" +
