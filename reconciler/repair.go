@@ -14,6 +14,7 @@ import (
 
 const (
 	maxRepairs   = 5                // of one workload, in a row
+	calmRun      = time.Minute      // of a program, after which it is no longer taken to crash over and over
 	calmAfter    = 10 * time.Minute // without a repair, after which the count begins anew
 	checkPerPass = time.Minute      // between two checks of a base's bytes, unless Reconciler.Every says otherwise
 )
@@ -28,15 +29,29 @@ type trouble struct {
 type vitals struct {
 	repairs map[string]repairs   // by operation and workload
 	asked   map[string]time.Time // when each was last probed
-	failing map[string]failing   // those whose last probe failed
-	checked int                  // index of the workload whose base was last checked
-	when    time.Time            // of that check
-	ailing  Outcome              // what the last probes came to; "" if nothing is wrong
+	failing map[string]*failing
+	checked int       // index of the workload whose base was last checked
+	when    time.Time // of that check
+	ailing  Outcome   // what the last probes came to; "" if nothing is wrong
 }
 
+// failing is a workload that does not pass. It is over with the first pass while it has failed less than Failures times; after that with as
+// many passes in a row, and once its program, if that has ended more than once meanwhile, has run for calmRun: one that crashes
+// over and over does not pass in between.
 type failing struct {
-	count   int // in a row
-	finding gate.Finding
+	count    int // failures since the last pass
+	passes   int // in a row, since it failed Failures times
+	restarts int // of its program when it began
+	finding  gate.Finding
+}
+
+// over says whether one more pass ends it.
+func (f *failing) over(status backends.Status, failures int, now time.Time) bool {
+	if f.count < failures {
+		return true
+	}
+	f.passes++
+	return f.passes >= failures && (status.Restarts <= f.restarts+1 || now.Sub(status.Started) >= calmRun)
 }
 
 type repairs struct {
@@ -45,7 +60,7 @@ type repairs struct {
 }
 
 func newVitals() vitals {
-	return vitals{repairs: map[string]repairs{}, asked: map[string]time.Time{}, failing: map[string]failing{}}
+	return vitals{repairs: map[string]repairs{}, asked: map[string]time.Time{}, failing: map[string]*failing{}}
 }
 
 // again counts one more repair and says whether it is one too many.
@@ -168,10 +183,16 @@ func (r *Reconciler) health(ctx context.Context, good *desired, have []Have) tro
 	worst := trouble{}
 	for _, target := range due {
 		finding, bad := failed[target.Workload]
-		if !bad {
+		status, ill := seen[target.Workload], r.vitals.failing[target.Workload]
+		switch {
+		case bad && finding.Verdict == gate.Fail:
+			if ill == nil {
+				ill = &failing{restarts: status.Restarts}
+				r.vitals.failing[target.Workload] = ill
+			}
+			ill.count, ill.passes, ill.finding = ill.count+1, 0, finding
+		case !bad && ill != nil && ill.over(status, target.Probe.Failures, now):
 			delete(r.vitals.failing, target.Workload)
-		} else if finding.Verdict == gate.Fail {
-			r.vitals.failing[target.Workload] = failing{r.vitals.failing[target.Workload].count + 1, finding}
 		}
 	}
 	for _, target := range good.all() {
