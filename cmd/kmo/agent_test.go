@@ -119,7 +119,7 @@ func TestFetchThatNobodyWaitedFor(t *testing.T) {
 		t.Fatal("it is told twice")
 	}
 	old := &job{done: begun.done, err: begun.err, ended: time.Now().Add(-time.Hour)}
-	i.jobs[fmt.Sprintln(image.Ref, image.Root, backends.Native)] = old
+	i.jobs[fmt.Sprintln("fetch", image.Ref, image.Root, backends.Native)] = old
 	i.jobs["another"] = old
 	if err := fetch(); err == nil || err == begun.err { //nolint:errorlint // the very one
 		t.Fatalf("%v, want how it ends now", err)

@@ -11,6 +11,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime"
 	"slices"
 	"strings"
 	"syscall"
@@ -34,6 +35,9 @@ Exit statuses: 0 each act ended as it must, 1 one did not.`,
 		Example: "  kmo demo\n  kmo demo --keep",
 		Args:    cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
+			if runtime.GOOS == "linux" && os.Geteuid() != 0 {
+				return errors.New("the demo runs programs within bounds, for which native needs root: run it as root, or in a container of your own")
+			}
 			d.out = cmd.OutOrStdout()
 			return d.play(cmd.Context())
 		},

@@ -14,6 +14,7 @@ import (
 	"path/filepath"
 	"runtime"
 	"slices"
+	"strings"
 	"sync"
 	"time"
 
@@ -133,9 +134,13 @@ func (h *host) openState(context.Context) error {
 	}
 	h.lock = lock
 	if err := unix.Flock(int(lock.Fd()), unix.LOCK_EX|unix.LOCK_NB); errors.Is(err, unix.EWOULDBLOCK) {
-		return fmt.Errorf("the state folder %s: %w", h.dir, errInUse)
+		who, _ := io.ReadAll(io.LimitReader(lock, 200)) // for people only
+		return fmt.Errorf("the state folder %s: %w: %s", h.dir, errInUse, refusal.Clip(strings.TrimSpace(string(who)), 200))
 	} else if err != nil {
 		return fmt.Errorf("locking the state folder %s: %w", h.dir, err)
+	}
+	if err := errors.Join(lock.Truncate(0), h.sign()); err != nil {
+		return err
 	}
 	if err := sweep(h.dir); err != nil {
 		return err
@@ -174,6 +179,12 @@ func auditKey(path string) (ed25519.PrivateKey, error) {
 		return nil, &refusal.Error{Code: "E_STATE", Subject: path, Got: fmt.Sprintf("%d bytes", len(seed)), Want: "the key as kMO made it"}
 	}
 	return ed25519.NewKeyFromSeed(seed), nil
+}
+
+// sign says in the lock's file who holds it.
+func (h *host) sign() error {
+	_, err := fmt.Fprintf(h.lock, "process %d, kmo %s\n", os.Getpid(), strings.Join(os.Args[1:], " "))
+	return err
 }
 
 func (h *host) openSource(context.Context) error {
@@ -360,39 +371,57 @@ func newLogger(w io.Writer) *slog.Logger {
 // images is the store as the reconciler asks for it.
 type images struct {
 	store    *registry.Store
-	patience func() time.Duration // how long a look at the branch waits for an image before it goes on without; 0 is for ever
+	patience func() time.Duration // how long a look at the branch waits for a registry before it goes on without; 0 is for ever
 	mu       sync.Mutex
-	jobs     map[string]*job // fetches under way, by what was asked for
+	jobs     map[string]*job // what registries are asked, by what that is
 }
 
-// job is one fetch under way, or one that ended while nobody waited.
+// job is a question to a registry that is under way, or one that ended while nobody waited.
 type job struct {
-	done    chan struct{}
-	ended   time.Time // zero while it is under way; images.mu guards it
-	content registry.Content
-	err     error
+	done      chan struct{}
+	ended     time.Time // zero while it is under way; images.mu guards it
+	described any
+	content   registry.Content
+	err       error
 }
 
-// news is how long the end of a fetch is told to who asks for it next; after that the fetch is begun anew.
+// news is how long the end of a job is told to who asks for it next; after that it is begun anew.
 const news = 5 * time.Minute
 
-// errFetching says that an image is on its way.
-var errFetching = errors.New("its image is still being fetched")
+// errFetching says that an image, or what the registry says of it, is on its way.
+var errFetching = errors.New("its registry has not answered yet; it is waited for")
 
 func (i *images) Describe(ctx context.Context, image backends.Image, format backends.Format) (any, error) {
+	job, err := i.ask(ctx, "describe", image, format, func(ctx context.Context, job *job, ref registry.Reference) error {
+		described, err := i.store.Describe(ctx, ref, image.Root, registry.Format(format))
+		job.described = described
+		return err
+	})
+	if err != nil {
+		return nil, err
+	}
+	return job.described, nil
+}
+
+func (i *images) Fetch(ctx context.Context, image backends.Image, format backends.Format) (backends.Image, error) {
+	job, err := i.ask(ctx, "fetch", image, format, func(ctx context.Context, job *job, ref registry.Reference) (err error) {
+		job.content, err = i.store.Fetch(ctx, ref, image.Root, registry.Format(format))
+		return err
+	})
+	if err != nil {
+		return image, err
+	}
+	return fetched(image, job.content), nil
+}
+
+// ask has a job done and waits for it, within patience.
+func (i *images) ask(ctx context.Context, what string, image backends.Image, format backends.Format, do func(context.Context, *job, registry.Reference) error) (*job, error) {
 	ref, err := registry.ParseReference(image.Ref)
 	if err != nil {
 		return nil, err
 	}
-	return i.store.Describe(ctx, ref, image.Root, registry.Format(format))
-}
-
-func (i *images) Fetch(ctx context.Context, image backends.Image, format backends.Format) (backends.Image, error) {
-	ref, err := registry.ParseReference(image.Ref)
-	if err != nil {
-		return image, err
-	}
-	job := i.fetch(ctx, ref, image, format)
+	key := fmt.Sprintln(what, image.Ref, image.Root, format)
+	job := i.join(key, func(job *job) error { return do(context.WithoutCancel(ctx), job, ref) })
 	var late <-chan time.Time
 	if patience := i.patience(); patience > 0 {
 		late = time.After(patience)
@@ -400,27 +429,24 @@ func (i *images) Fetch(ctx context.Context, image backends.Image, format backend
 	select {
 	case <-job.done:
 	case <-late:
-		return image, fmt.Errorf("%s: %w", image.Ref, errFetching)
+		return nil, fmt.Errorf("%s: %w", image.Ref, errFetching)
 	case <-ctx.Done():
-		return image, context.Cause(ctx)
+		return nil, context.Cause(ctx)
 	}
 	i.mu.Lock()
 	defer i.mu.Unlock()
-	for key, known := range i.jobs {
-		if known == job {
-			delete(i.jobs, key)
-		}
+	if i.jobs[key] == job {
+		delete(i.jobs, key)
 	}
-	return fetched(image, job.content), job.err
+	return job, job.err
 }
 
-// fetch joins the fetch of an image that is under way, or begins it. It goes on while the reconciler looks elsewhere, so that a slow
-// registry keeps nobody from a newer commit, and ends with the process.
-func (i *images) fetch(ctx context.Context, ref registry.Reference, image backends.Image, format backends.Format) *job {
+// join joins a job that is under way, or begins it. It goes on while the reconciler looks elsewhere, so that a slow registry keeps nobody
+// from a newer commit, and ends with the process.
+func (i *images) join(key string, do func(*job) error) *job {
 	i.mu.Lock()
 	defer i.mu.Unlock()
 	maps.DeleteFunc(i.jobs, func(_ string, known *job) bool { return !known.ended.IsZero() && time.Since(known.ended) > news })
-	key := fmt.Sprintln(image.Ref, image.Root, format)
 	if known := i.jobs[key]; known != nil {
 		return known
 	}
@@ -428,11 +454,11 @@ func (i *images) fetch(ctx context.Context, ref registry.Reference, image backen
 	i.jobs[key] = begun
 	go func() {
 		defer close(begun.done)
-		begun.content, begun.err = i.store.Fetch(context.WithoutCancel(ctx), ref, image.Root, registry.Format(format))
+		begun.err = do(begun)
 		i.mu.Lock()
 		defer i.mu.Unlock()
 		begun.ended = time.Now()
-		if begun.err == nil { // the store has it
+		if begun.err == nil && begun.described == nil { // the store has what was fetched; what was described is told once
 			delete(i.jobs, key)
 		}
 	}()

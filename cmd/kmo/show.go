@@ -151,6 +151,9 @@ Exit statuses: 0 converged, 1 error, waiting or still trying, 2 usage, 3 refused
 		if !flags.glances {
 			return once(cmd, args)
 		}
+		if cmd.Flag("output").Value.String() == "json" {
+			return usageError{errors.New("--watch draws for people; want it or -o json")}
+		}
 		return redraw(cmd, func(out io.Writer) {
 			cmd.SetOut(out)
 			if err := once(cmd, args); err != nil {
@@ -172,8 +175,11 @@ func redraw(cmd *cobra.Command, draw func(io.Writer)) error {
 	for {
 		var frame strings.Builder
 		draw(&frame)
-		// home, each line cleared to its end, then all below: no flicker
-		_, _ = io.WriteString(screen, "\x1b[H"+strings.ReplaceAll(frame.String(), "\n", "\x1b[K\n")+"\x1b[J")
+		text := frame.String() + "\n"
+		if forPeople(screen) != screen { // a terminal: home, each line cleared to its end, then all below: no flicker
+			text = "\x1b[H" + strings.ReplaceAll(frame.String(), "\n", "\x1b[K\n") + "\x1b[J"
+		}
+		_, _ = io.WriteString(screen, text)
 		select {
 		case <-cmd.Context().Done():
 			return nil
@@ -238,6 +244,9 @@ Exit statuses: 0 good, 1 error (there is no such workload), 2 usage.`,
 				return err
 			}
 			defer func() { _ = c.close() }()
+			if follow && !c.agent {
+				return errors.New("no agent is running: --follow would keep one from starting; want an agent, or no --follow")
+			}
 			body, err := c.do(cmd.Context(), "GET", "/logs", url.Values{"name": args, "tail": {strconv.Itoa(tail)}, "follow": {strconv.FormatBool(follow)}})
 			if err != nil {
 				return err
