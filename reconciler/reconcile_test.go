@@ -622,6 +622,27 @@ func TestRevertWhileTheBranchMoves(t *testing.T) {
 	})
 }
 
+// TestT37NoRevertThatWouldNotBeAccepted: beyond the bound of a day the host goes back and pushes nothing, and still says what failed.
+func TestT37NoRevertThatWouldNotBeAccepted(t *testing.T) {
+	story(t, func(t *testing.T, w *world) {
+		w.unit("relay", "good", "")
+		w.push("good")
+		w.reconcile(Converged)
+		w.fake.Program = func(p *fake.Process) (int, bool) { return 3, p.Workload.Run.Args[0] != "good" }
+		for n := range 11 {
+			w.unit("relay", fmt.Sprint("bad-", n), "")
+			w.push("bad")
+			rec := w.reconcile(Reverted)
+			if n < 10 {
+				w.reconcile(Reverted)
+			} else if w.pushes != 10 || !strings.Contains(rec.Reason, "relay: process: ") || !strings.Contains(rec.Reason, "accepts no more reverts today") {
+				t.Errorf("%d pushes, reason %q", w.pushes, rec.Reason)
+			}
+			w.wantRunning("relay=good")
+		}
+	})
+}
+
 func TestNeedsComeFirst(t *testing.T) {
 	story(t, func(t *testing.T, w *world) {
 		w.unit("app", "1", "needs: [bus]\n")

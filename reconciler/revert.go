@@ -86,6 +86,12 @@ func (r *Reconciler) goBack(ctx context.Context, rec Record, next *desired, find
 // takeBack makes the revert commit and pushes it, anew from a fresh fetch while the branch moves on with the same fault in it.
 // What came of it is noted in bad; the error is for what ends the Reconcile.
 func (r *Reconciler) takeBack(ctx context.Context, rec *Record, bad *Bad) error {
+	if may, err := r.Trust.MayRevert(); err != nil {
+		return fmt.Errorf("trust state: %w", err)
+	} else if !may {
+		bad.Why = "this host accepts no more reverts today (trust.revertsPerDay in its file); a person must sign the way back"
+		return nil
+	}
 	revert := Revert{Good: rec.Good, Head: bad.Commit, Unit: bad.Unit, Gate: bad.Gate, Evidence: bad.Evidence, Host: rec.Host}
 	told := bad.Why != "" // an earlier look has tried this push already
 	for range maxLeases {

@@ -120,6 +120,13 @@ func (s *served) Observe(ctx context.Context, r *wire.ObserveRequest) (*wire.Obs
 
 func (s *served) Apply(ctx context.Context, r *wire.ApplyRequest) (*wire.ApplyAnswer, error) {
 	w, err := readWorkload(r.Workload)
+	var able backends.Fingerprint
+	if err == nil {
+		able, err = s.backend.Fingerprint(ctx)
+	}
+	if err == nil {
+		err = able.Admit(w) // so that no plugin can forget to
+	}
 	if err == nil {
 		err = s.backend.Apply(ctx, w)
 	}

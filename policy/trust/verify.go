@@ -460,12 +460,19 @@ func (j *judgement) revert(ctx context.Context) error {
 	if j.parsed.Tree != target.Tree || got.Content != target.Content {
 		return refuse(fmt.Sprintf("tree %s with content root %v", j.parsed.Tree, got.Content), fmt.Sprintf("tree %s with content root %v, as %s had", target.Tree, target.Content, from))
 	}
-	limit := j.v.RevertsPerDay
-	if limit == 0 {
-		limit = defaultReverts
-	}
-	if n := j.state.reverts(j.facts.Time); n >= limit {
+	if n, limit := j.state.reverts(j.facts.Time), j.v.bound(); n >= limit {
 		return refuse(fmt.Sprintf("%d reverts in the last 24 hours", n), fmt.Sprintf("at most %d; a person must sign the way back", limit))
 	}
 	return nil
+}
+
+// bound is how many reverts are accepted in 24 hours.
+func (v *Verifier) bound() int { return cmp.Or(v.RevertsPerDay, defaultReverts) }
+
+// MayRevert says whether one more revert would be accepted here now: one that would not need not be pushed.
+func (v *Verifier) MayRevert() (bool, error) {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	state, err := v.load()
+	return err == nil && state.reverts(v.now(state)) < v.bound(), err
 }
