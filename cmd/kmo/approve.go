@@ -6,6 +6,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"os"
 	"os/exec"
@@ -82,19 +83,10 @@ func (a *approving) run(cmd *cobra.Command) (err error) {
 	if err != nil {
 		return err
 	}
-	site, err := template.Load(after.Tree)
+	root, verifier, err := judges(after)
 	if err != nil {
 		return err
 	}
-	file, err := fs.ReadFile(after.Tree, trust.RootPath(1))
-	if err != nil {
-		return err
-	}
-	root, err := trust.ParseRoot(file)
-	if err != nil {
-		return err
-	}
-	verifier := &trust.Verifier{Site: string(site.Config.Site), Branch: string(site.Config.Branch), Pin: trust.PinOf(file), Describe: reconciler.Declare()}
 	changed, err := verifier.Compare(before, after)
 	if err != nil {
 		return err
@@ -102,10 +94,11 @@ func (a *approving) run(cmd *cobra.Command) (err error) {
 	changed = slices.DeleteFunc(changed, func(u trust.UnitFacts) bool {
 		return len(a.units) == 0 && u.Need == 0 || len(a.units) > 0 && !slices.Contains(a.units, u.Unit)
 	})
-	if len(changed) == 0 && before.ID == after.ID {
+	switch {
+	case len(changed) > 0:
+	case before.ID == after.ID:
 		return a.noBase(cmd.Context(), source, verifier, after)
-	}
-	if len(changed) == 0 {
+	default:
 		return errors.New("nothing to approve: no changed unit needs it")
 	}
 	key, hangUp, err := signer(a.key)
@@ -125,16 +118,38 @@ func (a *approving) run(cmd *cobra.Command) (err error) {
 		if err != nil {
 			return err
 		}
-		name, data, err := trust.SignApproval(trust.NewApproval(verifier.Site, verifier.Branch, base, unit, time.Now().Add(a.valid), a.intent), key)
-		if err != nil {
+		approval := trust.NewApproval(verifier.Site, verifier.Branch, base, unit, time.Now().Add(a.valid), a.intent)
+		if err := a.sign(cmd.OutOrStdout(), approval, key); err != nil {
 			return err
 		}
-		if err := a.keep(name, data); err != nil {
-			return err
-		}
-		_, _ = fmt.Fprintln(cmd.OutOrStdout(), name)
 	}
 	return nil
+}
+
+// judges are the trust root that a commit brings, and the verifier of its site: what is approved is judged by a host's own.
+func judges(commit reconciler.Commit) (*trust.Root, *trust.Verifier, error) {
+	site, err := template.Load(commit.Tree)
+	if err != nil {
+		return nil, nil, err
+	}
+	file, err := fs.ReadFile(commit.Tree, trust.RootPath(1))
+	if err != nil {
+		return nil, nil, err
+	}
+	root, err := trust.ParseRoot(file)
+	return root, &trust.Verifier{Site: string(site.Config.Site), Branch: string(site.Config.Branch), Pin: trust.PinOf(file), Describe: reconciler.Declare()}, err
+}
+
+// sign writes a signed approval's file and names it.
+func (a *approving) sign(out io.Writer, approval trust.Predicate, key ssh.Signer) error {
+	name, data, err := trust.SignApproval(approval, key)
+	if err == nil {
+		err = a.keep(name, data)
+	}
+	if err == nil {
+		_, err = fmt.Fprintln(out, name)
+	}
+	return err
 }
 
 // bases is how many commits before the head are proposed as a base.
