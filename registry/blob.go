@@ -302,7 +302,8 @@ func (s *Store) room(need int64) error {
 func statfs(path string) (free, size int64, err error) {
 	var found unix.Statfs_t
 	err = unix.Statfs(path, &found)
-	return int64(found.Bavail) * int64(found.Bsize), int64(found.Blocks) * int64(found.Bsize), err
+	block := uint64(found.Bsize) // of another type on another system
+	return int64(found.Bavail * block), int64(found.Blocks * block), err
 }
 
 // missing is how many bytes of blobs are not kept.
