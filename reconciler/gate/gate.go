@@ -159,16 +159,15 @@ func (g Gate) Watch(ctx context.Context, targets []Target) Finding {
 	if len(targets) == 0 {
 		return Finding{Verdict: Pass}
 	}
-	begun, longest := time.Now(), time.Duration(0)
+	var deadline time.Time
 	tallies := make([]*tally, len(targets))
 	for i, target := range targets {
 		tallies[i] = g.Memory.of(target)
-		if tallies[i].begun.Before(begun) {
-			begun = tallies[i].begun
+		if end := tallies[i].begun.Add(target.longest()); end.After(deadline) {
+			deadline = end
 		}
-		longest = max(longest, target.longest())
 	}
-	watch, stop := context.WithDeadlineCause(ctx, begun.Add(longest), errDeadline)
+	watch, stop := context.WithDeadlineCause(ctx, deadline, errDeadline)
 	defer stop()
 	if g.Patience > 0 {
 		var impatient context.CancelFunc
