@@ -45,6 +45,14 @@ type failing struct {
 	finding  gate.Finding
 }
 
+func (f *failing) inWords() string {
+	text := fmt.Sprintf("%s of the good commit does not pass: %s: %s", f.finding.Unit, f.finding.Gate, f.finding.Evidence)
+	if f.passes > 0 {
+		text = fmt.Sprintf("%s of the good commit passes again, not for long enough yet; before, %s: %s", f.finding.Unit, f.finding.Gate, f.finding.Evidence)
+	}
+	return text
+}
+
 // over says whether one more pass ends it.
 func (f *failing) over(status backends.Status, failures int, now time.Time) bool {
 	if f.count < failures {
@@ -197,7 +205,7 @@ func (r *Reconciler) health(ctx context.Context, good *desired, have []Have) tro
 	}
 	for _, target := range good.all() {
 		if f, bad := r.vitals.failing[target.Workload]; bad && f.count >= target.Probe.Failures {
-			worst = trouble{Stuck, fmt.Sprintf("%s of the good commit does not pass: %s: %s", f.finding.Unit, f.finding.Gate, f.finding.Evidence)}
+			worst = trouble{Stuck, f.inWords()}
 			break
 		}
 	}

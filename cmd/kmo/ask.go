@@ -17,6 +17,7 @@ import (
 	"github.com/kindos/kmo/policy"
 	"github.com/kindos/kmo/policy/audit"
 	"github.com/kindos/kmo/policy/refusal"
+	"github.com/kindos/kmo/policy/trust"
 	"github.com/kindos/kmo/reconciler"
 )
 
@@ -44,11 +45,8 @@ func (h *host) record() (reconciler.Record, error) {
 }
 
 func noJournal(path string) error {
-	return &refusal.Error{Code: "E_STATE", Subject: path, Got: "no journal, although this host has accepted commits", Want: "the journal as kMO left it; " + wayOut}
+	return &refusal.Error{Code: "E_STATE", Subject: path, Got: "no journal, although this host has accepted commits", Want: "the journal as kMO left it; " + trust.WayOut}
 }
-
-// wayOut is what an operator can do whose host has lost its memory for good.
-const wayOut = "if it cannot be had, stop the agent, move journal.json, trust.json and audit away together, and approve what is to run with --base none"
 
 // observe lists the workloads of every backend that answers, sorted by name.
 func (h *host) observe(ctx context.Context) ([]reconciler.Have, error) {
@@ -152,7 +150,9 @@ type Explanation struct {
 
 // explain collects the audit log's records of a commit: also of one that was not let in, or that the branch has no more.
 func (h *host) explain(ctx context.Context, revision string) (e Explanation, err error) {
-	revision = strings.ToLower(revision)
+	if lower := strings.ToLower(revision); abbreviated(lower) {
+		revision = lower
+	}
 	id, err := h.judged(revision)
 	if err == nil && id == "" {
 		id, err = h.commit(ctx, revision)

@@ -8,6 +8,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"syscall"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -117,6 +118,14 @@ func claim(dir string, makes bool) error {
 	}
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return err
+	}
+	found, err := os.Stat(dir)
+	if err != nil {
+		return err
+	}
+	if of, ok := found.Sys().(*syscall.Stat_t); ok && int(of.Uid) != os.Geteuid() { // its owner could exchange what is in it
+		return &refusal.Error{Code: "E_STATE", Subject: "the state folder " + dir, Got: fmt.Sprintf("a folder of user %d", of.Uid),
+			Want: fmt.Sprintf("one of user %d, who runs kMO", os.Geteuid())}
 	}
 	return os.Chmod(dir, 0o700)
 }

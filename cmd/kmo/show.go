@@ -2,6 +2,7 @@ package main
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -112,14 +113,11 @@ func short(id string) string {
 }
 
 func printRecord(w io.Writer, rec reconciler.Record) {
-	outcome := string(rec.Outcome)
-	if outcome == "" {
-		outcome = "nothing tried yet"
+	outcome := cmp.Or(string(rec.Outcome), "nothing tried yet")
+	if rec.Trying != "" {
+		_, _ = fmt.Fprintf(w, "trying %s, its gate is watched; last: ", short(rec.Trying))
 	}
 	_, _ = fmt.Fprintf(w, "%s  head %s  good %s", outcome, short(rec.Head), short(rec.Good))
-	if rec.Trying != "" {
-		_, _ = fmt.Fprintf(w, "  trying %s", short(rec.Trying))
-	}
 	if !rec.When.IsZero() {
 		_, _ = fmt.Fprintf(w, "  since %s", rec.When.Local().Format(time.DateTime))
 	}

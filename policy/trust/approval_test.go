@@ -153,6 +153,36 @@ func TestT13WhoWrote(t *testing.T) {
 			t.Errorf("%+v; want bob to count, who only merged", got)
 		}
 	})
+	t.Run("under a key that says nothing of who wrote", func(t *testing.T) {
+		w, running, _ := tiered(t, "1", nil)
+		w.git("reset", "-q", "--hard", running.ID)
+		w.files["units/bus/unit.yaml"] = "tier: 1\nv: 5\n"
+		w.approve(running, w.commit("host", "stranger", "content"), "bus", nil, "alice", "carol")
+		got := w.verify(running, w.commit("alice", "", "approvals"), "bus")
+		if got.Missing() != 1 || len(got.Uncounted) != 1 || got.Uncounted[0].Principal != "alice" {
+			t.Errorf("%+v; want alice not to count, who let in what a host's key signed", got)
+		}
+	})
+	t.Run("who takes back a policy that was accepted and has not passed", func(t *testing.T) {
+		w := newWorld(t, nil)
+		w.files["units/bus/unit.yaml"] = "tier: 1\nv: 1\n"
+		running := w.commit("bob", "", "begin")
+		w.accept(Commit{}, running)
+		w.files["policy/site.rego"] = "package site\n"
+		accepted := w.commit("bob", "", "a policy")
+		facts, err := w.v.Verify(context.Background(), running, accepted, w)
+		if err == nil {
+			err = w.v.Accept(context.Background(), accepted, facts)
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		delete(w.files, "policy/site.rego")
+		facts, err = w.v.Verify(context.Background(), running, w.commit("alice", "", "and away"), w)
+		if err != nil || !facts.Policy || !slices.Contains(facts.Authors, "alice") {
+			t.Errorf("authors %v, policy %v, %v; want alice among those who wrote it", facts.Authors, facts.Policy, err)
+		}
+	})
 	t.Run("on a new host", func(t *testing.T) {
 		w := newWorld(t, nil)
 		w.files["units/bus/unit.yaml"] = "tier: 1\nv: 1\n"

@@ -110,8 +110,11 @@ func (f StateFile) save(s State) error {
 	return nil
 }
 
+// WayOut is what an operator can do whose host has lost its memory for good.
+const WayOut = "if it cannot be had as it was, stop the agent, move journal.json, trust.json and audit away together, and approve what is to run with --base none"
+
 func stateAlarm(path, got, want string) error {
-	return &refusal.Error{Code: "E_STATE", Subject: "trust state " + path, Got: got, Want: want + "; find out who changed it, then re-anchor this host"}
+	return &refusal.Error{Code: "E_STATE", Subject: "trust state " + path, Got: got, Want: want + "; find out who changed it; " + WayOut}
 }
 
 // load reads the state and refuses one that is missing, older or another host's.

@@ -118,7 +118,7 @@ func (r *Root) Authors(ctx context.Context, running, head Commit, units []UnitFa
 	if err != nil {
 		return nil, fmt.Errorf("history since %s: %w", running.ID, err)
 	}
-	j := &judgement{root: r, running: running, head: head, facts: Facts{Units: units}}
+	j := &judgement{root: r, running: running, head: head, facts: Facts{Units: units, Time: time.Now()}}
 	return j.wrote(commits), nil
 }
 
@@ -370,7 +370,7 @@ func (j *judgement) approvals(ctx context.Context) error {
 //
 // Only the head must be signed, so below it names are claims. A false one excludes somebody who wrote nothing; who writes under a stranger's name
 // is not excluded. To ask for a name of the root would not mend that, for a colleague's name will do, and to ask for signatures would refuse
-// histories that need none. So where a commit that wrote is not signed by a key of the root, the head's signer is an author too: it takes its
+// histories that need none. So where a commit that wrote is not signed by a key for commits, the head's signer is an author too: it takes its
 // approvals from others than the one who let the change in. Nobody is counted by this.
 func (j *judgement) wrote(commits []Commit) (authors map[string]map[string]bool) {
 	authors = make(map[string]map[string]bool)
@@ -389,6 +389,9 @@ func (j *judgement) wrote(commits []Commit) (authors map[string]map[string]bool)
 			}
 		}
 		runs := is[j.running.ID]
+		if u.Unit == unitPolicy && j.state.Accepted.Commit != "" { // that is what the change of policy is counted from
+			runs = is[j.state.Accepted.Commit]
+		}
 		for _, c := range commits {
 			had := func(parent string) bool { before, known := is[parent]; return known && before == is[c.ID] }
 			if is[c.ID] == runs || slices.ContainsFunc(c.Parents, had) {
@@ -402,7 +405,8 @@ func (j *judgement) wrote(commits []Commit) (authors map[string]map[string]bool)
 	return authors
 }
 
-// writers adds whom a commit names as author and committer, and who signed it; signed says whether that was a key of the root.
+// writers adds whom a commit names as author and committer, and who signed it; signed says whether that was a key that may sign commits: a
+// host's, which signs reverts, says nothing of who wrote.
 func (j *judgement) writers(c Commit, who map[string]bool) (signed bool) {
 	p, signature, unsigned := openCommit(c.Raw, c.ID)
 	for _, email := range []string{p.Author.Email, p.Committer.Email} {
@@ -418,7 +422,8 @@ func (j *judgement) writers(c Commit, who map[string]bool) (signed bool) {
 		return false
 	}
 	who[principal.Name] = true
-	return true
+	_, err := j.root.allowed(signature.PublicKey, RoleCommit, j.facts.Time, c.ID)
+	return err == nil
 }
 
 // revert holds a commit signed with the role revert to its one right: to undo the newest change, as a whole.
