@@ -89,7 +89,11 @@ func (r *Reconciler) Reconcile(ctx context.Context) (Record, error) {
 
 // follow looks at the branch.
 func (r *Reconciler) follow(ctx context.Context, rec Record) (Record, error) {
+	watched := rec.Trying != "" && rec.Stage == StageWatch // it goes on at once: no head that must not run, and no silence, may delay it
 	head, err := r.Source.Head(ctx)
+	if err != nil && watched && ctx.Err() == nil {
+		return rec, nil
+	}
 	if err != nil {
 		return r.hold(ctx, rec, cmp.Or(head.ID, rec.Head), "source", err)
 	}
@@ -104,6 +108,9 @@ func (r *Reconciler) follow(ctx context.Context, rec Record) (Record, error) {
 		return r.keepReverted(ctx, rec, bad)
 	}
 	next, stage, err := r.judge(ctx, rec, head)
+	if err != nil && watched && ctx.Err() == nil {
+		return rec, nil
+	}
 	if err != nil {
 		return r.hold(ctx, rec, head.ID, stage, err)
 	}
@@ -354,23 +361,23 @@ func (r *Reconciler) about(commit string) About {
 // load reads the journal. One that is gone, or older than what this process or the audit log has seen, is an alarm: it would take the host back
 // to what it knew then, or to nothing.
 func (r *Reconciler) load() (Record, error) {
-	rec, err := r.Journal.Load()
-	if err != nil {
-		return rec, err
-	}
 	least := r.saved.Seq
 	if least == 0 {
-		last, err := r.Audit.Last(1)
+		last, err := r.Audit.Last(1) // before the journal is read: whoever plans does so beside whoever writes both
 		if err != nil {
-			return rec, err
+			return Record{}, err
 		}
 		for _, record := range last {
 			var about About
 			if err := json.Unmarshal(record.Body, &about); err != nil {
-				return rec, fmt.Errorf("audit record %d: %v", record.Index, err)
+				return Record{}, fmt.Errorf("audit record %d: %v", record.Index, err)
 			}
 			least = about.Journal
 		}
+	}
+	rec, err := r.Journal.Load()
+	if err != nil {
+		return rec, err
 	}
 	if rec.Seq < least {
 		return rec, &refusal.Error{Code: "E_STATE", Subject: "the journal", Got: fmt.Sprintf("record %d, or none", rec.Seq),

@@ -312,6 +312,14 @@ func TestLongBake(t *testing.T) {
 		if got := w.records(); got != records {
 			t.Errorf("%d records more while nothing changed", got-records)
 		}
+		good := w.head
+		w.commit(nil, "alice@example.org", "unsigned", w.files)
+		for range 3 {
+			if rec := w.look(); rec.Trying != v2 || rec.Stage != StageWatch {
+				t.Errorf("%+v: a head that must not run ends or delays the watch", rec)
+			}
+		}
+		w.head = good
 		w.start() // a new agent begins the bake anew, for it has seen nothing of it
 		w.look()
 		w.unit("relay", "3", "")

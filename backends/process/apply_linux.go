@@ -412,7 +412,7 @@ func (k *Keeper) choosePorts(w backends.Workload) (ports []int, err error) {
 			hash := fnv.New32a()
 			_, _ = hash.Write([]byte(w.Name + "/" + p.Name))
 			for i := range count {
-				candidate := first + int(hash.Sum32()+uint32(i))%count
+				candidate := first + int((hash.Sum32()+uint32(i))%uint32(count))
 				mine := k.ports[candidate] == w.Name && !slices.Contains(ports, candidate)
 				if (k.ports[candidate] == "" || mine) && freePort(candidate) == nil {
 					port = candidate
