@@ -143,7 +143,7 @@ type Run struct {
 	Args  []string           `json:"args,omitempty" items:"0-512" doc:"replaces the image's arguments; nothing is expanded"`
 	Env   map[EnvName]string `json:"env,omitempty" doc:"added to the image's environment; nothing is expanded, nothing of the host's is inherited"`
 	Dir   Path               `json:"dir,omitempty" doc:"the folder it starts in"`
-	User  int                `json:"user" min:"0" max:"4294967294" doc:"uid and gid, 65532 if not given; the rules refuse 0"`
+	User  int                `json:"user" min:"0" max:"2147483647" doc:"uid and gid, 65532 if not given; the rules refuse 0"`
 	Ports []Port             `json:"ports,omitempty" items:"0-64" doc:"TCP ports it listens on"`
 	Grace Duration           `json:"grace,omitzero" doc:"from the stop signal to the kill, 10s if not given"`
 }
