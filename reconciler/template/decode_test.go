@@ -130,6 +130,8 @@ func TestRefusedYAML(t *testing.T) {
 		{"variable of a port", "run: {env: {KMO_PORT_HTTP: \"1\"}}\n", []string{":4:28 run.env.KMO_PORT_HTTP", "another name"}},
 		{"deadline before it can pass", "health: {process: {}, every: 5s, after: 3}\ngate: {bake: 1m, deadline: 70s}\n", []string{"gate.deadline", "more than 70s"}},
 		{"least above most", "resources: {cpu: {min: 2, max: 1}}\n", []string{":4:24 resources.cpu.min", "at most max, 1"}},
+		{"deadline before it can pass at the usual pace", "health: {process: {}, after: 3}\ngate: {bake: 2s, deadline: 12s}\n", []string{"gate.deadline", "more than 12s"}},
+		{"deadline before its bake is over", "gate: {deadline: 2s, bake: 1h}\n", []string{":4:18 gate.deadline: 2s", "more than 1h, the soonest"}},
 		{"least memory above most", "resources: {memory: {min: 2Gi, max: 1Gi}}\n", []string{"resources.memory.min"}},
 		{"another spelling of a core", "resources: {cpu: {max: 1000m}}\n", []string{"resources.cpu.max", "it spelled 1"}},
 		{"another spelling of a gigabyte", "resources: {memory: {max: 1024Mi}}\n", []string{"it spelled 1Gi"}},

@@ -1,6 +1,7 @@
 package template
 
 import (
+	"cmp"
 	"fmt"
 	"path"
 	"reflect"
@@ -175,7 +176,8 @@ func (u *Unit) check(top *node, folder string, zones []Name, p *problems) {
 			p.add(top.at("place", "on", "zone", i), fmt.Sprintf("place.on.zone[%d]", i), show(string(zone)), "a zone of site.yaml: "+refusal.Clip(words(texts(zones)), 2*maxShown))
 		}
 	}
-	if soonest := u.Gate.Bake + Duration(max(u.Health.After-1, 0))*u.Health.Every; u.Gate.Deadline != 0 && u.Gate.Deadline <= soonest {
+	every := cmp.Or(u.Health.Every, defaultEvery)
+	if soonest := u.Gate.Bake + Duration(max(u.Health.After-1, 0))*every; u.Gate.Deadline != 0 && u.Gate.Deadline <= soonest {
 		p.add(top.at("gate", "deadline"), "gate.deadline", u.Gate.Deadline.String(), "more than "+soonest.String()+", the soonest that it can pass")
 	}
 	u.checkPorts(top, p)

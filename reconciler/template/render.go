@@ -19,6 +19,7 @@ import (
 const (
 	defaultUser  = 65532
 	defaultGrace = Duration(10 * time.Second)
+	defaultEvery = Duration(5 * time.Second) // of package gate
 )
 
 // Host is the facts that a site is rendered against.
