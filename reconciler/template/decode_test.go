@@ -128,10 +128,11 @@ func TestRefusedYAML(t *testing.T) {
 		{"file in a mount", "mounts: [{from: /srv, to: /x}]\nfiles: [{from: unit.yaml, to: /x/y}]\n", []string{"files[0].to", "lies in mounts[0].to"}},
 		{"file that is the system's", "files: [{from: unit.yaml, to: /proc/x}]\n", []string{"files[0].to", "a path outside /proc"}},
 		{"variable of a port", "run: {env: {KMO_PORT_HTTP: \"1\"}}\n", []string{":4:28 run.env.KMO_PORT_HTTP", "another name"}},
+		{"descriptor of a port", "run: {env: {KMO_FD_HTTP: \"3\"}}\n", []string{":4:26 run.env.KMO_FD_HTTP", "those that begin with KMO_ are kMO's"}},
 		{"deadline before it can pass", "health: {process: {}, every: 5s, after: 3}\ngate: {bake: 1m, deadline: 70s}\n", []string{"gate.deadline", "more than 70s"}},
-		{"least above most", "resources: {cpu: {min: 2, max: 1}}\n", []string{":4:24 resources.cpu.min", "at most max, 1"}},
 		{"deadline before it can pass at the usual pace", "health: {process: {}, after: 3}\ngate: {bake: 2s, deadline: 12s}\n", []string{"gate.deadline", "more than 12s"}},
 		{"deadline before its bake is over", "gate: {deadline: 2s, bake: 1h}\n", []string{":4:18 gate.deadline: 2s", "more than 1h, the soonest"}},
+		{"least above most", "resources: {cpu: {min: 2, max: 1}}\n", []string{":4:24 resources.cpu.min", "at most max, 1"}},
 		{"least memory above most", "resources: {memory: {min: 2Gi, max: 1Gi}}\n", []string{"resources.memory.min"}},
 		{"another spelling of a core", "resources: {cpu: {max: 1000m}}\n", []string{"resources.cpu.max", "it spelled 1"}},
 		{"another spelling of a gigabyte", "resources: {memory: {max: 1024Mi}}\n", []string{"it spelled 1Gi"}},
@@ -221,6 +222,22 @@ func TestManyFaultsAreCounted(t *testing.T) {
 	all := refused(t, err)
 	if len(all) != maxProblems || !strings.Contains(all[len(all)-1].Got, "150 more faults") {
 		t.Errorf("got %d refusals, the last %v", len(all), all[len(all)-1])
+	}
+}
+
+func TestOfManyFaultsTheSameAreTold(t *testing.T) {
+	var env, keep strings.Builder
+	for i := range 60 {
+		fmt.Fprintf(&env, "    KMO_%d: x\n", i)
+		fmt.Fprintf(&keep, "    - /a/%d\n", i)
+	}
+	for _, more := range []string{"run:\n  env:\n" + env.String(), "overlay:\n  keep:\n    - /a\n" + keep.String()} {
+		_, err := loadUnit(smallUnit(more))
+		for range 3 {
+			if _, again := loadUnit(smallUnit(more)); len(refused(t, again)) != maxProblems || again.Error() != err.Error() {
+				t.Errorf("got  %v\nonce %v", again, err)
+			}
+		}
 	}
 }
 

@@ -3,8 +3,10 @@ package template
 import (
 	"cmp"
 	"fmt"
+	"maps"
 	"path"
 	"reflect"
+	"slices"
 	"strings"
 
 	"github.com/kindos/kmo/policy/refusal"
@@ -202,9 +204,10 @@ func (u *Unit) checkPorts(top *node, p *problems) {
 		}
 		names[string(port.Name)], numbers[port.Port], hosts[port.Host] = true, true, true
 	}
-	for name := range u.Run.Env {
-		if strings.HasPrefix(string(name), "KMO_PORT_") {
-			p.add(top.at("run", "env", string(name)), "run.env."+string(name), "a variable that tells a port's number", "another name")
+	for _, name := range slices.Sorted(maps.Keys(u.Run.Env)) {
+		if strings.HasPrefix(string(name), "KMO_") { // a port's number, or its descriptor, would take the place of what is said here
+			p.add(top.at("run", "env", string(name)), "run.env."+string(name), "a variable of kMO's own, which tells a program its ports",
+				"another name; those that begin with KMO_ are kMO's")
 		}
 	}
 	probe := func(kind string, port PortName) {
@@ -246,7 +249,8 @@ func (u *Unit) checkPaths(top *node, p *problems) {
 	for i, keep := range u.Overlay.Keep {
 		take(keep, fmt.Sprintf("overlay.keep[%d]", i), "overlay", "keep", i)
 	}
-	for inner, mine := range taken {
+	for _, inner := range slices.Sorted(maps.Keys(taken)) { // sorted, so that of many faults the same are told each time
+		mine := taken[inner]
 		for outer := path.Dir(string(inner)); outer != "/" && outer != "."; outer = path.Dir(outer) {
 			if by, ok := taken[Path(outer)]; ok {
 				p.add(top.at(mine.at...), mine.field, show(string(inner))+", which lies in "+by.field, "a path outside "+outer)
