@@ -393,3 +393,121 @@ func TestEveryFieldOfAProbeIsAsked(t *testing.T) {
 		t.Errorf("%d digests of 5 different probes", len(seen))
 	}
 }
+
+// live does for a while what an agent does: it looks at the branch every ten seconds, and at once when a probe that is due brings news.
+func (w *world) live(d time.Duration) (last Record) {
+	w.t.Helper()
+	end, look := time.Now().Add(d), time.Now()
+	for time.Now().Before(end) {
+		wait, probes := w.r.Due()
+		if left := time.Until(look); !probes || left < wait {
+			wait = max(left, 0)
+		}
+		time.Sleep(wait)
+		news, err := w.r.Probe(w.t.Context())
+		if err != nil {
+			w.t.Fatal(err)
+		}
+		if news || !time.Now().Before(look) {
+			last, look = w.look(), time.Now().Add(10*time.Second)
+		}
+	}
+	return last
+}
+
+// TestCrashingOverAndOver: a program that runs well between two ends is not well in between, whatever the pace of its ends and of its probes.
+// That is told once. It is well again once it has run for a while.
+func TestCrashingOverAndOver(t *testing.T) {
+	for _, test := range []struct {
+		name, probe string
+		lives, down time.Duration
+	}{
+		{"seen at each end", "every: 200ms, start: 1s, failures: 3", 4 * time.Second, time.Second},
+		{"seen at each end, which comes when it seemed calm", "every: 200ms, start: 1s, failures: 3", 70 * time.Second, time.Second},
+		{"never seen while it is down", "every: 5s, failures: 3", 4 * time.Second, 0},
+		{"never seen while it is down, at the pace of the probes", "every: 5s, failures: 3", 8 * time.Second, 0},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			story(t, func(t *testing.T, w *world) {
+				w.unit("relay", "1", "")
+				w.files["units/relay/unit.yaml"] = strings.Replace(w.files["units/relay/unit.yaml"], "every: 1s, start: 2s, failures: 2", test.probe, 1)
+				w.push("v1")
+				w.reconcile(Converged)
+				w.live(10 * time.Minute)
+				crash := func(times int) (last Record) {
+					for range times {
+						w.fake.Kill(w.only("relay"))
+						last = w.live(test.lives + test.down)
+					}
+					return last
+				}
+				w.fake.Pause = max(test.down>>10, 1) // doubled ten times
+				crash(20)
+				before := w.records()
+				if rec := crash(int(time.Hour / (test.lives + test.down))); rec.Outcome != Stuck || !strings.Contains(rec.Reason, "relay of the good commit does not pass") {
+					t.Errorf("%s: %q after an hour of crashes, want stuck", rec.Outcome, rec.Reason)
+				}
+				if got := w.records() - before; got > 1 {
+					t.Errorf("%d records more within an hour, want one at most", got)
+				}
+				if rec := w.live(30 * time.Minute); rec.Outcome != Converged {
+					t.Errorf("%s: %q after half an hour of calm", rec.Outcome, rec.Reason)
+				}
+				if got := w.records() - before; got > 2 {
+					t.Errorf("%d records more, want one when it was calm", got)
+				}
+			})
+		})
+	}
+}
+
+// TestAnswersThatComeAndGo: what passes and fails by turns is told of less and less often.
+func TestAnswersThatComeAndGo(t *testing.T) {
+	story(t, func(t *testing.T, w *world) {
+		w.unit("relay", "1", "")
+		w.files["units/relay/unit.yaml"] = strings.Replace(w.files["units/relay/unit.yaml"], "process: {}", "exec: {argv: [/check]}", 1)
+		comesAndGoes, begun := false, time.Now()
+		w.fake.Program = func(p *fake.Process) (int, bool) {
+			if len(p.Argv) == 0 || p.Argv[0] != "/check" {
+				return 0, false
+			}
+			if comesAndGoes && time.Since(begun)%(90*time.Second) < 10*time.Second {
+				return 1, true
+			}
+			return 0, true
+		}
+		w.push("v1")
+		w.reconcile(Converged)
+		before := w.records()
+		comesAndGoes = true
+		if rec := w.live(time.Hour); rec.Outcome != Stuck {
+			t.Errorf("%s: %q, want stuck", rec.Outcome, rec.Reason)
+		}
+		if got := w.records() - before; got > 5 {
+			t.Errorf("%d records within an hour of %v, want five at most: stuck, converged, stuck, converged, stuck", got, 90*time.Second)
+		}
+		comesAndGoes = false
+		if rec := w.live(time.Hour); rec.Outcome != Converged {
+			t.Errorf("%s: %q after an hour of calm", rec.Outcome, rec.Reason)
+		}
+	})
+}
+
+// TestARepairOfOneEndsNoTroubleOfAnother: what is stuck is told all the same while something else was just repaired.
+func TestARepairOfOneEndsNoTroubleOfAnother(t *testing.T) {
+	story(t, func(t *testing.T, w *world) {
+		w.unit("relay", "1", "")
+		w.unit("web", "1", "")
+		w.push("v1")
+		w.reconcile(Converged)
+		w.fake.Pause = time.Hour
+		w.fake.Kill(w.only("relay"))
+		if rec := w.live(time.Minute); rec.Outcome != Stuck {
+			t.Fatalf("%s, want stuck", rec.Outcome)
+		}
+		w.fake.Damage(w.only("web"), "test")
+		if rec := w.reconcile(Stuck); !strings.HasPrefix(rec.Reason, "relay of the good commit") {
+			t.Errorf("reason %q, want relay's", rec.Reason)
+		}
+	})
+}

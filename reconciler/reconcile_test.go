@@ -696,41 +696,6 @@ func TestStuckOnTheGoodCommit(t *testing.T) {
 	})
 }
 
-// TestCrashingOverAndOver: a program that runs well between two ends is not well in between; it is once it has run for a while.
-func TestCrashingOverAndOver(t *testing.T) {
-	story(t, func(t *testing.T, w *world) {
-		w.unit("relay", "1", "")
-		w.push("v1")
-		w.reconcile(Converged)
-		fails := func() {
-			w.fake.Pause = 20 * time.Second
-			w.fake.Kill(w.only("relay"))
-			for range 3 {
-				time.Sleep(6 * time.Second)
-				w.look()
-			}
-		}
-		fails()
-		w.reconcile(Stuck)
-		for range 3 {
-			time.Sleep(5 * time.Minute / 6) // it runs again, for less than a minute
-			for range 4 {
-				w.look()
-			}
-			if rec := w.look(); rec.Outcome != Stuck {
-				t.Fatalf("%s while it crashes over and over, want stuck", rec.Outcome)
-			}
-			fails()
-		}
-		time.Sleep(time.Hour)
-		for range 3 {
-			time.Sleep(10 * time.Second)
-			w.look()
-		}
-		w.reconcile(Converged)
-	})
-}
-
 func TestP03RepairsEnd(t *testing.T) {
 	story(t, func(t *testing.T, w *world) {
 		w.unit("relay", "1", "")

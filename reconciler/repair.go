@@ -14,8 +14,8 @@ import (
 
 const (
 	maxRepairs   = 5                // of one workload, in a row
-	calmRun      = time.Minute      // of a program, after which it is no longer taken to crash over and over
-	calmAfter    = 10 * time.Minute // without a repair, after which the count begins anew
+	calmLeast    = time.Minute      // that what fails again and again must pass before it is well
+	calmAfter    = 10 * time.Minute // without a repair or a failure, after which the count begins anew
 	checkPerPass = time.Minute      // between two checks of a base's bytes, unless Reconciler.Every says otherwise
 )
 
@@ -29,37 +29,61 @@ type trouble struct {
 type vitals struct {
 	repairs map[string]repairs   // by operation and workload
 	asked   map[string]time.Time // when each was last probed
-	failing map[string]*failing
-	checked int       // index of the workload whose base was last checked
-	when    time.Time // of that check
-	ailing  Outcome   // what the last probes came to; "" if nothing is wrong
+	starts  map[string]int       // Restarts of each when it was last probed
+	failing map[string]*failing  // by workload, also those that are well again
+	checked int                  // index of the workload whose base was last checked
+	when    time.Time            // of that check
+	ailing  Outcome              // what the last probes came to; "" if nothing is wrong
 }
 
-// failing is a workload that does not pass. It is over with the first pass while it has failed less than Failures times; after that with as
-// many passes in a row, and once its program, if that has ended more than once meanwhile, has run for calmRun: one that crashes
-// over and over does not pass in between.
+// failing is a workload that does not pass, and is stuck from Failures failures on. Each end of its program is a failure, seen or not: one that
+// crashes over and over does not pass in between. A failure or two are over with the next pass, unless the program ended. Anything else is
+// over with Failures passes in a row that have gone on for as long as calm: nothing the first time, unless the program ended more than once,
+// then a minute, and twice as long each time, so that the status of what comes and goes does not come and go with it.
 type failing struct {
-	count    int // failures since the last pass
-	passes   int // in a row, since it failed Failures times
-	restarts int // of its program when it began
+	count    int           // failures; 0 is over, and remembered for the next time
+	passes   int           // in a row
+	since    time.Time     // of the first of them
+	restarts int           // of its program when it began
+	last     time.Time     // of its failures
+	calm     time.Duration // that it needs
 	finding  gate.Finding
 }
 
+// inWords is the same while it comes and goes.
 func (f *failing) inWords() string {
-	text := fmt.Sprintf("%s of the good commit does not pass: %s: %s", f.finding.Unit, f.finding.Gate, f.finding.Evidence)
-	if f.passes > 0 {
-		text = fmt.Sprintf("%s of the good commit passes again, not for long enough yet; before, %s: %s", f.finding.Unit, f.finding.Gate, f.finding.Evidence)
-	}
-	return text
+	return fmt.Sprintf("%s of the good commit does not pass, or not for long enough yet: %s: %s", f.finding.Unit, f.finding.Gate, f.finding.Evidence)
 }
 
-// over says whether one more pass ends it.
-func (f *failing) over(status backends.Status, failures int, now time.Time) bool {
-	if f.count < failures {
-		return true
+// fail counts failures, of which the finding tells. That of an end stands against what the program says, or does not say, in between.
+func (f *failing) fail(times int, finding gate.Finding, status backends.Status, before int, now time.Time) {
+	if f.count == 0 {
+		f.restarts, f.finding = before, finding
+		if now.Sub(f.last) > calmAfter {
+			f.calm = 0
+		}
 	}
-	f.passes++
-	return f.passes >= failures && (status.Restarts <= f.restarts+1 || now.Sub(status.Started) >= calmRun)
+	f.count, f.passes, f.last = f.count+times, 0, now
+	if status.Restarts == f.restarts || status.State == backends.Backoff {
+		f.finding = finding
+	}
+}
+
+// pass counts a pass.
+func (f *failing) pass(status backends.Status, failures int, now time.Time) {
+	if f.passes++; f.passes == 1 {
+		f.since = now
+	}
+	calm := f.calm
+	if status.Restarts > f.restarts+1 {
+		calm = max(calm, calmLeast)
+	}
+	switch {
+	case f.count < failures && status.Restarts == f.restarts:
+		f.count = 0
+	case f.count > 0 && f.passes >= failures && now.Sub(f.since) >= calm:
+		f.count, f.calm = 0, min(max(2*calm, calmLeast), calmAfter)
+	}
 }
 
 type repairs struct {
@@ -68,7 +92,7 @@ type repairs struct {
 }
 
 func newVitals() vitals {
-	return vitals{repairs: map[string]repairs{}, asked: map[string]time.Time{}, failing: map[string]*failing{}}
+	return vitals{repairs: map[string]repairs{}, asked: map[string]time.Time{}, starts: map[string]int{}, failing: map[string]*failing{}}
 }
 
 // again counts one more repair and says whether it is one too many.
@@ -149,7 +173,7 @@ func (r *Reconciler) mend(ctx context.Context, rec Record, good *desired) (troub
 	case finding.Verdict == gate.NoData:
 		return trouble{Waiting, fmt.Sprintf("no data from %s: %s", finding.Unit, finding.Evidence)}, nil
 	}
-	return trouble{}, nil
+	return r.vitals.worst(good), nil
 }
 
 // RepairEntry is what the audit log keeps of a repair: every step with its reason.
@@ -188,29 +212,53 @@ func (r *Reconciler) health(ctx context.Context, good *desired, have []Have) tro
 	if ctx.Err() != nil {
 		return trouble{} // probes that were cut short count for nothing
 	}
-	worst := trouble{}
 	for _, target := range due {
 		finding, bad := failed[target.Workload]
-		status, ill := seen[target.Workload], r.vitals.failing[target.Workload]
-		switch {
-		case bad && finding.Verdict == gate.Fail:
-			if ill == nil {
-				ill = &failing{restarts: status.Restarts}
-				r.vitals.failing[target.Workload] = ill
-			}
-			ill.count, ill.passes, ill.finding = ill.count+1, 0, finding
-		case !bad && ill != nil && ill.over(status, target.Probe.Failures, now):
-			delete(r.vitals.failing, target.Workload)
+		if finding.Verdict != gate.NoData {
+			r.vitals.count(target, seen[target.Workload], finding, bad, now)
 		}
 	}
-	for _, target := range good.all() {
-		if f, bad := r.vitals.failing[target.Workload]; bad && f.count >= target.Probe.Failures {
-			worst = trouble{Stuck, f.inWords()}
-			break
-		}
-	}
+	worst := r.vitals.worst(good)
 	r.vitals.ailing = worst.outcome
 	return worst
+}
+
+// count notes the answer to a probe, and the ends of the program since the one before. An end that a probe has seen is counted already.
+func (v *vitals) count(target gate.Target, status backends.Status, finding gate.Finding, bad bool, now time.Time) {
+	before, known := v.starts[target.Workload]
+	if !known {
+		before = status.Restarts
+	}
+	v.starts[target.Workload] = status.Restarts
+	ill, times := v.failing[target.Workload], max(status.Restarts-before, 0)
+	if ill != nil && ill.count > 0 && ill.passes == 0 {
+		times = max(times-1, 0)
+	}
+	if bad {
+		times++
+	} else if times > 0 {
+		finding = gate.Finding{Unit: target.Unit, Gate: target.Probe.String(), Evidence: "its program ended and was started again"}
+	}
+	if times > 0 && ill == nil {
+		ill = new(failing)
+		v.failing[target.Workload] = ill
+	}
+	switch {
+	case times > 0:
+		ill.fail(times, finding, status, before, now)
+	case ill != nil:
+		ill.pass(status, target.Probe.Failures, now)
+	}
+}
+
+// worst is the first of the good commit's workloads that has failed too often.
+func (v *vitals) worst(good *desired) trouble {
+	for _, target := range good.all() {
+		if f := v.failing[target.Workload]; f != nil && f.count >= target.Probe.Failures {
+			return trouble{Stuck, f.inWords()}
+		}
+	}
+	return trouble{}
 }
 
 // Due is how long it is until a probe of the good commit is to be made; ok is false where none is, and while another commit is being tried.
