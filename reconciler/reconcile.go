@@ -112,7 +112,7 @@ func (r *Reconciler) follow(ctx context.Context, rec Record) (Record, error) {
 		return rec, nil
 	}
 	if err != nil {
-		return r.hold(ctx, rec, head.ID, stage, err)
+		return r.hold(ctx, rec, head.ID, stage, r.withFailure(ctx, &rec, head, err))
 	}
 	return r.try(ctx, rec, next)
 }

@@ -651,6 +651,56 @@ func TestT37NoRevertThatWouldNotBeAccepted(t *testing.T) {
 	})
 }
 
+// TestBeyondTheBoundTheReasonStays: what failed is told also once another host has taken it back and this one may not follow; and a revert that
+// waited for the next day is on record before it is pushed.
+func TestBeyondTheBoundTheReasonStays(t *testing.T) {
+	begin := func(w *world) (bad string) {
+		w.r.Trust.RevertsPerDay = 1
+		w.unit("relay", "good", "")
+		w.push("good")
+		w.reconcile(Converged)
+		w.fake.Program = func(p *fake.Process) (int, bool) { return 3, p.Workload.Run.Args[0] != "good" }
+		w.unit("relay", "bad-1", "")
+		w.push("bad")
+		w.reconcile(Reverted)
+		w.reconcile(Reverted)
+		w.unit("relay", "bad-2", "")
+		bad = w.push("bad too")
+		w.reconcile(Reverted)
+		w.wantRunning("relay=good")
+		return bad
+	}
+	t.Run("another host takes it back", func(t *testing.T) {
+		story(t, func(t *testing.T, w *world) {
+			bad := begin(w)
+			if _, err := w.Revert(t.Context(), Revert{Good: w.journal.rec.Good, Head: bad, Host: "edge-2"}); err != nil {
+				t.Fatal(err)
+			}
+			rec := w.reconcile(Refused)
+			for _, part := range []string{"E_REVERT", "1 reverts in the last 24 hours", "it would take back " + bad + ", which failed here", "relay: process: ", "ended with status 3"} {
+				if !strings.Contains(rec.Reason, part) {
+					t.Errorf("reason %q, want %q in it", rec.Reason, part)
+				}
+			}
+			w.wantRunning("relay=good")
+		})
+	})
+	t.Run("a day later", func(t *testing.T) {
+		story(t, func(t *testing.T, w *world) {
+			bad := begin(w)
+			time.Sleep(25 * time.Hour)
+			w.reconcile(Reverted)
+			records, err := w.log.ByCommit(bad)
+			if err != nil || w.pushes != 2 {
+				t.Fatalf("%d pushes (%v), want the second", w.pushes, err)
+			}
+			if !slices.ContainsFunc(records, func(r audit.Record) bool { return r.Kind == "revert" }) {
+				t.Errorf("the revert of %s was pushed and is not on record", bad)
+			}
+		})
+	})
+}
+
 func TestNeedsComeFirst(t *testing.T) {
 	story(t, func(t *testing.T, w *world) {
 		w.unit("app", "1", "needs: [bus]\n")

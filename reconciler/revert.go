@@ -18,6 +18,9 @@ const (
 	maxLeases = 5   // pushes of one revert before it is left to the next Reconcile
 )
 
+// noMoreReverts is why a host that has accepted as many reverts as it may does not push one.
+const noMoreReverts = "this host accepts no more reverts today (trust.revertsPerDay in its file); a person must sign the way back"
+
 // GateEntry is what the audit log keeps of a gate.
 type GateEntry struct {
 	About
@@ -44,20 +47,13 @@ func (rec *Record) bad(commit string) *Bad {
 // settle notes that a commit which passed took back what failed in the range that it names, and returns the newest such failure, nil if
 // there is none.
 func (r *Reconciler) settle(ctx context.Context, rec *Record, commit Commit) *Bad {
-	parsed, err := trust.ParseCommit(commit.Raw)
+	failed, err := r.failedIn(ctx, rec, commit)
 	if err != nil {
-		return nil
+		r.Logger.Warn("history of a revert", "commit", commit.ID, "stage", "gate", "err", err)
 	}
-	for _, trailer := range parsed.Trailers(trust.TrailerReverts) {
-		good, head, _ := strings.Cut(trailer, "..")
-		taken, err := r.Source.Between(ctx, good, head)
-		if err != nil {
-			r.Logger.Warn("history of a revert", "commit", commit.ID, "stage", "gate", "err", err)
-		}
-		for _, one := range taken {
-			if bad := rec.bad(one.ID); bad != nil && bad.Revert == "" {
-				bad.Revert, bad.Why = commit.ID, ""
-			}
+	for _, bad := range failed {
+		if bad.Revert == "" {
+			bad.Revert, bad.Why = commit.ID, ""
 		}
 	}
 	for i := range rec.Bad {
@@ -66,6 +62,37 @@ func (r *Reconciler) settle(ctx context.Context, rec *Record, commit Commit) *Ba
 		}
 	}
 	return nil
+}
+
+// failedIn returns what failed here of the ranges that a commit says it takes back, newest first.
+func (r *Reconciler) failedIn(ctx context.Context, rec *Record, commit Commit) (failed []*Bad, err error) {
+	parsed, err := trust.ParseCommit(commit.Raw)
+	if err != nil {
+		return nil, nil
+	}
+	for _, trailer := range parsed.Trailers(trust.TrailerReverts) {
+		good, head, _ := strings.Cut(trailer, "..")
+		taken, unknown := r.Source.Between(ctx, good, head)
+		err = errors.Join(err, unknown)
+		for _, one := range taken {
+			if bad := rec.bad(one.ID); bad != nil {
+				failed = append(failed, bad)
+			}
+		}
+	}
+	return failed, err
+}
+
+// withFailure adds to the refusal of a revert what failed here that it would take back: that is what a person must mend.
+func (r *Reconciler) withFailure(ctx context.Context, rec *Record, head Commit, refused error) error {
+	if one := refusal.Of(refused); one == nil || one.Code != "E_REVERT" {
+		return refused
+	}
+	failed, _ := r.failedIn(ctx, rec, head) // for people: without it the refusal still says enough
+	if len(failed) == 0 {
+		return refused
+	}
+	return fmt.Errorf("%w; it would take back %s, which failed here: %s", refused, failed[0].Commit, failed[0].reason())
 }
 
 // goBack remembers that next is bad, durably and first, and then makes the host run the good commit again with the code that goes
@@ -89,11 +116,11 @@ func (r *Reconciler) takeBack(ctx context.Context, rec *Record, bad *Bad) error 
 	if may, err := r.Trust.MayRevert(); err != nil {
 		return fmt.Errorf("trust state: %w", err)
 	} else if !may {
-		bad.Why = "this host accepts no more reverts today (trust.revertsPerDay in its file); a person must sign the way back"
+		bad.Why = noMoreReverts
 		return nil
 	}
 	revert := Revert{Good: rec.Good, Head: bad.Commit, Unit: bad.Unit, Gate: bad.Gate, Evidence: bad.Evidence, Host: rec.Host}
-	told := bad.Why != "" // an earlier look has tried this push already
+	told := bad.Why != "" && bad.Why != noMoreReverts // an earlier look has tried this push already
 	for range maxLeases {
 		if told {
 			told = false
