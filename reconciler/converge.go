@@ -146,11 +146,20 @@ func blame(step Step, err error) (gate.Finding, bool) {
 	return gate.Finding{Verdict: gate.Fail, Workload: step.Name, Unit: step.Unit, Gate: "start", Evidence: refusal.Clip(err.Error(), 500)}, true
 }
 
-// apply does one step: what it replaces goes first.
+// apply does one step: what it replaces goes first, once the backend has answered and says that it can run what comes.
 func (r *Reconciler) apply(ctx context.Context, step Step) error {
 	backend, ok := r.Backends[step.Backend]
 	if !ok {
 		return fmt.Errorf("%s: %w: %s", step.Name, errNoBackend, step.Backend)
+	}
+	if len(step.Replaces) > 0 {
+		able, err := backend.Fingerprint(ctx)
+		if err != nil {
+			return fmt.Errorf("fingerprint of %s: %v", step.Backend, err) // whatever it is, the workload is not to blame
+		}
+		if err := able.Admit(step.Workload); err != nil {
+			return err
+		}
 	}
 	for _, old := range step.Replaces {
 		for _, name := range r.backendNames() {

@@ -511,3 +511,53 @@ func TestARepairOfOneEndsNoTroubleOfAnother(t *testing.T) {
 		}
 	})
 }
+
+// forgets is a backend that can do nothing any more from the second time on that it is asked.
+type forgets struct {
+	backends.Backend
+	asked *int
+}
+
+func (b forgets) Fingerprint(ctx context.Context) (backends.Fingerprint, error) {
+	able, err := b.Backend.Fingerprint(ctx)
+	if *b.asked++; *b.asked > 1 {
+		able.Features = nil
+	}
+	return able, err
+}
+
+// TestNothingIsStoppedForWhatCannotStart: the old copy of a unit that cannot stand beside the new one runs on while the backend does not answer,
+// or says that it cannot run the new one.
+func TestNothingIsStoppedForWhatCannotStart(t *testing.T) {
+	begin := func(w *world) {
+		run := func(version string) { w.unit("relay", version, "overlay: {size: 1Mi, keep: [/data]}\n") }
+		run("1")
+		w.push("v1")
+		w.reconcile(Converged)
+		run("2")
+		w.push("v2")
+	}
+	t.Run("no answer", func(t *testing.T) {
+		story(t, func(t *testing.T, w *world) {
+			begin(w)
+			w.faults.armed = &fault{call: "backend.Fingerprint", times: 2}
+			w.reconcile(Waiting)
+			w.wantRunning("relay=1")
+			w.reconcile(Converged)
+			w.wantRunning("relay=2")
+		})
+	})
+	t.Run("cannot", func(t *testing.T) {
+		story(t, func(t *testing.T, w *world) {
+			begin(w)
+			w.r.Backends["fake"] = forgets{w.r.Backends["fake"], new(int)}
+			if rec := w.reconcile(Reverted); !strings.Contains(rec.Reason, "fake has no limit-cpu here") {
+				t.Errorf("reason %q", rec.Reason)
+			}
+			w.wantRunning("relay=1")
+			if got := w.fake.Calls("Remove"); got != 0 {
+				t.Errorf("%d times something was stopped", got)
+			}
+		})
+	})
+}
