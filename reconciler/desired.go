@@ -91,6 +91,33 @@ func (d *desired) compare(rec Record) {
 	}
 }
 
+// steps is the difference between what the host has and what is wanted. What goes, goes for the reason that holds: a unit that the site has can
+// be one that the host is not asked for any more, and no commit need have changed for that.
+func (d *desired) steps(have []Have, exclusive func(old, new string) []string) []Step {
+	list := Diff(d.plan.Workloads, have, exclusive)
+	for i := range list {
+		unit := list[i].Unit
+		if list[i].Op != Remove || d.unit(unit) == nil {
+			continue
+		}
+		list[i].Reason = "this host is not asked for it any more"
+		for _, skip := range d.plan.Skipped {
+			if skip.Unit == unit {
+				list[i].Reason += ": " + skip.Why
+			}
+		}
+		if at := d.placed(unit); at >= 0 {
+			list[i].Reason = "the site asks for another copy of it, " + d.plan.Workloads[at].Name
+		}
+	}
+	return list
+}
+
+// placed is the index of a unit's workload in the plan, -1 if there is none.
+func (d *desired) placed(unit string) int {
+	return slices.IndexFunc(d.plan.Workloads, func(w backends.Workload) bool { return w.Unit == unit })
+}
+
 // permitted are the workloads as the record keeps them.
 func (d *desired) permitted() map[string]Permit {
 	list := make(map[string]Permit, len(d.plan.Workloads))

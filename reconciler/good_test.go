@@ -1,8 +1,10 @@
 package reconciler
 
 import (
+	"bytes"
 	"context"
 	"fmt"
+	"log/slog"
 	"strings"
 	"testing"
 	"time"
@@ -559,5 +561,63 @@ func TestNothingIsStoppedForWhatCannotStart(t *testing.T) {
 				t.Errorf("%d times something was stopped", got)
 			}
 		})
+	})
+}
+
+// TestWhatTheHostNoLongerPlaces: that a change of the host took a unit away is said so, in the plan, on record and as a warning.
+func TestWhatTheHostNoLongerPlaces(t *testing.T) {
+	story(t, func(t *testing.T, w *world) {
+		w.unit("relay", "1", "")
+		w.unit("cam", "1", "place: {on: {labels: {site: north}}}\n")
+		w.placed("north")
+		v1 := w.push("v1")
+		w.reconcile(Converged)
+		w.wantRunning("cam=1 relay=1")
+
+		w.placed("south")
+		var log bytes.Buffer
+		w.r.Logger = slog.New(slog.NewTextHandler(&log, nil))
+		const reason = "this host is not asked for it any more: label site is "
+		preview, err := w.r.Preview(t.Context(), v1)
+		if err != nil || len(preview.Steps) != 1 || preview.Steps[0].Reason != reason+`"south"; want north` {
+			t.Errorf("plan %+v (%v), want %q", preview.Steps, err, reason)
+		}
+		w.reconcile(Converged)
+		w.wantRunning("relay=1")
+		records, err := w.log.ByCommit(v1)
+		if err != nil {
+			t.Fatal(err)
+		}
+		told := ""
+		for _, record := range records {
+			if record.Kind == "repair" {
+				told += string(record.Body)
+			}
+		}
+		if !strings.Contains(told, reason) || strings.Count(log.String(), "level=WARN") != 1 || !strings.Contains(log.String(), reason) {
+			t.Errorf("want %q\non record: %s\nlog: %s", reason, told, &log)
+		}
+	})
+}
+
+// TestReasonsOfRemoval: each removal has the reason that holds.
+func TestReasonsOfRemoval(t *testing.T) {
+	story(t, func(t *testing.T, w *world) {
+		w.unit("relay", "1", "")
+		w.unit("web", "1", "")
+		w.push("v1")
+		w.reconcile(Converged)
+		delete(w.files, "units/web/unit.yaml")
+		w.unit("relay", "2", "")
+		v2 := w.push("v2")
+		preview, err := w.r.Preview(t.Context(), v2)
+		if err != nil || len(preview.Steps) != 3 {
+			t.Fatalf("%+v (%v)", preview.Steps, err)
+		}
+		for i, want := range []string{"its spec changed from ", "the site does not ask for it", "the site asks for another copy of it, " + preview.Steps[0].Name} {
+			if got := preview.Steps[i].Reason; !strings.HasPrefix(got, want) {
+				t.Errorf("%s %s: %q, want %q", preview.Steps[i].Op, preview.Steps[i].Name, got, want)
+			}
+		}
 	})
 }

@@ -78,7 +78,7 @@ func (r *Reconciler) Preview(ctx context.Context, id string) (Preview, error) {
 	if err != nil {
 		return preview, err
 	}
-	preview.Steps = Diff(next.plan.Workloads, have, exclusive(good, next))
+	preview.Steps = next.steps(have, exclusive(good, next))
 	preview.Changes, err = changes(good, next)
 	return preview, err
 }

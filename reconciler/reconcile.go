@@ -254,7 +254,7 @@ func (r *Reconciler) finish(ctx context.Context, rec Record, next *desired) (Rec
 	if r.watched == nil {
 		r.watched = make(gate.Memory)
 	}
-	finding, err := r.converge(ctx, next, Diff(next.plan.Workloads, have, exclusive(good, next)), true)
+	finding, err := r.converge(ctx, next, next.steps(have, exclusive(good, next)), true)
 	if ctx.Err() != nil {
 		return rec, context.Cause(ctx) // judges nothing: the next Reconcile goes on
 	}

@@ -140,7 +140,7 @@ func (r *Reconciler) mend(ctx context.Context, rec Record, good *desired) (troub
 	if err != nil {
 		return r.noAnswer(ctx, "keep", err)
 	}
-	steps := slices.DeleteFunc(Diff(good.plan.Workloads, have, exclusive(good, good)), func(step Step) bool { return good.withheld[step.Unit] != nil })
+	steps := slices.DeleteFunc(good.steps(have, exclusive(good, good)), func(step Step) bool { return good.withheld[step.Unit] != nil })
 	if len(steps) == 0 {
 		return r.health(ctx, good, have), nil
 	}
@@ -155,6 +155,11 @@ func (r *Reconciler) mend(ctx context.Context, rec Record, good *desired) (troub
 	if len(steps) > 0 {
 		if err := r.recordNews("repair", RepairEntry{r.about(rec.Good), steps}); err != nil {
 			return trouble{}, err
+		}
+	}
+	for _, step := range steps {
+		if step.Op == Remove && good.unit(step.Unit) != nil && good.placed(step.Unit) < 0 { // a change of this host does that, and no commit
+			r.Logger.Warn("remove", "commit", rec.Good, "unit", step.Name, "backend", step.Backend, "stage", "keep", "reason", step.Reason)
 		}
 	}
 	finding, err := r.converge(ctx, good, steps, false)
