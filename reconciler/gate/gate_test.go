@@ -56,6 +56,7 @@ func TestVerdicts(t *testing.T) {
 		{"a blip when its bake ends", strings.Repeat("r", 10) + "bbrr", 9500 * time.Millisecond, Pass, "", 13 * time.Second},
 		{"no data when its bake ends", strings.Repeat("r", 10) + "eerr", 9500 * time.Millisecond, Pass, "", 13 * time.Second},
 		{"restarted while it bakes", "rrrRRR", time.Minute, Fail, "its program ended and was started again", 0},
+		{"bakes beyond the deadline", "r", time.Hour, NoData, "no verdict in time; last seen: pass, and baking for 1h0m0s", 100 * time.Second},
 		{"no data", "e", 0, NoData, "last seen: no data: connection refused", 100 * time.Second},
 		{"no data resets a streak, then passes", "rerr", 0, Pass, "", 0},
 		{"flaps until the deadline, ends failing", strings.Repeat("rb", 200) + "b", 0, Fail, "", 0},

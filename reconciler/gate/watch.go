@@ -157,6 +157,8 @@ func (t Target) late(cause error, count *tally) Finding {
 		return t.finding(Undecided, "passed, and baking for "+t.Bake.String())
 	case errors.Is(cause, errDeadline) && count.last.verdict == Fail:
 		return t.finding(Fail, "no verdict in time; last seen: "+count.last.String())
+	case errors.Is(cause, errDeadline) && count.last.verdict == Pass && !count.passed.IsZero():
+		return t.finding(NoData, "no verdict in time; last seen: pass, and baking for "+t.Bake.String())
 	}
 	return t.finding(NoData, "no verdict in time; last seen: "+count.last.String())
 }
