@@ -85,10 +85,7 @@ func (s *Set) Decide(ctx context.Context, input Input) (decision Decision, err e
 			decision = Decision{Policy: s.digest, Denied: []Denial{denialOf(err)}}
 		}
 	}()
-	input.Rules = nil
-	if s.also != nil {
-		input.Rules = []merkle.Digest{s.digest, s.also.digest}
-	}
+	input.Rules = s.Rules()
 	document, err := json.Marshal(input)
 	if err != nil {
 		err = &refusal.Error{Code: codeError, Subject: "policy input", Got: refusal.Clip(err.Error(), 200), Want: "values that can be written as JSON"}

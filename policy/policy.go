@@ -103,6 +103,14 @@ func (s *Set) And(other *Set) *Set {
 	return &both
 }
 
+// Rules are the digests of both sets where they are two, as an Input has them.
+func (s *Set) Rules() []merkle.Digest {
+	if s.also == nil {
+		return nil
+	}
+	return []merkle.Digest{s.digest, s.also.digest}
+}
+
 // prepare compiles everything but tests and asks for the findings of each package in one query.
 func (p *modules) prepare() (rego.PreparedEvalQuery, error) {
 	compiler, err := p.compile(false)

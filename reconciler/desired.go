@@ -281,7 +281,7 @@ func (r *Reconciler) recordDecision(rec Record, next *desired) error {
 	if r.decided[next.commit.ID] == said || rec.Head == next.commit.ID && rec.Outcome == Refused && rec.Stage == "policy" {
 		return nil
 	}
-	if err := r.record("decision", DecisionEntry{r.about(next.commit.ID), next.decision}); err != nil {
+	if err := r.record("decision", &DecisionEntry{r.about(next.commit.ID), next.decision}); err != nil {
 		return err
 	}
 	if r.decided == nil || len(r.decided) >= maxBad {

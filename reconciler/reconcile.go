@@ -265,7 +265,7 @@ func (r *Reconciler) finish(ctx context.Context, rec Record, next *desired) (Rec
 		return r.end(ctx, rec, rec.Trying, Waiting, StageWatch, fmt.Sprintf("%s: %s: %s", finding.Unit, finding.Gate, finding.Evidence))
 	}
 	r.watched = nil
-	if err := r.recordNews("gate", GateEntry{r.about(next.commit.ID), finding}); err != nil {
+	if err := r.recordNews("gate", &GateEntry{r.about(next.commit.ID), finding}); err != nil {
 		return rec, err
 	}
 	switch finding.Verdict {
@@ -307,7 +307,7 @@ func (r *Reconciler) end(ctx context.Context, rec Record, head string, outcome O
 	}
 	rec.When = time.Now().UTC()
 	if !told {
-		if err := r.record("outcome", OutcomeEntry{About: r.about(head), Outcome: outcome, Stage: stage, Reason: rec.Reason, Good: rec.Good}); err != nil {
+		if err := r.record("outcome", &OutcomeEntry{About: r.about(head), Outcome: outcome, Stage: stage, Reason: rec.Reason, Good: rec.Good}); err != nil {
 			return rec, err
 		}
 	}
@@ -349,14 +349,19 @@ func (r *Reconciler) save(rec *Record) error {
 
 // About is what every entry of the audit log begins with.
 type About struct {
-	Commit  string `json:"commit"`
-	Host    string `json:"host"`
-	Journal uint64 `json:"journal"` // number of the host's record then: a journal that is older than the newest entry is an alarm
+	Commit string `json:"commit"`
+	Host   string `json:"host"`
+	// Journal is the number of the host's record then: a journal that is older than the newest entry is an alarm. The record saved after that
+	// entry can be lost unseen, and then what it tells of is done again.
+	Journal uint64 `json:"journal"`
 }
 
-func (r *Reconciler) about(commit string) About {
-	return About{Commit: commit, Host: r.Host.Name, Journal: r.saved.Seq}
-}
+func (r *Reconciler) about(commit string) About { return About{Commit: commit, Host: r.Host.Name} }
+
+func (a *About) stamp(journal uint64) { a.Journal = journal }
+
+// entry is what goes into the audit log, with the number that it is stamped with there.
+type entry interface{ stamp(journal uint64) }
 
 // load reads the journal. One that is gone, or older than what this process or the audit log has seen, is an alarm: it would take the host back
 // to what it knew then, or to nothing.
@@ -388,7 +393,8 @@ func (r *Reconciler) load() (Record, error) {
 }
 
 // record writes to the audit log, durably, before what it speaks of takes effect.
-func (r *Reconciler) record(kind string, entry any) error {
+func (r *Reconciler) record(kind string, entry entry) error {
+	entry.stamp(r.saved.Seq)
 	if _, err := r.Audit.Append(kind, entry); err != nil {
 		return fmt.Errorf("audit log: %w", err)
 	}
@@ -396,7 +402,8 @@ func (r *Reconciler) record(kind string, entry any) error {
 }
 
 // recordNews is record for what is found again at every look: it writes only what is not what it wrote last of that kind.
-func (r *Reconciler) recordNews(kind string, entry any) error {
+func (r *Reconciler) recordNews(kind string, entry entry) error {
+	entry.stamp(0)
 	text, err := json.Marshal(entry)
 	if err != nil {
 		return fmt.Errorf("audit log: %w", err)

@@ -779,8 +779,29 @@ func TestT56ChangedBase(t *testing.T) {
 	})
 }
 
-// TestT56AllUsersOfAChangedBase has two units with one image: neither may go on with the copy that was replaced, even if removing one of them
-// fails at first.
+// TestT56ADriftIsOnRecordOnce: also when it cannot be mended for long.
+func TestT56ADriftIsOnRecordOnce(t *testing.T) {
+	story(t, func(t *testing.T, w *world) {
+		w.unit("relay", "1", "")
+		w.push("v1")
+		w.reconcile(Converged)
+		image := w.fake.Workloads()[0].Image
+		w.images.drift[image.Content], w.images.broken[image.Ref] = true, errFault
+		time.Sleep(2 * time.Minute)
+		w.reconcile(Waiting)
+		records := w.records()
+		for range 5 {
+			w.reconcile(Waiting)
+			time.Sleep(2 * time.Minute)
+		}
+		if got := w.records(); got != records {
+			t.Errorf("%d records more while nothing changed", got-records)
+		}
+	})
+}
+
+// TestT56AllUsersOfAChangedBase has two units with one image: neither may go on with the copy that was replaced, even if starting one of them
+// again fails at first; and none is started again more often than that takes.
 func TestT56AllUsersOfAChangedBase(t *testing.T) {
 	for _, fails := range []bool{false, true} {
 		story(t, func(t *testing.T, w *world) {
@@ -789,17 +810,22 @@ func TestT56AllUsersOfAChangedBase(t *testing.T) {
 			w.push("v1")
 			w.reconcile(Converged)
 			w.images.drift[w.fake.Workloads()[0].Image.Content] = true
+			started := w.fake.Calls("Apply")
 			time.Sleep(2 * time.Minute)
 			if fails {
-				w.faults.armed = &fault{call: "backend.Remove", times: 2}
+				w.faults.armed = &fault{call: "backend.Apply", times: 2}
 				w.reconcile(Waiting)
+			}
+			for range 5 {
 				w.reconcile(Converged)
 				time.Sleep(2 * time.Minute)
 			}
-			w.reconcile(Converged)
+			if got := w.fake.Calls("Apply") - started; got != 2 {
+				t.Errorf("starting fails %v: %d starts, want 2", fails, got)
+			}
 			w.wantRunning("relay=1 web=1")
 			if on := w.onChanged(); len(on) != 0 {
-				t.Errorf("a removal fails %v: %v still have the copy that was replaced", fails, on)
+				t.Errorf("starting fails %v: %v still have the copy that was replaced", fails, on)
 			}
 		})
 	}

@@ -153,7 +153,7 @@ func (r *Reconciler) mend(ctx context.Context, rec Record, good *desired) (troub
 		return tooOften
 	})
 	if len(steps) > 0 {
-		if err := r.recordNews("repair", RepairEntry{r.about(rec.Good), steps}); err != nil {
+		if err := r.recordNews("repair", &RepairEntry{r.about(rec.Good), steps}); err != nil {
 			return trouble{}, err
 		}
 	}
@@ -294,8 +294,8 @@ func (r *Reconciler) Probe(ctx context.Context) (news bool, err error) {
 	return r.health(ctx, r.good, have).outcome != before, nil
 }
 
-// checkBase reads the base of one workload again, each time another one's. If a byte has changed, every workload that has this base goes, and
-// the difference starts it again from a good copy. One that could not be read or made good is the next one too.
+// checkBase reads the base of one workload again, each time another one's. If a byte has changed, every workload that stands on this copy is to
+// have another, and the difference starts it again from that. One that could not be read or made good is the next one too.
 func (r *Reconciler) checkBase(ctx context.Context, good *desired) error {
 	every := r.Every
 	if every == 0 {
@@ -306,37 +306,45 @@ func (r *Reconciler) checkBase(ctx context.Context, good *desired) error {
 		return nil
 	}
 	next := (r.vitals.checked + 1) % len(list)
-	workload := &list[next]
+	workload := list[next]
 	err := r.Images.Check(ctx, workload.Image)
+	if refusal.Of(err) != nil {
+		err = r.replaceBase(ctx, good, workload, err)
+	}
 	if err == nil {
 		r.vitals.when, r.vitals.checked = time.Now(), next
 	}
-	if refusal.Of(err) == nil {
-		return err
-	}
-	var users []*backends.Workload // all that have this base
-	var steps []Step
+	return err
+}
+
+// replaceBase gives every workload that stands on the same copy as this one another copy.
+func (r *Reconciler) replaceBase(ctx context.Context, good *desired, workload backends.Workload, changed error) error {
+	entry := &DriftEntry{About: r.about(good.commit.ID), Content: workload.Image.Content, Reason: changed.Error()}
+	list := good.plan.Workloads
+	var users []*backends.Image
 	for i := range list {
-		if user := &list[i]; user.Image.SHA256 == workload.Image.SHA256 && user.Image.Root == workload.Image.Root && user.Format == workload.Format {
-			users = append(users, user)
-			steps = append(steps, Step{Op: Apply, Unit: user.Unit, Name: user.Name, Backend: user.Backend, Reason: "its base changed: " + err.Error()})
+		if list[i].Image.Content == workload.Image.Content {
+			users, entry.Workloads = append(users, &list[i].Image), append(entry.Workloads, list[i].Name)
 		}
 	}
-	if err := r.recordNews("repair", RepairEntry{r.about(good.commit.ID), steps}); err != nil {
+	if err := r.recordNews("drift", entry); err != nil {
 		return err
 	}
-	r.Logger.Warn("drift", "commit", good.commit.ID, "unit", workload.Name, "backend", workload.Backend, "stage", "keep", "err", err)
+	r.Logger.Warn("drift", "commit", good.commit.ID, "unit", workload.Name, "backend", workload.Backend, "stage", "keep", "err", changed)
 	image, err := r.Images.Repair(ctx, workload.Image, workload.Format)
 	if err != nil {
 		return err
 	}
-	for i, user := range users { // one that cannot be removed keeps its old base here as well, which is found changed again
-		if err := r.remove(ctx, user.Backend, user.Name, steps[i].Reason); err != nil {
-			return err
-		}
-		user.Image.Content, user.Image.ContentRoot, user.Image.Config = image.Content, image.ContentRoot, image.Config
+	for _, user := range users {
+		user.Content, user.ContentRoot, user.Config = image.Content, image.ContentRoot, image.Config
 	}
-	r.vitals.when, r.vitals.checked = time.Now(), next
-	delete(r.news, "repair")
 	return nil
+}
+
+// DriftEntry is what the audit log keeps of a base that is not what was fetched any more.
+type DriftEntry struct {
+	About
+	Content   string   `json:"content"`   // path of the copy
+	Workloads []string `json:"workloads"` // that stand on it
+	Reason    string   `json:"reason"`    // the first difference
 }

@@ -155,7 +155,7 @@ func (r *Reconciler) takeBack(ctx context.Context, rec *Record, bad *Bad) error 
 
 // recordRevert writes to the audit log what a revert takes back.
 func (r *Reconciler) recordRevert(ctx context.Context, revert Revert) error {
-	entry := RevertEntry{About: r.about(revert.Head), Revert: revert}
+	entry := &RevertEntry{About: r.about(revert.Head), Revert: revert}
 	taken, err := r.Source.Between(ctx, revert.Good, revert.Head)
 	if err != nil { // the range is for people; going back does not wait for it
 		r.Logger.Warn("history of a revert", "commit", revert.Head, "stage", "gate", "err", err)

@@ -125,7 +125,7 @@ func (s *served) Apply(ctx context.Context, r *wire.ApplyRequest) (*wire.ApplyAn
 		able, err = s.backend.Fingerprint(ctx)
 	}
 	if err == nil {
-		err = able.Admit(w) // so that no plugin can forget to
+		err = able.Admit(w) // so that no plugin served by this package can forget to
 	}
 	if err == nil {
 		err = s.backend.Apply(ctx, w)

@@ -115,11 +115,10 @@ func (h *host) commit(ctx context.Context, revision string) (string, error) {
 		return head.ID, err
 	}
 	if err != nil { // the head cannot be had: what this host knows can still be asked about
-		rec, err := h.record()
-		if err != nil {
-			return "", err
+		rec, lost := h.record()
+		if head.ID = cmp.Or(rec.Trying, rec.Good); head.ID == "" {
+			return "", errors.Join(err, lost)
 		}
-		head.ID = cmp.Or(rec.Trying, rec.Good)
 	}
 	if !abbreviated(revision) {
 		return "", fmt.Errorf("revision %q: want at least four hex digits of a commit's id; a branch or a tag can move, so none is taken", refusal.Clip(revision, 60))
@@ -222,8 +221,8 @@ func (h *host) replay(ctx context.Context, record audit.Record) string {
 	switch {
 	case err != nil:
 		return "not replayed: " + err.Error()
-	case set.Digest() != then.Policy:
-		return fmt.Sprintf("not replayed: it was made by policy %s, and this kmo with the site's rules of then is policy %s", then.Policy.Short(), set.Digest().Short())
+	case set.Digest() != then.Policy || !slices.Equal(set.Rules(), judged.Rules):
+		return fmt.Sprintf("not replayed: it was made by policy %s %v, and this kmo with the site's rules of then is policy %s %v", then.Policy.Short(), judged.Rules, set.Digest().Short(), set.Rules())
 	}
 	now, err := set.Replay(ctx, then.Input)
 	if err != nil && refusal.Of(err) == nil {
@@ -326,6 +325,11 @@ func inWords(record audit.Record) []string {
 				lines = append(lines, fmt.Sprintf("%s %s: %s", step.Op, step.Name, step.Reason))
 			}
 			return lines
+		}
+	case "drift":
+		var entry reconciler.DriftEntry
+		if json.Unmarshal(record.Body, &entry) == nil {
+			return []string{fmt.Sprintf("drift: the base of %s is not what was fetched: %s", strings.Join(entry.Workloads, ", "), entry.Reason)}
 		}
 	case "outcome":
 		var entry reconciler.OutcomeEntry

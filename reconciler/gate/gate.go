@@ -134,17 +134,26 @@ type Gate struct {
 // Memory is what is known of targets under watch.
 type Memory map[string]*tally
 
-// of returns the tally of a target, a new one if it is not under watch. Before and while it bakes are two watches.
+// under is the name under which a target is remembered. Before and while it bakes are two watches.
+func under(target Target) string { return fmt.Sprint(target.Workload, target.Bake > 0) }
+
+// of returns the tally of a target, a new one if it is not under watch.
 func (m Memory) of(target Target) *tally {
-	key := fmt.Sprint(target.Workload, target.Bake > 0)
-	count := m[key]
+	count := m[under(target)]
 	if count == nil {
 		count = &tally{begun: time.Now()}
 		if m != nil {
-			m[key] = count
+			m[under(target)] = count
 		}
 	}
 	return count
+}
+
+// forget ends a watch: the next one of the same targets has its own time.
+func (m Memory) forget(targets []Target) {
+	for _, target := range targets {
+		delete(m, under(target))
+	}
 }
 
 var (
@@ -195,6 +204,9 @@ func (g Gate) Watch(ctx context.Context, targets []Target) Finding {
 	looks.Wait() // nothing looks at the host any more once this returns
 	if ctx.Err() != nil {
 		return Finding{Verdict: NoData, Evidence: context.Cause(ctx).Error()}
+	}
+	if worst.Verdict == Pass {
+		g.Memory.forget(targets)
 	}
 	return worst
 }

@@ -77,6 +77,20 @@ func TestVerdicts(t *testing.T) {
 	}
 }
 
+// TestAVerdictEndsAWatch: the next watch of the same target has the whole of its own time.
+func TestAVerdictEndsAWatch(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		g := Gate{Observe: script("rbr"), Patience: 15 * time.Second, Memory: make(Memory)}
+		needed := []Target{{Workload: "relay-1", Probe: Probe{Every: time.Second}, Deadline: time.Minute}}
+		for range 2 {
+			if got := g.Watch(t.Context(), needed); got.Verdict != Pass {
+				t.Errorf("got %+v, want a pass", got)
+			}
+			time.Sleep(time.Hour)
+		}
+	})
+}
+
 // TestSharedLooks watches many targets whose host takes a while to look at: the looks must not be as many as the targets, and none that
 // was begun before a target asked may answer it.
 func TestSharedLooks(t *testing.T) {
