@@ -26,14 +26,16 @@ type Backend interface {
 	Observe(context.Context) ([]Status, error)
 	// Apply makes the workload exist as specified and returns once its program has been started; it does not wait for
 	// health. Applying what already runs with the same spec and Content changes nothing; applying what is there but damaged, or stands on
-	// another Content than Status says, starts it again. A postInit hook that ends badly makes it Damaged until it is applied again and ends well.
-	// It must return a *FeatureError, having changed nothing, for anything asked that it cannot give, and a *StartError if the
-	// workload itself is at fault.
+	// another Content than Status says, starts it again. A postInit hook that ends badly is a *StartError and makes the workload Damaged;
+	// its program goes on, and applying it again runs the postInit hooks again, which make it well when all end well.
+	// It must return a *FeatureError, having changed nothing, for anything asked that it cannot give or does not know, and a *StartError
+	// if the workload itself is at fault.
 	Apply(context.Context, Workload) error
-	// Remove runs the exit hooks, stops the workload and clears everything of it but kept paths. It returns nil if there is none.
+	// Remove runs the exit hooks, stops the workload and clears everything of it but kept paths, whatever its hooks say. It returns nil
+	// if there is none. One whose context ends is gone on with by the next.
 	Remove(ctx context.Context, name string) error
 	// Logs returns what the workload wrote, oldest first, stdout and stderr in one stream. It must return ErrNotFound
-	// if there is no such workload. The caller closes the reader.
+	// if there is no such workload. A log that is followed ends with the workload, after the last it wrote. The caller closes the reader.
 	Logs(ctx context.Context, name string, options LogOptions) (io.ReadCloser, error)
 }
 
@@ -49,7 +51,7 @@ var ErrNotFound = errors.New("no such workload")
 // FeatureError says that a workload asks for something this backend does not have here.
 type FeatureError struct {
 	Backend string
-	Feature Feature // or the Format, where that is what it lacks
+	Feature Feature // or the Format, or a name of its own, where that is what it lacks
 	Detail  string  // why not, on this host
 }
 
@@ -126,7 +128,7 @@ const (
 type Workload struct {
 	Name      string        `json:"name"` // Unit, "-", the first eight hex digits of Spec
 	Unit      string        `json:"unit"`
-	Spec      merkle.Digest `json:"spec"`    // covers everything below but Backend and Image.Content
+	Spec      merkle.Digest `json:"spec"`    // covers everything below but Backend and what fetching adds to Image
 	Backend   string        `json:"backend"` // which backend is asked to run it
 	Tier      int           `json:"tier"`    // 0 (most sensitive) to 3
 	Format    Format        `json:"format"`
@@ -152,7 +154,8 @@ type Image struct {
 	Config      ImageConfig   `json:"config"` // from the image itself; set once fetched
 }
 
-// ImageConfig is what the image says about how to run it; Run overrides it.
+// ImageConfig is what the image says about how to run it; Run overrides it. Its user is never used: it may be a name, which means
+// something in the image only, and Run always has a number.
 type ImageConfig struct {
 	Entrypoint []string `json:"entrypoint,omitempty"`
 	Cmd        []string `json:"cmd,omitempty"`
@@ -220,10 +223,11 @@ type Overlay struct {
 }
 
 // Hooks are commands run inside the workload at its moments, each an argv; argv[0] is a path inside. An image that is one
-// program (Native, WASM, AppImage) is /app there.
+// program (Native, WASM, AppImage) is /app there. A hook that has not ended in the backend's own bound is ended, and has ended badly.
+// A program that is started again, by whomever, has its preInit and postInit hooks run again.
 type Hooks struct {
 	PreInit  [][]string `json:"preInit,omitempty"`  // before the program, same image and mounts; each must end 0
-	PostInit [][]string `json:"postInit,omitempty"` // once the program has been started
+	PostInit [][]string `json:"postInit,omitempty"` // once the program has been started; each must end 0
 	Exit     [][]string `json:"exit,omitempty"`     // before it is stopped
 }
 
@@ -251,7 +255,7 @@ const (
 	Starting State = "starting" // its hooks run, or its program is about to
 	Running  State = "running"  // its program runs
 	Backoff  State = "backoff"  // its program ended and will be started again
-	Exited   State = "exited"   // its program ended and stays so
+	Exited   State = "exited"   // it has no program and gets none until it is applied again: it ended for good, or is being removed, as Detail says
 	Damaged  State = "damaged"  // it exists, but is not what was applied; Detail says how
 )
 
