@@ -61,7 +61,13 @@ type workload struct {
 	Status   backends.Status
 	Log      []byte
 	Again    time.Time         // when a program that ended is started again
+	Pending  bool              // its postInit hooks have not all ended well since the program was started
 	Written  map[string][]byte // its overlay
+}
+
+// lives says whether the program runs: a postInit hook that ended badly ends nothing.
+func (x *workload) lives() bool {
+	return x.Status.State == backends.Running || x.Status.State == backends.Damaged && x.Pending
 }
 
 // Able is the fingerprint of a Backend that is not given another: every format, and the features that can be imagined.
@@ -115,29 +121,28 @@ func (b *Backend) Apply(ctx context.Context, w backends.Workload) error {
 		if err := able.Admit(w); err != nil {
 			return err
 		}
-		x := b.workloads[w.Name]
 		if err := checkContent(w.Image.Content); err != nil {
 			return fmt.Errorf("%s: image content: %w", w.Name, err)
 		}
-		if x != nil && x.Workload.Image.Content == w.Image.Content && x.Status.State != backends.Damaged && x.Status.State != backends.Exited {
+		x := b.workloads[w.Name]
+		same := x != nil && x.Workload.Image.Content == w.Image.Content
+		switch {
+		case same && x.Pending && x.Status.State == backends.Damaged: // its program goes on
+			err := b.postInit(x)
+			return errors.Join(err, b.changed(w.Name))
+		case same && x.Status.State != backends.Damaged && x.Status.State != backends.Exited:
 			return nil
-		}
-		if x == nil {
-			x = &workload{Workload: w, Written: map[string][]byte{}}
+		case x == nil:
+			x = &workload{Written: map[string][]byte{}}
 			x.Status = backends.Status{Name: w.Name, Spec: w.Spec, State: backends.Starting, Addresses: b.addresses(w)}
-		} else if x.Workload.Image.Content != w.Image.Content {
+		case !same:
 			b.stop(x)
-			x.Workload = w
 		}
-		x.Status.Content, x.Status.Detail = w.Image.Content, ""
-		if err := b.hooks(x, "preInit", w.Hooks.PreInit); err != nil {
-			return err
-		}
+		x.Workload, x.Status.Content, x.Status.Detail = w, w.Image.Content, ""
 		b.workloads[w.Name] = x
-		b.start(x)
-		err := b.hooks(x, "postInit", w.Hooks.PostInit)
-		if err != nil {
-			x.Status.State, x.Status.Detail = backends.Damaged, err.Error()
+		started, err := b.launch(x)
+		if !started {
+			delete(b.workloads, w.Name)
 		}
 		return errors.Join(err, b.changed(w.Name))
 	})
@@ -174,7 +179,7 @@ func (b *Backend) Exec(ctx context.Context, name string, argv []string) (code in
 	ended := true
 	err = b.call(ctx, "Exec", name, func() error {
 		x := b.workloads[name]
-		if x == nil || x.Status.State != backends.Running {
+		if x == nil || !x.lives() {
 			return backends.ErrNotFound
 		}
 		code, output, ended = b.run(x, argv)
@@ -207,7 +212,7 @@ func (b *Backend) Logs(ctx context.Context, name string, options backends.LogOpt
 			return nil
 		}
 		ctx, cancel := context.WithCancel(ctx)
-		log = &follower{backend: b, ctx: ctx, cancel: cancel, name: name, rest: bytes.Clone(text), at: at}
+		log = &follower{backend: b, ctx: ctx, cancel: cancel, x: x, rest: bytes.Clone(text), at: at}
 		return nil
 	})
 	return log, err
@@ -260,7 +265,7 @@ func (b *Backend) Calls(call string) int {
 // Kill ends a workload's program from outside. It says whether there was one.
 func (b *Backend) Kill(name string) bool {
 	return b.change(name, func(x *workload) bool {
-		if x.Status.State != backends.Running {
+		if !x.lives() {
 			return false
 		}
 		b.ended(x, 137)
@@ -271,7 +276,7 @@ func (b *Backend) Kill(name string) bool {
 // Damage makes a workload differ from what was applied. It says whether there is such a workload.
 func (b *Backend) Damage(name, how string) bool {
 	return b.change(name, func(x *workload) bool {
-		x.Status.State, x.Status.Detail = backends.Damaged, how
+		x.Status.State, x.Status.Detail, x.Pending = backends.Damaged, how, false
 		return true
 	})
 }

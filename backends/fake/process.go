@@ -78,9 +78,37 @@ func (p *Process) Write(path string, content []byte) error {
 	return nil
 }
 
+// launch is a start with its hooks. It says whether the program was started; the error is the hook's that ended badly.
+func (b *Backend) launch(x *workload) (started bool, err error) {
+	if err := b.hooks(x, "preInit", x.Workload.Hooks.PreInit); err != nil {
+		return false, err
+	}
+	x.Pending = len(x.Workload.Hooks.PostInit) > 0
+	b.start(x)
+	return true, b.postInit(x)
+}
+
+// postInit runs the hooks that follow a start, if they have not all ended well.
+func (b *Backend) postInit(x *workload) error {
+	if !x.Pending {
+		return nil
+	}
+	err := b.hooks(x, "postInit", x.Workload.Hooks.PostInit)
+	switch {
+	case err == nil:
+		x.Pending = false
+		if x.Status.State == backends.Damaged {
+			x.Status.State, x.Status.Detail = backends.Running, ""
+		}
+	case x.Status.State == backends.Running:
+		x.Status.State, x.Status.Detail = backends.Damaged, err.Error()
+	}
+	return err
+}
+
 // start runs the workload's program.
 func (b *Backend) start(x *workload) {
-	x.Status.State, x.Status.Started, x.Again = backends.Running, b.now(), time.Time{}
+	x.Status.State, x.Status.Detail, x.Status.Started, x.Again = backends.Running, "", b.now(), time.Time{}
 	p := b.process(x, slices.Concat(x.Workload.Image.Config.Entrypoint, args(x.Workload)))
 	code, ended := 0, false
 	if b.Program != nil {
@@ -101,18 +129,26 @@ func args(w backends.Workload) []string {
 
 // stop tells the program to end: it is run once more, with no argv, for what it does then.
 func (b *Backend) stop(x *workload) {
-	if b.Program != nil && x.Status.State == backends.Running {
-		b.Program(b.process(x, nil))
+	if b.Program != nil && x.lives() {
+		p := b.process(x, nil)
+		b.Program(p)
+		b.say(x, p.Out.Bytes())
 	}
 }
 
 // ended is the end of the program.
 func (b *Backend) ended(x *workload, code int) {
+	x.Status.ExitCode = code
+	b.again(x)
+}
+
+// again has the program started when a pause is over.
+func (b *Backend) again(x *workload) {
 	pause := b.Pause
 	if pause == 0 {
 		pause = defaultPause
 	}
-	x.Status.State, x.Status.ExitCode = backends.Backoff, code
+	x.Status.State = backends.Backoff
 	x.Again = b.now().Add(min(pause<<min(x.Status.Restarts, 10), max(pause, 5*time.Minute)))
 }
 
@@ -121,7 +157,10 @@ func (b *Backend) pass() error {
 	for name, x := range b.workloads {
 		if x.Status.State == backends.Backoff && !b.now().Before(x.Again) {
 			x.Status.Restarts++
-			b.start(x)
+			if started, err := b.launch(x); !started {
+				x.Status.Detail = err.Error()
+				b.again(x)
+			}
 			if err := b.changed(name); err != nil {
 				return err
 			}
@@ -130,14 +169,16 @@ func (b *Backend) pass() error {
 	return nil
 }
 
-// hooks runs the hooks of one moment, and stops at the first that ends badly.
+// hooks runs the hooks of one moment, and stops at the first that ends badly. One that does not end is out of its time at once.
 func (b *Backend) hooks(x *workload, moment string, hooks [][]string) error {
 	for _, argv := range hooks {
-		code, output, _ := b.run(x, argv)
-		if code != 0 {
-			return &backends.StartError{
-				Workload: x.Workload.Name, Stage: fmt.Sprint(moment, " ", argv), Output: string(output), Cause: fmt.Sprint("exit status ", code),
-			}
+		code, output, ended := b.run(x, argv)
+		cause := fmt.Sprint("exit status ", code)
+		if !ended {
+			cause = "has not ended in its time"
+		}
+		if code != 0 || !ended {
+			return &backends.StartError{Workload: x.Workload.Name, Stage: fmt.Sprint(moment, " ", argv), Output: string(output), Cause: cause}
 		}
 	}
 	return nil
@@ -204,7 +245,7 @@ type follower struct {
 	backend *Backend
 	ctx     context.Context // it is the reader's, and ends with Close
 	cancel  context.CancelFunc
-	name    string
+	x       *workload
 	rest    []byte
 	at      int // bytes of the log that were taken
 }
@@ -217,10 +258,10 @@ func (f *follower) Read(p []byte) (int, error) {
 			f.backend.mu.Unlock()
 			return 0, err
 		}
-		x := f.backend.workloads[f.name]
-		if x != nil && f.at < len(x.Log) {
-			f.rest, f.at = bytes.Clone(x.Log[f.at:]), len(x.Log)
+		if f.at < len(f.x.Log) {
+			f.rest, f.at = bytes.Clone(f.x.Log[f.at:]), len(f.x.Log)
 		}
+		removed := f.backend.workloads[f.x.Workload.Name] != f.x
 		if f.backend.more == nil {
 			f.backend.more = make(chan struct{})
 		}
@@ -229,7 +270,7 @@ func (f *follower) Read(p []byte) (int, error) {
 		if len(f.rest) > 0 {
 			break
 		}
-		if x == nil {
+		if removed {
 			return 0, io.EOF
 		}
 		select {
