@@ -38,6 +38,7 @@ func refusalChecks() []check {
 	return []check{
 		{"what it lacks is refused and nothing changed", lackedRefused},
 		{"an unknown format is refused", formatRefused},
+		{"what nobody knows is refused", unknownRefused},
 	}
 }
 
@@ -57,7 +58,7 @@ func nothingWritten(b *bench) {
 func baseImmutable(b *bench) {
 	before := contentSum(b)
 	w := b.unit("relay", "append /app text", "cat /tmp/x", "write /tmp/x text", "cat /tmp/x", "wait")
-	if b.able.Has(backends.Overlays) {
+	if b.has(backends.Overlays) {
 		w.Overlay.Size = 16 << 20
 	}
 	w = b.apply(w)
@@ -106,7 +107,7 @@ func contentSum(b *bench) string {
 }
 
 func keptSurvives(b *bench) {
-	if !b.able.Has(backends.Keep) {
+	if !b.has(backends.Keep) {
 		return // the refusal of it is checked with the others
 	}
 	unit := func(name string, steps ...string) backends.Workload {
@@ -140,7 +141,7 @@ func keptSurvives(b *bench) {
 }
 
 func memoryBites(b *bench) {
-	if !b.able.Has(backends.LimitMemory) {
+	if !b.has(backends.LimitMemory) {
 		return
 	}
 	w := b.unit("relay", "eat 536870912", "wait")
@@ -158,7 +159,7 @@ func memoryBites(b *bench) {
 }
 
 func pidsBite(b *bench) {
-	if !b.able.Has(backends.LimitPIDs) {
+	if !b.has(backends.LimitPIDs) {
 		return
 	}
 	w := b.unit("relay", "fork 40", "wait")
@@ -178,7 +179,7 @@ func pidsBite(b *bench) {
 }
 
 func diskBites(b *bench) {
-	if !b.able.Has(backends.LimitDisk) || !b.able.Has(backends.Overlays) {
+	if !b.able.Has(backends.Overlays) || !b.has(backends.LimitDisk) {
 		return
 	}
 	w := b.unit("relay", "fill /tmp/x 8388608", "wait")
@@ -191,7 +192,7 @@ func diskBites(b *bench) {
 }
 
 func cpuBites(b *bench) {
-	if !b.able.Has(backends.LimitCPU) {
+	if !b.has(backends.LimitCPU) {
 		return
 	}
 	w := b.unit("relay", "burn")
@@ -233,8 +234,7 @@ func lackedRefused(b *bench) {
 		backends.Unconfined:    func(w *backends.Workload) { w.Security.Unconfined = true },
 	}
 	stays := b.apply(b.unit("stays", "wait"))
-	b.line(stays.Name, "waiting")
-	before := b.until(stays.Name, "running", running)
+	before := b.up(stays.Name)
 	for feature, ask := range asks {
 		if b.able.Has(feature) {
 			continue
@@ -257,6 +257,27 @@ func formatRefused(b *bench) {
 	w = seal(w)
 	b.names = append(b.names, w.Name)
 	b.lacks("floppy", b.backend.Apply(b.Context(), w))
+	if list := b.observe(); len(list) != 0 {
+		b.Errorf("a refused workload is listed: %v", names(list))
+	}
+}
+
+// unknownRefused asks for what there is nowhere. A backend that has such things in general must look at each of them.
+func unknownRefused(b *bench) {
+	for _, ask := range []func(w *backends.Workload){
+		func(w *backends.Workload) { w.Security.Host = []string{"moon"} },
+		func(w *backends.Workload) { w.Security.Capabilities = []string{"CAP_MOON"} },
+		func(w *backends.Workload) { w.Resources.Devices = []string{"kmo-moon"} },
+	} {
+		w := b.unit("relay", "wait")
+		ask(&w)
+		w = seal(w)
+		b.names = append(b.names, w.Name)
+		var lacking *backends.FeatureError
+		if err := b.backend.Apply(b.Context(), w); !errors.As(err, &lacking) {
+			b.Errorf("asked for %v, %v: error %v, want a *FeatureError", w.Security, w.Resources.Devices, err)
+		}
+	}
 	if list := b.observe(); len(list) != 0 {
 		b.Errorf("a refused workload is listed: %v", names(list))
 	}

@@ -15,12 +15,16 @@
 //	}
 //
 // Every check runs for every format, once on the value and once over gRPC, each on a subject of its own. What the fingerprint
-// does not promise is not asked of a backend; then its refusal is what is checked. The images hold one program, package
-// testprogram, which tells in the workload's log what it sees.
+// does not promise is not asked of a backend; then its refusal is what is checked. What it does promise must be exercised by some
+// check: a feature that none knows is a failure, until there is one. The images hold one program, package testprogram, which tells in
+// the workload's log what it sees.
 package conformance
 
 import (
 	"context"
+	"errors"
+	"io"
+	"maps"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -40,6 +44,9 @@ type Subject struct {
 	Images map[backends.Format]backends.Image
 	// User is the uid the workloads run as; 0 means 65532.
 	User int
+	// Inert says that the backend runs nothing and only knows what it was asked for. Then the checks that look at a program are left
+	// out, and named in the test's log.
+	Inert bool
 	// Leaks names what is left of workloads on this host: processes, mounts, cgroups, folders. It is called when all are
 	// removed, and must return nothing then. Kept paths are no leak.
 	Leaks func(t *testing.T) []string
@@ -63,18 +70,34 @@ func Test(t *testing.T, newSubject func(t *testing.T) Subject) {
 }
 
 func testFormat(t *testing.T, newSubject func(t *testing.T) Subject, route route, format backends.Format) {
-	for _, check := range checks() {
+	asked, left := checks(newSubject(t).Inert)
+	made, promised, proven := 0, []backends.Feature(nil), map[backends.Feature]bool{}
+	for _, check := range asked {
 		t.Run(check.name, func(t *testing.T) {
 			b := newBench(t, newSubject(t), route, format)
+			made, promised, b.proven = made+1, b.able.Features, proven
 			check.run(b)
 			b.clear()
 		})
+	}
+	for _, check := range left {
+		t.Logf("not asked of what runs nothing: %s", check.name)
+	}
+	t.Logf("exercised: %v", slices.Sorted(maps.Keys(proven)))
+	for _, feature := range promised {
+		if made == len(asked) && !proven[feature] { // all of them were to be run
+			t.Errorf("the fingerprint has %s, which no check exercises", feature)
+		}
 	}
 }
 
 func formats(t *testing.T, newSubject func(t *testing.T) Subject) []backends.Format {
 	subject := newSubject(t)
-	able, err := subject.Open(t).Fingerprint(t.Context())
+	backend := subject.Open(t)
+	able, err := backend.Fingerprint(t.Context())
+	if closer, ok := backend.(io.Closer); ok {
+		err = errors.Join(err, closer.Close())
+	}
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -96,9 +119,14 @@ type check struct {
 	run  func(b *bench)
 }
 
-// checks lists every rule, in the order in which a new backend comes to fulfil them.
-func checks() []check {
-	return slices.Concat(lifeChecks(), seenChecks(), faultChecks(), writeChecks(), boundChecks(), refusalChecks())
+// checks lists every rule, in the order in which a new backend comes to fulfil them. Of what runs nothing some are not asked.
+func checks(inert bool) (asked, left []check) {
+	asked = slices.Concat(askedChecks(), refusalChecks())
+	left = slices.Concat(lifeChecks(), seenChecks(), faultChecks(), writeChecks(), boundChecks())
+	if inert {
+		return asked, left
+	}
+	return append(left, asked...), nil
 }
 
 // Build builds the test program for a platform, statically, and returns its path. It lives as long as the test.

@@ -17,19 +17,19 @@ import (
 func faultChecks() []check {
 	return []check{
 		{"hooks run at their moments", hooksRun},
+		{"preInit runs again before a program that is started again", hooksAgain},
 		{"a failing preInit is an error with its output, and no program", preInitFails},
 		{"a postInit hook that ends badly damages the workload", postInitFails},
+		{"an exit hook that does not end holds nobody", exitHangs},
 		{"an image without content is an error and leaves nothing", noContent},
-		{"a context that has ended changes nothing", endedContext},
 		{"cancel leaves nothing half", cancelled},
 		{"damage is seen and repaired", damageRepaired},
-		{"many at once", manyAtOnce},
 	}
 }
 
 func hooksRun(b *bench) {
-	if !b.able.Has(backends.Hooking) || !b.able.Has(backends.Keep) {
-		return // without a kept path the order could not be seen
+	if !b.has(backends.Hooking) || !b.has(backends.Keep) {
+		return // without a kept path the order could not be seen; that each is run is seen where it fails or hangs
 	}
 	w := b.unit("relay", "append /keep/order main,", "wait")
 	w.Overlay.Keep = []string{"/keep"}
@@ -51,8 +51,26 @@ func hooksRun(b *bench) {
 	}
 }
 
+func hooksAgain(b *bench) {
+	if !b.has(backends.Hooking) || !b.has(backends.Keep) {
+		return // as above
+	}
+	w := b.unit("relay", "append /keep/order main,", "cat /keep/order", "wait")
+	w.Overlay.Keep = []string{"/keep"}
+	w.Hooks.PreInit = [][]string{{"/app", "append /keep/order pre,"}}
+	w = b.apply(w)
+	b.kill(b.up(w.Name))
+	b.poll("a second start", func() (string, bool) {
+		text := b.log(w.Name)
+		return text, strings.Count(text, "waiting\n") == 2
+	})
+	if got := b.line(w.Name, "cat /keep/order:"); got != `"pre,main,pre,main,"` {
+		b.Errorf("hook and program ran as %s, want pre,main,pre,main,", got)
+	}
+}
+
 func preInitFails(b *bench) {
-	if !b.able.Has(backends.Hooking) {
+	if !b.has(backends.Hooking) {
 		return // the refusal of it is checked with the others
 	}
 	w := b.unit("relay", "say never", "wait")
@@ -78,24 +96,56 @@ func preInitFails(b *bench) {
 }
 
 func postInitFails(b *bench) {
-	if !b.able.Has(backends.Hooking) {
+	if !b.has(backends.Hooking) {
 		return // the refusal of it is checked with the others
 	}
 	w := b.unit("relay", "wait")
 	w.Hooks.PostInit = [][]string{{"/app", "say because-of-this", "exit 9"}}
 	w = seal(w)
 	b.names = append(b.names, w.Name)
-	for range 2 { // the second runs the hook again
+	var first backends.Status
+	for range 2 { // the second runs the hook again, and leaves the program alone
 		err := b.backend.Apply(b.Context(), w)
 		var start *backends.StartError
 		if !errors.As(err, &start) || start.Workload != w.Name {
 			b.Fatalf("apply: error %v, want a *StartError", err)
 		}
-		if s, ok := b.status(w.Name); !ok || s.State != backends.Damaged {
-			b.Errorf("after a postInit hook that failed it is %+v, want it damaged", s)
+		s, ok := b.status(w.Name)
+		if !ok || s.State != backends.Damaged || s.Detail == "" {
+			b.Errorf("after a postInit hook that failed it is %+v, want it damaged, and why", s)
+		}
+		if first.Name == "" {
+			first = s
+		}
+		if s.PID != first.PID || !s.Started.Equal(first.Started) {
+			b.Errorf("applying it again started the program again: %+v, was %+v", s, first)
 		}
 	}
 	b.remove(w.Name)
+	b.gone(w.Name)
+}
+
+// exitHangs: the hook comes before the stop, and Remove returns soon after its context ends or after a bound of the backend's own.
+func exitHangs(b *bench) {
+	if !b.has(backends.Hooking) {
+		return // the refusal of it is checked with the others
+	}
+	w := b.unit("relay", "wait")
+	w.Hooks.Exit = [][]string{{"/app", "wait"}}
+	w = b.apply(w)
+	before := b.up(w.Name)
+	var err error
+	b.within(500*time.Millisecond, func(ctx context.Context) error {
+		err = b.backend.Remove(ctx, w.Name)
+		return err
+	})
+	if err != nil {
+		if s, _ := b.status(w.Name); !errors.Is(err, context.DeadlineExceeded) || s.PID != before.PID {
+			b.Errorf("error %v, workload %+v; want the context's end, and the program not stopped before its hook has ended", err, s)
+		}
+		b.kill(before) // what has no program has no exit hooks
+		b.remove(w.Name)
+	}
 	b.gone(w.Name)
 }
 
@@ -126,7 +176,7 @@ func noContent(b *bench) {
 
 func endedContext(b *bench) {
 	w := b.apply(b.unit("relay", "wait"))
-	b.until(w.Name, "running", running)
+	before := b.up(w.Name)
 	other := seal(b.unit("other", "wait"))
 	b.names = append(b.names, other.Name)
 	ctx, cancel := context.WithCancel(b.Context())
@@ -144,7 +194,7 @@ func endedContext(b *bench) {
 			b.Errorf("%s with an ended context: error %v, want context.Canceled", name, err)
 		}
 	}
-	if list := b.observe(); len(list) != 1 || list[0].Name != w.Name || list[0].State != backends.Running {
+	if list := b.observe(); len(list) != 1 || list[0].Name != w.Name || list[0].State != before.State {
 		b.Errorf("calls with an ended context changed the host: %+v", list)
 	}
 }
@@ -193,8 +243,7 @@ func damageRepaired(b *bench) {
 		return // nothing of this runtime can be damaged
 	}
 	w := b.apply(b.unit("relay", "wait"))
-	b.line(w.Name, "waiting")
-	b.until(w.Name, "running", running)
+	b.up(w.Name)
 	b.subject.Damage(b.T, w)
 	s := b.until(w.Name, "not running as applied", func(s backends.Status) bool { return !running(s) })
 	if s.State == backends.Damaged && s.Detail == "" {
@@ -231,7 +280,7 @@ func manyAtOnce(b *bench) {
 	}
 	all.Wait()
 	for _, name := range b.names {
-		s := b.until(name, "running", running)
+		s := b.up(name)
 		if s.Restarts != 0 {
 			b.Errorf("%s was started %d times", name, s.Restarts+1)
 		}

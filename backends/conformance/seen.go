@@ -24,6 +24,7 @@ func seenChecks() []check {
 		{"a chosen port is told and stays the same", chosenPort},
 		{"a fixed port is the one asked for", fixedPort},
 		{"a mapped port is published", mappedPort},
+		{"a port of the host's network is the program's own", hostNetwork},
 		{"only ours are seen", onlyOurs},
 		{"exec runs inside and tells status and output", execInside},
 		{"a folder of the host is mounted", mounted},
@@ -200,7 +201,7 @@ func fixedPort(b *bench) {
 }
 
 func mappedPort(b *bench) {
-	if !b.able.Has(backends.PortMap) {
+	if !b.has(backends.PortMap) {
 		return // the refusal of it is checked with the others
 	}
 	inside, outside := freePort(b), freePort(b)
@@ -209,6 +210,20 @@ func mappedPort(b *bench) {
 	w = b.apply(w)
 	if s := b.answers(w.Name); !strings.HasSuffix(s.Addresses[0].Address, fmt.Sprint(":", outside)) {
 		b.Errorf("address is %s, want port %d", s.Addresses[0].Address, outside)
+	}
+}
+
+func hostNetwork(b *bench) {
+	if !b.has(backends.HostNetwork) {
+		return // the refusal of it is checked with the others
+	}
+	port := freePort(b)
+	w := b.unit("relay", "serve http", "wait")
+	w.Run.Ports = []backends.Port{{Name: "http", Port: port}}
+	w.Security.Host = []string{"network"}
+	w = b.apply(w)
+	if s := b.answers(w.Name); !strings.HasSuffix(s.Addresses[0].Address, fmt.Sprint(":", port)) {
+		b.Errorf("address is %s, want port %d, which is not another's to publish", s.Addresses[0].Address, port)
 	}
 }
 
@@ -258,7 +273,7 @@ func onlyOurs(b *bench) {
 
 func execInside(b *bench) {
 	execer, ok := b.backend.(backends.Execer)
-	if !b.able.Has(backends.Exec) {
+	if !b.has(backends.Exec) {
 		if ok {
 			_, _, err := execer.Exec(b.Context(), "nothing-00000000", []string{"/app"})
 			b.lacks(backends.Exec, err)
@@ -296,7 +311,7 @@ func execInside(b *bench) {
 }
 
 func mounted(b *bench) {
-	if !b.able.Has(backends.Mounts) {
+	if !b.has(backends.Mounts) {
 		return // the refusal of it is checked with the others
 	}
 	dir := b.hostDir()

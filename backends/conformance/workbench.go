@@ -35,6 +35,7 @@ type bench struct {
 	backend backends.Backend
 	end     func() // of the present process
 	names   []string
+	proven  map[backends.Feature]bool // what the checks of this format have exercised
 }
 
 func newBench(t *testing.T, subject Subject, route route, format backends.Format) *bench {
@@ -47,6 +48,15 @@ func newBench(t *testing.T, subject Subject, route route, format backends.Format
 	b.able = able
 	t.Cleanup(func() { b.end() })
 	return b
+}
+
+// has says whether the fingerprint has a feature, which the check that asks then exercises.
+func (b *bench) has(f backends.Feature) bool {
+	if !b.able.Has(f) {
+		return false
+	}
+	b.proven[f] = true
+	return true
 }
 
 // reopen ends the present process, if there is one, and begins another over the same state.
@@ -174,6 +184,20 @@ func (b *bench) until(name, wanted string, is func(backends.Status) bool) backen
 	return last
 }
 
+// up waits until the program of a workload, whose last step is wait, has come to that. One that is inert is there, and no more.
+func (b *bench) up(name string) backends.Status {
+	b.Helper()
+	if !b.subject.Inert {
+		b.line(name, "waiting")
+		return b.until(name, "running", running)
+	}
+	s, ok := b.status(name)
+	if !ok || running(s) {
+		b.Fatalf("%s is %+v, want it listed, and not as running: nothing runs", name, s)
+	}
+	return s
+}
+
 // poll asks until it is answered true, or fails with what was seen last.
 func (b *bench) poll(wanted string, ask func() (seen string, ok bool)) {
 	b.Helper()
@@ -210,6 +234,33 @@ func (b *bench) logs(name string, options backends.LogOptions) (string, error) {
 	defer r.Close()
 	text, err := io.ReadAll(r)
 	return string(text), err
+}
+
+// follow begins to follow a log, and returns what waits for the end of it and tells all that it said.
+func (b *bench) follow(name string) (end func() string) {
+	b.Helper()
+	r, err := b.backend.Logs(b.Context(), name, backends.LogOptions{Follow: true})
+	if err != nil {
+		b.Fatalf("following the log of %s: %v", name, err)
+	}
+	b.Cleanup(func() { _ = r.Close() }) // it has ended, or the test has failed
+	said := make(chan string, 1)
+	go func() {
+		text, err := io.ReadAll(r)
+		if err != nil {
+			text = fmt.Append(text, "error: ", err)
+		}
+		said <- string(text)
+	}()
+	return func() (text string) {
+		b.Helper()
+		select {
+		case text = <-said:
+		case <-time.After(patience):
+			b.Fatalf("the log of %s goes on although the workload is removed", name)
+		}
+		return text
+	}
 }
 
 // line waits until a workload has written a line that starts with prefix, and returns the rest of the last such line.

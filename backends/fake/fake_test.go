@@ -64,11 +64,7 @@ type imagined struct {
 
 func (i *imagined) run(p *fake.Process) (code int, ended bool) {
 	if p.Argv == nil { // it is told to stop
-		for _, step := range p.Workload.Run.Args {
-			if path, ok := strings.CutPrefix(step, "trap "); ok {
-				i.append(p, path, "stopped\n")
-			}
-		}
+		fmt.Fprintln(&p.Out, "stopped")
 		return 0, true
 	}
 	for _, step := range p.Argv {
@@ -79,7 +75,7 @@ func (i *imagined) run(p *fake.Process) (code int, ended bool) {
 			return code, true
 		case "tick":
 			return 0, false
-		case "wait", "trap":
+		case "wait":
 			fmt.Fprintln(&p.Out, "waiting")
 			return 0, false
 		default:

@@ -19,7 +19,6 @@
 //	exit CODE             ends
 //	serve NAME            "serving NAME", and answers HTTP on the port KMO_PORT_NAME until it ends; goes on to the next step
 //	wait                  "waiting", until it is told to stop: then "stopped" and status 0
-//	trap PATH             as wait, and appends "stopped" to PATH before it ends
 //
 // It uses no net/http, which would make the WebAssembly build three times as large.
 package main
@@ -84,9 +83,7 @@ func run(verb, rest string) {
 	case "serve":
 		serve(first)
 	case "wait":
-		wait(func() { fmt.Println("stopped") })
-	case "trap":
-		wait(func() { file("append", first, "stopped\n") })
+		wait()
 	default:
 		file(verb, first, second)
 	}
