@@ -122,7 +122,7 @@ func TestExample(t *testing.T) {
 	if err != nil || len(found) != 1 {
 		t.Fatalf("found %v, error %v", found, err)
 	}
-	o := Options{Name: "list", Found: &found[0], Env: []string{"LIST=" + list}, Dir: shortDir(t)}
+	o := Options{Name: "list", Found: &found[0], Env: []string{"KMO_STATE=" + list}, Dir: shortDir(t)}
 	c := open(t, o)
 	w := workload("relay-1")
 	if err := c.Apply(t.Context(), w); err != nil {
@@ -174,7 +174,7 @@ func swapped(t *testing.T, found Found, text []byte) {
 	plant(t, filepath.Dir(found.Path), "list", "#!/bin/sh\necho swapped\n")
 	run := exec.Cmd{Path: pathOf(file), Args: []string{found.Path}}
 	output, _ := run.CombinedOutput()
-	if !strings.Contains(string(output), "no list") {
+	if !strings.Contains(string(output), "This binary is a plugin") {
 		t.Errorf("what ran is not what was checked: %s", output)
 	}
 }

@@ -2,7 +2,7 @@
 //
 // The plugin's side is one call, which returns when the agent lets go of it:
 //
-//	func main() { plugin.Serve(myBackend, slog.Default()) }
+//	func main() { plugin.Serve(myBackend, nil) }
 //
 // The agent's side is [Open], whose [Client] is a backends.Backend like any other. It starts the plugin as a child, starts it
 // again when it died, and ends it with Close, which no workload notices. The wire is hashicorp/go-plugin with gRPC
@@ -58,8 +58,11 @@ func handshake() goplugin.HandshakeConfig {
 }
 
 // Serve offers a backend to the agent that started this process, and returns when that agent lets go of it. A process that was
-// not started by an agent is told so on stderr and ends with status 1.
+// not started by an agent is told so on stderr and ends with status 1. A nil logger is slog.Default.
 func Serve(b backends.Backend, logger *slog.Logger) {
+	if logger == nil {
+		logger = slog.Default()
+	}
 	lines := &lineLog{say: func(level slog.Level, line string) { logger.Log(context.Background(), level, line) }}
 	goplugin.Serve(&goplugin.ServeConfig{
 		HandshakeConfig: handshake(),
