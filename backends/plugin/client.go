@@ -313,7 +313,7 @@ func (c *Client) mourn(lived time.Duration, how string) {
 
 // start starts a process and shakes hands with it.
 func (c *Client) start(ctx context.Context) (_ *session, err error) {
-	path, args, file, err := c.program()
+	program, file, err := c.program()
 	if err != nil {
 		return nil, err
 	}
@@ -324,7 +324,7 @@ func (c *Client) start(ctx context.Context) (_ *session, err error) {
 		c.options.Logger.Log(context.Background(), level, line, "backend", c.options.Name)
 	}
 	s := &session{since: c.now(), lines: &lineLog{say: say}, proc: newProcess(c.options.Memory)}
-	config := c.config(s, path, args)
+	config := c.config(s, program)
 	s.client = goplugin.NewClient(config)
 	deadline, cancel := context.WithTimeoutCause(ctx, c.options.StartTime, fmt.Errorf("not ready in %v", c.options.StartTime))
 	defer cancel()
@@ -383,24 +383,26 @@ func (s *session) startError(deadline context.Context, err error) error {
 	return errors.New(text)
 }
 
-// program is what is to be run. The file, if there is one, must stay open until it runs.
-func (c *Client) program() (path string, args []string, file *os.File, err error) {
+// program is the command that is to be run. The file, if there is one, must stay open until it runs.
+func (c *Client) program() (cmd *exec.Cmd, file *os.File, err error) {
 	if c.options.Found == nil {
-		return c.options.Cmd[0], c.options.Cmd, nil, nil
+		return &exec.Cmd{Path: c.options.Cmd[0], Args: c.options.Cmd, Dir: "/"}, nil, nil
 	}
 	file, err = c.options.Found.open()
 	if err != nil {
-		return "", nil, nil, err
+		return nil, nil, err
 	}
-	return pathOf(file), []string{c.options.Found.Path}, file, nil
+	cmd = &exec.Cmd{Args: []string{c.options.Found.Path}, Dir: "/"}
+	runFile(cmd, file)
+	return cmd, file, nil
 }
 
 // config is go-plugin's, with our own runner: a plain environment, a group of its own, one folder for the socket.
-func (c *Client) config(s *session, path string, args []string) *goplugin.ClientConfig {
+func (c *Client) config(s *session, program *exec.Cmd) *goplugin.ClientConfig {
 	run := func(_ hclog.Logger, cmd *exec.Cmd, dir string) (runner.Runner, error) {
-		s.proc.dir = dir
-		s.proc.cmd = &exec.Cmd{Path: path, Args: args, Dir: "/", Env: append(cmd.Env, "PATH="+plainPath, "TMPDIR="+dir)}
-		s.proc.cmd.Env = append(s.proc.cmd.Env, c.options.Env...)
+		s.proc.dir, s.proc.cmd = dir, program
+		program.Env = append(cmd.Env, "PATH="+plainPath, "TMPDIR="+dir)
+		program.Env = append(program.Env, c.options.Env...)
 		return s.proc, nil
 	}
 	return &goplugin.ClientConfig{

@@ -158,6 +158,39 @@ func TestExample(t *testing.T) {
 	t.Run("T71 U-41 binary swapped after the check", func(t *testing.T) { swapped(t, found[0], text) })
 }
 
+// TestScripts are plugins whose first line names their interpreter, which must find them.
+func TestScripts(t *testing.T) {
+	for _, tt := range []struct{ name, text, says string }{
+		{"one that becomes a plugin", "exec " + os.Args[0] + " plugin fake " + t.TempDir(), ""},
+		{"one that forges its handshake", "echo '1|1|tcp|127.0.0.1:80|grpc|'; exec sleep 1000", "E_PLUGIN: plugin handshake: tcp 127.0.0.1:80"},
+		{"one that says something else", "echo hello of a script; exec sleep 1000", "Unrecognized remote plugin message: hello of a script"},
+		{"one that dies", "echo its last words >&2; exit 3", "its last words"},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			dir := t.TempDir()
+			pin := plant(t, dir, "fake", "#!/bin/sh\n"+tt.text+"\n")
+			found, err := Find(dir, map[string]string{"fake": pin})
+			if err != nil {
+				t.Fatal(err)
+			}
+			c, err := Open(t.Context(), Options{Name: "fake", Found: &found[0], Dir: shortDir(t)})
+			if tt.says != "" {
+				if err == nil || !strings.Contains(err.Error(), tt.says) {
+					t.Errorf("error %v, want one that says %q", err, tt.says)
+				}
+				return
+			}
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer c.Close()
+			if _, err := c.Fingerprint(t.Context()); err != nil {
+				t.Error(err)
+			}
+		})
+	}
+}
+
 // swapped replaces the program once it was checked, and runs what was checked.
 func swapped(t *testing.T, found Found, text []byte) {
 	if err := os.WriteFile(found.Path, text, 0o755); err != nil {
@@ -172,7 +205,8 @@ func swapped(t *testing.T, found Found, text []byte) {
 		t.Fatal(err)
 	}
 	plant(t, filepath.Dir(found.Path), "list", "#!/bin/sh\necho swapped\n")
-	run := exec.Cmd{Path: pathOf(file), Args: []string{found.Path}}
+	run := exec.Cmd{Args: []string{found.Path}}
+	runFile(&run, file)
 	output, _ := run.CombinedOutput()
 	if !strings.Contains(string(output), "This binary is a plugin") {
 		t.Errorf("what ran is not what was checked: %s", output)

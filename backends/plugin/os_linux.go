@@ -71,5 +71,11 @@ func checkPeer(conn *net.UnixConn, pid int) error {
 	return nil
 }
 
-// pathOf names an open file, so that what was checked is what is run, whatever has come to its path since.
+// runFile has a command run an open file: what was checked is what runs, whatever has come to its path since. The command has it as
+// descriptor 3, where the interpreter of a script finds it.
+func runFile(cmd *exec.Cmd, f *os.File) {
+	cmd.Path, cmd.ExtraFiles = "/proc/self/fd/3", []*os.File{f}
+}
+
+// pathOf names an open file to this process.
 func pathOf(f *os.File) string { return "/proc/self/fd/" + strconv.Itoa(int(f.Fd())) }

@@ -11,6 +11,7 @@
 // What a plugin must know:
 //
 //   - Its environment is PATH, TMPDIR, what go-plugin needs, and what Options.Env gives; its stdin is empty.
+//   - It may be a script. Then its interpreter reads it as /proc/self/fd/3, so it must stand alone.
 //   - It is killed with its process group, and dies with the agent. What is to outlive it must be in a session of its own and
 //     must not hold its stdout or stderr.
 //   - What it writes to stderr becomes log lines of the agent: 1 KiB a line, 50 lines a second; more is counted and dropped.
