@@ -34,7 +34,8 @@ const (
 // cache is a folder of machine code, one folder a module. It is written by this process alone: what runs guests only reads.
 type cache struct {
 	dir     string
-	program string // compiles
+	program string        // compiles
+	turn    chan struct{} // holds one token: whoever has it may compile, as that takes all processors and some hundred MiB
 
 	mu   sync.Mutex
 	sums map[string]string // guarded by mu: of a path's state, the hex SHA-256 of what it held then
@@ -63,10 +64,13 @@ func openCache(dir, program string) (*cache, error) {
 			return nil, err
 		}
 	}
-	return &cache{dir: dir, program: program, sums: map[string]string{}}, nil
+	c := &cache{dir: dir, program: program, turn: make(chan struct{}, 1), sums: map[string]string{}}
+	c.turn <- struct{}{}
+	return c, nil
 }
 
-// ready compiles a module if that was not done before by this version of wazero. A module that cannot be compiled is a *moduleError.
+// ready compiles a module if that was not done before by this version of wazero, or its machine code is damaged. A module that cannot be
+// compiled is a *moduleError.
 func (c *cache) ready(ctx context.Context, module string, user int) (code, error) {
 	f, err := os.Open(module)
 	if err != nil {
@@ -78,14 +82,11 @@ func (c *cache) ready(ctx context.Context, module string, user int) (code, error
 		return code{}, err
 	}
 	dir := filepath.Join(c.dir, sum+"-"+wazeroVersion())
-	if _, err := os.Stat(dir); errors.Is(err, os.ErrNotExist) {
-		if err := c.compile(ctx, f, dir, user); err != nil {
-			return code{}, err
-		}
-		if err := c.prune(dir); err != nil {
-			return code{}, err
-		}
-	} else if err != nil {
+	whole, err := readSum(dir)
+	if errors.Is(err, os.ErrNotExist) {
+		whole, err = c.fill(ctx, f, dir, user)
+	}
+	if err != nil {
 		return code{}, err
 	}
 	now := time.Now()
@@ -96,8 +97,39 @@ func (c *cache) ready(ctx context.Context, module string, user int) (code, error
 	if err != nil {
 		return code{}, err
 	}
-	whole, err := os.ReadFile(filepath.Join(dir, sumFile))
-	return code{dir, string(whole), machine + 2*size}, err
+	return code{dir, whole, machine + 2*size}, nil
+}
+
+// fill has a module compiled when its turn has come, unless whoever had it before did that.
+func (c *cache) fill(ctx context.Context, module *os.File, dir string, user int) (sum string, err error) {
+	select {
+	case <-c.turn:
+		defer func() { c.turn <- struct{}{} }()
+	case <-ctx.Done():
+		return "", ctx.Err()
+	}
+	if sum, err := readSum(dir); !errors.Is(err, os.ErrNotExist) {
+		return sum, err
+	}
+	if err := os.RemoveAll(dir); err != nil { // damaged
+		return "", err
+	}
+	if err := c.compile(ctx, module, dir, user); err != nil {
+		return "", err
+	}
+	if err := c.prune(dir); err != nil {
+		return "", err
+	}
+	return readSum(dir)
+}
+
+// readSum is the sum beside the machine code in a folder. One that is not whole is as good as none.
+func readSum(dir string) (string, error) {
+	sum, err := os.ReadFile(filepath.Join(dir, sumFile))
+	if err == nil && len(sum) != hex.EncodedLen(sha256.Size) {
+		err = fmt.Errorf("%s: %d bytes: %w", filepath.Join(dir, sumFile), len(sum), os.ErrNotExist)
+	}
+	return string(sum), err
 }
 
 // codeSum hashes the machine code in a folder.
@@ -201,7 +233,7 @@ func (c *cache) compile(ctx context.Context, module *os.File, dir string, user i
 	if err := os.Rename(half, dir); err != nil && !errors.Is(err, os.ErrExist) {
 		return err
 	}
-	return nil // or another call was quicker, with the same result
+	return nil // or a process that was about to end was quicker, with the same result
 }
 
 // publish takes the folder from the user who filled it and lets everybody read it.

@@ -35,6 +35,8 @@
 // and those of its runner are not its own. WASI has no signals: a guest is told nothing before its end, so exit hooks are the place for
 // last things.
 //
+// Time is bounded for hooks and compiling, not for a guest: one that spins has its share of the processor, from its start on.
+//
 // A status is the guest's own, but 247 is told as 246. 134 is a trap, told in the log, 70 an error of the runner.
 //
 // # State
@@ -44,7 +46,7 @@
 //	                              which every runner checks; the newest 32
 //	base/                         the empty tree that is below every guest's
 //
-// A module is compiled once, by a process without rights that can write to one empty folder; that folder is then renamed
+// A module is compiled once, and one at a time, by a process without rights that can write to one empty folder; that folder is then renamed
 // into place. Runners may only read it. The newest is the most recently started.
 package wasm
 

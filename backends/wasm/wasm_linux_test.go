@@ -37,12 +37,28 @@ func over(t testing.TB, state string) *Backend {
 func TestConformance(t *testing.T) {
 	conformance.Test(t, func(t *testing.T) conformance.Subject {
 		state := shareModules(t)
+		var present *Backend
 		return conformance.Subject{
-			Open:   func(t *testing.T) backends.Backend { return over(t, state) },
+			Open: func(t *testing.T) backends.Backend {
+				present = over(t, state)
+				return present
+			},
 			Images: map[backends.Format]backends.Image{backends.WASM: {Content: binaries.program}},
 			Leaks:  func(t *testing.T) []string { return leaks(t, state) },
+			Damage: func(t *testing.T, _ backends.Workload) { damage(t, present) },
 		}
 	})
+}
+
+// damage cuts off a guest's machine code, so that it could not go on, and ends the guest.
+func damage(t *testing.T, b *Backend) {
+	guest := only(t, b)
+	if err := os.Remove(filepath.Join(machineCode(t, binaries.program).dir, sumFile)); err != nil {
+		t.Fatal(err)
+	}
+	if err := syscall.Kill(guest.PID, syscall.SIGKILL); err != nil {
+		t.Fatal(err)
+	}
 }
 
 // shareModules makes a state folder that has the test's modules compiled already.
@@ -218,6 +234,30 @@ func TestSpinningGuestIsRemovedWithinGrace(t *testing.T) {
 	}
 	if took := time.Since(begin); took > w.Run.Grace {
 		t.Errorf("it took %v, its grace is %v", took, w.Run.Grace)
+	}
+}
+
+// A module that spins before it has begun keeps neither Apply nor Remove: it is a guest like any other.
+func TestSpinningStartHoldsNobody(t *testing.T) {
+	b := over(t, t.TempDir())
+	spins := []byte{10, 1, 7, 0, 0x03, 0x40, 0x0c, 0, 0x0b, 0x0b} // the code of one function: loop, branch to it
+	path := filepath.Join(t.TempDir(), "module.wasm")
+	text := module([]byte{1, 1, 0x60, 0, 0}, []byte{3, 1, 0}, section(sectionExport, exported(startFunction, 0)), []byte{8, 0}, spins)
+	if err := os.WriteFile(path, text, 0o644); err != nil { // others run it
+		t.Fatal(err)
+	}
+	w := workload(path)
+	begin := time.Now()
+	apply(t, b, w)
+	until(t, "it uses the processor", func() (string, bool) {
+		s := only(t, b)
+		return fmt.Sprintf("%+v", s), s.State == backends.Running && s.Restarts == 0 && s.Usage.CPU > 300*time.Millisecond
+	})
+	if err := b.Remove(t.Context(), w.Name); err != nil {
+		t.Fatal(err)
+	}
+	if took := time.Since(begin); took > 20*time.Second {
+		t.Errorf("it took %v", took)
 	}
 }
 
