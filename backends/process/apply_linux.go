@@ -430,33 +430,39 @@ func (k *Keeper) choosePorts(w backends.Workload) (ports []int, err error) {
 }
 
 // settlePorts sees that every port of a workload is the program's to have: what answered there would pass for it. One that is taken
-// is asked for a little longer, as what held it may just have ended. Then one that was chosen is chosen anew; for one that the unit
-// names there is nothing to do but wait, and who holds it is no fault of the unit's.
+// is asked for a little longer, as what held it may just have ended. For one that the unit names there is nothing to do then but wait,
+// and who holds it is no fault of the unit's. When all of those are free, the others are chosen anew if one of them is taken.
 func (k *Keeper) settlePorts(ctx context.Context, e *entry) (changed bool, err error) {
 	r := &e.record
 	for i, p := range r.Workload.Run.Ports {
-		port := r.Ports[i]
+		port, chosen := r.Ports[i], max(p.Port, p.Host) == 0
+		if chosen && changed {
+			continue // looked at when it is chosen
+		}
 		err := freePort(port)
 		for deadline := time.Now().Add(portTime); errors.Is(err, unix.EADDRINUSE) && time.Now().Before(deadline) && ctx.Err() == nil; err = freePort(port) {
 			time.Sleep(portTime / 10)
 		}
 		switch {
-		case errors.Is(err, unix.EADDRINUSE) && max(p.Port, p.Host) == 0:
-			ports, err := k.choosePorts(r.Workload)
-			if err != nil {
-				return false, err
-			}
-			e.mu.Lock()
-			e.record.Ports = ports
-			e.mu.Unlock()
-			return true, nil // just found free; a fixed one that is not is met by the program
+		case errors.Is(err, unix.EADDRINUSE) && chosen:
+			changed = true
 		case errors.Is(err, unix.EADDRINUSE):
 			return false, fmt.Errorf("%s: port %s: port %d is taken by another program of this host", e.name, p.Name, port)
 		case err != nil:
 			return false, fmt.Errorf("%s: port %s: %v", e.name, p.Name, err)
 		}
 	}
-	return false, nil
+	if !changed {
+		return false, nil
+	}
+	ports, err := k.choosePorts(r.Workload)
+	if err != nil {
+		return false, err
+	}
+	e.mu.Lock()
+	e.record.Ports = ports
+	e.mu.Unlock()
+	return true, nil
 }
 
 // freePort returns EADDRINUSE for a port on which anybody listens, on whatever address.

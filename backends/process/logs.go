@@ -149,10 +149,18 @@ func readLog(ctx, keeper context.Context, dir string, options backends.LogOption
 	}
 	tail := options.Tail
 	var readers []io.Reader
+	var end int64 // of what is read of now; what follows begins there
 	for i := len(parts) - 1; i >= 0; i-- {
-		section, lines, err := lastLines(parts[i], tail)
+		found, err := parts[i].Stat()
 		if err != nil {
 			return nil, errors.Join(err, closeAll(parts))
+		}
+		section, lines, err := lastLines(parts[i], found.Size(), tail)
+		if err != nil {
+			return nil, errors.Join(err, closeAll(parts))
+		}
+		if parts[i] == now {
+			end = found.Size()
 		}
 		readers = append([]io.Reader{section}, readers...)
 		if options.Tail > 0 {
@@ -165,10 +173,6 @@ func readLog(ctx, keeper context.Context, dir string, options backends.LogOption
 	if !options.Follow {
 		return &parted{text, parts}, nil
 	}
-	found, err := now.Stat()
-	if err != nil {
-		return nil, errors.Join(err, closeAll(parts))
-	}
 	r, w := io.Pipe()
 	ctx, cancel := context.WithCancel(ctx)
 	go func() {
@@ -176,7 +180,7 @@ func readLog(ctx, keeper context.Context, dir string, options backends.LogOption
 		defer context.AfterFunc(keeper, cancel)()
 		_, err := io.Copy(w, text)
 		if err == nil {
-			err = follow(ctx, w, now, found.Size())
+			err = follow(ctx, w, now, end)
 		}
 		w.CloseWithError(errors.Join(err, closeAll(parts)))
 	}()
@@ -209,13 +213,9 @@ func closeAll(files []*os.File) (err error) {
 	return err
 }
 
-// lastLines is the part of a file, as long as it is now, with its last n lines; all of it for n = 0.
-func lastLines(f *os.File, n int) (section io.Reader, lines int, err error) {
-	found, err := f.Stat()
-	if err != nil {
-		return nil, 0, err
-	}
-	text, err := solid(f, 0, found.Size(), math.MaxInt64)
+// lastLines is the part of a file's first size bytes with their last n lines; all of them for n = 0.
+func lastLines(f *os.File, size int64, n int) (section io.Reader, lines int, err error) {
+	text, err := solid(f, 0, size, math.MaxInt64)
 	if err != nil {
 		return nil, 0, err
 	}

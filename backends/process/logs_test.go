@@ -1,8 +1,11 @@
 package process
 
 import (
+	"bufio"
+	"bytes"
 	"context"
 	"errors"
+	"fmt"
 	"io"
 	"os"
 	"path/filepath"
@@ -130,6 +133,57 @@ func TestFollowEndsAtClose(t *testing.T) {
 		"the reader": func(r io.Closer, _ func()) error { return r.Close() }, "the keeper": func(_ io.Closer, keeper func()) error { keeper(); return nil },
 	} {
 		t.Run(name, func(t *testing.T) { followEnds(t, end) })
+	}
+}
+
+// What is written while a log is opened to be followed is read once.
+func TestFollowMissesNothing(t *testing.T) {
+	dir := t.TempDir()
+	if err := os.WriteFile(filepath.Join(dir, olderFile), bytes.Repeat([]byte("y"), 16<<20), 0o600); err != nil { // to be looked through, which takes a while
+		t.Fatal(err)
+	}
+	f, err := openLog(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	stop, begun, ended := make(chan struct{}), make(chan struct{}), make(chan int)
+	go func() {
+		n := 0
+		for ; ; n++ {
+			select {
+			case <-stop:
+				ended <- n
+				return
+			default:
+			}
+			if _, err := fmt.Fprintf(f, "\nline %d", n); err != nil {
+				t.Error(err)
+			}
+			if n == 0 {
+				close(begun)
+			}
+		}
+	}()
+	<-begun
+	r, err := readLog(t.Context(), t.Context(), dir, backends.LogOptions{Follow: true, Tail: 1 << 30})
+	close(stop)
+	lines := <-ended
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer r.Close()
+	if _, err := f.WriteString("\nend\n"); err != nil {
+		t.Fatal(err)
+	}
+	text := bufio.NewReader(r)
+	if _, err := text.ReadString('\n'); err != nil {
+		t.Fatal(err)
+	}
+	for n := range lines {
+		if got, err := text.ReadString('\n'); err != nil || got != fmt.Sprintf("line %d\n", n) {
+			t.Fatalf("got %.200q, %v; want line %d of %d", got, err, n, lines)
+		}
 	}
 }
 

@@ -160,6 +160,35 @@ func TestChosenPortIsTaken(t *testing.T) {
 	})
 }
 
+// Where a stranger has both, the port that the unit names is waited for, though another could be chosen for the first.
+func TestNamedPortIsTakenToo(t *testing.T) {
+	k := fresh(t)
+	free, port := listen(t, "127.0.0.1:0")
+	if err := free.Close(); err != nil {
+		t.Fatal(err)
+	}
+	w := workload("web", "wait")
+	w.Run.Ports = []backends.Port{{Name: "other"}, {Name: "http", Port: port}}
+	apply(t, k, w)
+	first := status(t, k, w.Name)
+	listen(t, first.Addresses[0].Address)
+	stranger, _ := listen(t, first.Addresses[1].Address)
+	if err := syscall.Kill(first.PID, syscall.SIGKILL); err != nil {
+		t.Fatal(err)
+	}
+	until(t, "no start beside a stranger", func() (string, bool) {
+		s := status(t, k, w.Name)
+		return s.Detail, s.State == backends.Backoff && s.PID == 0 && strings.Contains(s.Detail, fmt.Sprintf("port http: port %d is taken", port))
+	})
+	if err := stranger.Close(); err != nil {
+		t.Fatal(err)
+	}
+	until(t, "a start on another port and the named one", func() (string, bool) {
+		s := status(t, k, w.Name)
+		return fmt.Sprint(s.Addresses, s.Detail), s.State == backends.Running && s.Addresses[0] != first.Addresses[0] && s.Addresses[1] == first.Addresses[1]
+	})
+}
+
 // A program binds its own ports, or one that the kernel gives it. Go's listeners are of multipath TCP where there is such a thing.
 func TestPortsOfOthers(t *testing.T) {
 	k := fresh(t)

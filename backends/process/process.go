@@ -87,8 +87,7 @@ type Program struct {
 	Root string // folder that becomes the read-only root; "" is a root with nothing in it
 	// Binds are files and folders of this host to be seen inside. They are the backend's own and may be links.
 	Binds []Bind
-	Files []backends.File // beside the workload's own, which win
-	Argv  []string        // Argv[0] without a slash is looked up in the root's PATH
+	Argv  []string // Argv[0] without a slash is looked up in the root's PATH
 	Env   map[string]string
 	Dir   string // "" is /
 }

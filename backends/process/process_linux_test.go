@@ -424,6 +424,24 @@ func TestFilesAndMounts(t *testing.T) {
 			t.Fatalf("got %v, want a *StartError", err)
 		}
 	})
+	t.Run("U-05 a mount by way of a link in a kept path", func(t *testing.T) {
+		bad := workload("planted", "wait")
+		bad.Format, bad.Image.Content = backends.OCI, oci(t)
+		bad.Overlay.Keep = []string{"/keep"}
+		bad.Mounts = []backends.Mount{{From: host, To: "/deep"}}
+		kept := k.keptPath(bad.Unit, "/keep")
+		for _, err := range []error{
+			os.Symlink("/keep/sub", filepath.Join(bad.Image.Content, "deep")), os.MkdirAll(kept, 0o755), os.Symlink(t.TempDir(), filepath.Join(kept, "sub")),
+		} {
+			if err != nil {
+				t.Fatal(err)
+			}
+		}
+		var fault *backends.StartError
+		if err := k.Apply(t.Context(), bad); !errors.As(err, &fault) || !strings.Contains(err.Error(), "/deep: in the image it is /keep/sub, within /keep") {
+			t.Fatalf("got %v, want a *StartError", err)
+		}
+	})
 	t.Run("T42 paths", func(t *testing.T) {
 		for _, change := range []func(*backends.Workload){
 			func(w *backends.Workload) { w.Files[0].To = "/etc/../x" },

@@ -202,7 +202,7 @@ func (k *Keeper) orders(w backends.Workload, p Program, dir string) (o stage.Ord
 	for _, m := range w.Mounts {
 		root.Binds = append(root.Binds, stage.Bind{From: m.From, To: m.To, Writable: !m.ReadOnly, Strict: true})
 	}
-	for _, f := range append(slices.Clone(p.Files), w.Files...) {
+	for _, f := range w.Files {
 		root.Files = append(root.Files, stage.File(f))
 	}
 	o.Root = root

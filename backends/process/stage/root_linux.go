@@ -23,8 +23,9 @@ const safe = unix.MS_NOSUID | unix.MS_NODEV
 // build mounts the root and makes it ours. All of it lies in our own mount namespace and goes with it.
 //
 // Mount points and files are made in a layer above the content, never in the content. The content's links are resolved on paper,
-// within the content; what is made in the layer are real folders and files, so that no later mount follows a link. The layer is
-// reached through an [os.Root] alone, and its own links, those of /dev, are made last.
+// within the content; what is made in the layer are real folders and files, and none of them lies in another mount, which may hold
+// links that a program has left there. The layer is reached through an [os.Root] alone, and its own links, those of /dev, are made
+// last; where something is mounted, no link is followed at all.
 func (r *Root) build() error {
 	if err := unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, ""); err != nil {
 		return fmt.Errorf("making mounts private: %v", err)
@@ -77,10 +78,14 @@ func (r *Root) points(layer string) ([]source, error) {
 	if err := r.own(top); err != nil {
 		return nil, err
 	}
+	var places []place
 	for i := range r.Files {
-		if err := r.file(top, &r.Files[i]); err != nil {
+		f := &r.Files[i]
+		asked := f.To
+		if err := r.file(top, f); err != nil {
 			return nil, err
 		}
+		places = append(places, place{asked, f.To})
 	}
 	var sources []source
 	for _, bind := range r.Binds {
@@ -95,7 +100,10 @@ func (r *Root) points(layer string) ([]source, error) {
 		if s.to, err = r.point(top, bind.To, found.Mode&unix.S_IFMT == unix.S_IFDIR); err != nil {
 			return nil, err
 		}
-		sources = append(sources, s)
+		sources, places = append(sources, s), append(places, place{bind.To, s.to})
+	}
+	if err := apart(places); err != nil {
+		return nil, err
 	}
 	for _, link := range [][2]string{{"fd", "/proc/self/fd"}, {"stdin", "fd/0"}, {"stdout", "fd/1"}, {"stderr", "fd/2"}} {
 		if err := top.Symlink(link[1], "dev/"+link[0]); err != nil {
@@ -103,6 +111,21 @@ func (r *Root) points(layer string) ([]source, error) {
 		}
 	}
 	return sources, nil
+}
+
+// place is a path inside, as it was asked for and where the content's links lead.
+type place struct{ asked, to string }
+
+// apart blames who has one thing at or below the path of another, whether by asking so or by links.
+func apart(places []place) error {
+	for i, inner := range places {
+		for j, outer := range places {
+			if i != j && strings.HasPrefix(inner.to+"/", outer.to+"/") {
+				return blame{fmt.Errorf("%s: in the image it is %s, within %s, which is %s; want neither to lie in the other", inner.asked, inner.to, outer.asked, outer.to)}
+			}
+		}
+	}
+	return nil
 }
 
 // own makes what is there whatever the content says: /dev and /proc, which hide a link of the content in their place, and, where
@@ -260,7 +283,7 @@ func (r *Root) merge(layer, merged string) error {
 	if r.Content != "" {
 		return overlay(merged, safe|unix.MS_RDONLY, "lowerdir="+lower)
 	}
-	return bind(layer, merged, safe|unix.MS_RDONLY)
+	return bind(layer, r.Scratch, filepath.Base(merged), safe|unix.MS_RDONLY)
 }
 
 func overlay(at string, flags uintptr, options string) error {
@@ -277,17 +300,17 @@ func escape(p string) string {
 
 // populate mounts what comes from outside the content.
 func (r *Root) populate(layer, merged string, sources []source) error {
-	if err := unix.Mount("proc", filepath.Join(merged, "proc"), "proc", safe|unix.MS_NOEXEC|unix.MS_RDONLY, ""); err != nil {
+	if err := mount("proc", merged, "/proc", "proc", safe|unix.MS_NOEXEC|unix.MS_RDONLY); err != nil {
 		return fmt.Errorf("mounting proc: %v", err)
 	}
 	for _, device := range Devices() {
-		if err := unix.Mount("/dev/"+device, filepath.Join(merged, "dev", device), "", unix.MS_BIND, ""); err != nil {
+		if err := mount("/dev/"+device, merged, "/dev/"+device, "", unix.MS_BIND); err != nil {
 			return fmt.Errorf("binding /dev/%s: %v", device, err)
 		}
 	}
 	if r.Size > 0 { // without, the whole layer is read-only already
 		for _, f := range r.Files {
-			if err := bind(filepath.Join(layer, f.To), filepath.Join(merged, f.To), safe|unix.MS_RDONLY); err != nil {
+			if err := bind(filepath.Join(layer, f.To), merged, f.To, safe|unix.MS_RDONLY); err != nil {
 				return err
 			}
 		}
@@ -297,21 +320,36 @@ func (r *Root) populate(layer, merged string, sources []source) error {
 		if !s.bind.Writable {
 			flags |= unix.MS_RDONLY
 		}
-		if err := bind("/proc/self/fd/"+strconv.Itoa(s.fd), filepath.Join(merged, s.to), flags); err != nil {
+		if err := bind("/proc/self/fd/"+strconv.Itoa(s.fd), merged, s.to, flags); err != nil {
 			return fmt.Errorf("%s: %v", s.bind.From, err)
 		}
 	}
 	return nil
 }
 
-func bind(from, to string, flags uintptr) error {
-	if err := unix.Mount(from, to, "", unix.MS_BIND, ""); err != nil {
+func bind(from, top, to string, flags uintptr) error {
+	if err := mount(from, top, to, "", unix.MS_BIND); err != nil {
 		return fmt.Errorf("binding %s: %v", to, err)
 	}
-	if err := unix.Mount("", to, "", unix.MS_BIND|unix.MS_REMOUNT|flags, ""); err != nil {
+	if err := mount("", top, to, "", unix.MS_BIND|unix.MS_REMOUNT|flags); err != nil {
 		return fmt.Errorf("binding %s again: %v", to, err)
 	}
 	return nil
+}
+
+// mount mounts at a path below top. The path has no link in it, and the kernel looks it up no second time.
+func mount(from, top, to, kind string, flags uintptr) error {
+	root, err := unix.Open(top, unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return err
+	}
+	defer unix.Close(root)
+	at, err := unix.Openat2(root, inLayer(to), &unix.OpenHow{Flags: unix.O_PATH | unix.O_CLOEXEC, Resolve: unix.RESOLVE_BENEATH | unix.RESOLVE_NO_SYMLINKS})
+	if err != nil {
+		return err
+	}
+	defer unix.Close(at)
+	return unix.Mount(from, "/proc/self/fd/"+strconv.Itoa(at), kind, flags, "")
 }
 
 func pivot(root string) error {

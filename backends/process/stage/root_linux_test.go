@@ -7,6 +7,8 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+
+	"golang.org/x/sys/unix"
 )
 
 // Whatever links an image has, making the layer touches nothing outside the layer: not what a descriptor of this process holds, and
@@ -64,6 +66,77 @@ func TestLayerIsNotLeft(t *testing.T) {
 			}
 		})
 	}
+}
+
+// An image's links lead nothing into what is mounted for something else, where a program may have put links of its own; and no two
+// things to one path.
+func TestNothingLiesInAnother(t *testing.T) {
+	host := t.TempDir()
+	binds := func(paths ...string) (list []Bind) {
+		for _, to := range paths {
+			list = append(list, Bind{From: host, To: to, Writable: true})
+		}
+		return list
+	}
+	links := map[string]string{"etc/app": "../keep", "deep": "/keep/sub/deep", "keep": "/var/keep", "loop": "/keep/../keep/x"}
+	for _, test := range []struct {
+		name   string
+		root   Root
+		blamed bool
+	}{
+		{"a bind in a bind by a link", Root{Binds: binds("/keep", "/deep")}, true},
+		{"the other way round", Root{Binds: binds("/deep", "/keep")}, true},
+		{"a bind in a bind by a folder's link", Root{Binds: binds("/var/keep", "/etc/app/sub")}, true},
+		{"a bind in a bind as it was asked", Root{Binds: binds("/var/keep", "/var/keep/sub")}, true},
+		{"two binds at one path", Root{Binds: binds("/keep", "/etc/app")}, true},
+		{"two binds asked at one path", Root{Binds: binds("/mnt", "/mnt")}, true},
+		{"a file in a bind", Root{Binds: binds("/etc/app"), Files: []File{{To: "/loop/token"}}}, true},
+		{"a file where a bind is", Root{Binds: binds("/deep"), Files: []File{{To: "/keep/sub"}}}, true},
+		{"two files at one path", Root{Files: []File{{To: "/keep/token"}, {To: "/etc/app/token"}}}, true},
+		{"side by side", Root{Binds: binds("/keep", "/var/keep2", "/var/kee"), Files: []File{{To: "/var/keep.toml"}, {To: "/etc/relay.toml"}}}, false},
+		{"in the folder for all", Root{Size: 1 << 20, Binds: binds("/tmp/keep"), Files: []File{{To: "/tmp/token"}}}, false},
+		{"over the folder for all", Root{Size: 1 << 20, Binds: binds("/tmp")}, false},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			test.root.Content = content(t, links)
+			if _, err := test.root.points(t.TempDir()); errors.As(err, new(blame)) != test.blamed || !test.blamed && err != nil {
+				t.Errorf("got %v, want blame: %t", err, test.blamed)
+			}
+		})
+	}
+}
+
+// Where something is mounted no link is followed, neither to a place outside nor to one inside.
+func TestMountFollowsNoLink(t *testing.T) {
+	top, away := t.TempDir(), t.TempDir()
+	for _, err := range []error{
+		os.MkdirAll(filepath.Join(top, "real/dir"), 0o755), os.Mkdir(filepath.Join(away, "dir"), 0o755),
+		os.Symlink(away, filepath.Join(top, "away")), os.Symlink("real", filepath.Join(top, "near")), os.Symlink("/proc/self/cwd", filepath.Join(top, "magic")),
+	} {
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	if os.Geteuid() != 0 {
+		t.Skip("mounting needs root")
+	}
+	OnThread(func() {
+		if err := errors.Join(unix.Unshare(unix.CLONE_FS|unix.CLONE_NEWNS), unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, "")); err != nil {
+			t.Errorf("a mount namespace: %v", err)
+			return
+		}
+		for _, to := range []string{"/away", "/away/dir", "/near", "/near/dir", "/magic", "/real/../../x"} {
+			if err := mount("tmpfs", top, to, "tmpfs", safe); !errors.Is(err, unix.ELOOP) && !errors.Is(err, unix.EXDEV) {
+				t.Errorf("%s: %v, want ELOOP or EXDEV", to, err)
+			}
+		}
+		if err := bind(away, top, "/real/dir", safe|unix.MS_RDONLY); err != nil {
+			t.Errorf("/real/dir: %v", err)
+		}
+		if err := os.Mkdir(filepath.Join(top, "real/dir/new"), 0o755); !errors.Is(err, unix.EROFS) {
+			t.Errorf("a folder in a read-only bind: %v, want EROFS", err)
+		}
+	})
 }
 
 // /dev and /proc are folders of our own, wherever the image's lead.
