@@ -292,6 +292,52 @@ func TestT17Consumed(t *testing.T) {
 	})
 }
 
+// TestNoBase merges two sides on each of which a content has come and gone: an approval from any commit would be consumed.
+func TestNoBase(t *testing.T) {
+	w, running, _ := tiered(t, "1", nil)
+	version := func(v string) Commit {
+		w.files["units/bus/unit.yaml"] = "tier: 1\nv: " + v + "\n"
+		w.now = w.now.Add(time.Second) // or the two sides would be one
+		return w.commit("alice", "", v)
+	}
+	base := func(head Commit) (string, error) {
+		units, err := w.v.Compare(running, head)
+		if err != nil {
+			t.Fatal(err)
+		}
+		u := factsOf(t, Facts{Units: units}, "bus")
+		return Base(context.Background(), running, head, &u, w)
+	}
+	w.git("checkout", "-q", "-b", "side", running.ID)
+	version("2")
+	side := version("1")
+	w.git("checkout", "-q", "-B", "main", running.ID)
+	version("2")
+	gone := version("1")
+	version("2")
+	w.git("-c", "user.signingkey="+w.keyFile("alice"), "merge", "-q", "-S", "-s", "ours", "-m", "merge", "side")
+	head := w.at(w.git("rev-parse", "HEAD"))
+	id, err := base(head)
+	if r := refusal.Of(err); id != "" || r == nil || r.Code != "E_APPROVAL_CONSUMED" || !strings.Contains(r.Got, gone.ID) && !strings.Contains(r.Got, side.ID) {
+		t.Errorf("got %s, %v; want E_APPROVAL_CONSUMED with the commit that is a way back", id, err)
+	}
+	for _, from := range []string{running.ID, gone.ID, side.ID} {
+		w.approve(running, head, "bus", func(p *Predicate) { p.Base = from }, "bob", "carol")
+		if got := w.verify(running, w.commit("alice", "", "approved from "+from), "bus"); got.Missing() != 2 {
+			t.Errorf("from %s it does count: %+v", from, got)
+		}
+	}
+	between := version("1") // what the refusal says would pass
+	head = version("2")
+	if id, err = base(head); id != between.ID || err != nil {
+		t.Errorf("got %s, %v; want %s", id, err, between.ID)
+	}
+	w.approve(running, head, "bus", func(p *Predicate) { p.Base = id }, "bob", "carol")
+	if got := w.verify(running, w.commit("alice", "", "approved"), "bus"); got.Missing() != 0 {
+		t.Errorf("%+v", got)
+	}
+}
+
 // TestEnvelopes alters one approval's file, and says what it then is.
 func TestEnvelopes(t *testing.T) {
 	w, running, head := tiered(t, "1", nil)
