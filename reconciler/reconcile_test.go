@@ -512,6 +512,38 @@ func (w *world) approvePolicy() {
 	w.push("approved")
 }
 
+// TestClockBehind: a clock that was ahead once leaves the trusted time there, and whoever looks at the host is told.
+func TestClockBehind(t *testing.T) {
+	story(t, func(t *testing.T, w *world) {
+		var log strings.Builder
+		var ahead time.Duration
+		w.r.Logger = slog.New(slog.NewTextHandler(&log, nil))
+		w.r.Trust.Clock = func() time.Time { return time.Now().Add(ahead) }
+		w.unit("relay", "1", "")
+		w.push("v1")
+		if rec := w.reconcile(Converged); rec.Clock != "" {
+			t.Errorf("%q of a clock that is right", rec.Clock)
+		}
+		ahead = time.Hour
+		w.unit("relay", "2", "")
+		w.push("v2")
+		w.reconcile(Converged)
+		ahead = 0
+		for range 3 {
+			if rec := w.reconcile(Converged); !strings.HasPrefix(rec.Clock, "E_TIME: ") || rec.Clock != w.journal.rec.Clock {
+				t.Errorf("%q, in the journal %q; want E_TIME", rec.Clock, w.journal.rec.Clock)
+			}
+		}
+		if n := strings.Count(log.String(), "level=WARN"); n != 1 || !strings.Contains(log.String(), "E_TIME: the clock is behind the trusted time ") {
+			t.Errorf("%d warnings, want one of E_TIME:\n%s", n, log.String())
+		}
+		time.Sleep(time.Hour)
+		if rec := w.reconcile(Converged); rec.Clock != "" || w.journal.rec.Clock != "" {
+			t.Errorf("%q of a clock that has come to it", rec.Clock)
+		}
+	})
+}
+
 // TestNoJudgementIsOnRecord: rules that come to no judgement refuse, and the audit log has that decision once for each head.
 func TestNoJudgementIsOnRecord(t *testing.T) {
 	broken, err := policy.Load(rego.Rules(), fstest.MapFS{"broken.rego": {Data: []byte(`package site

@@ -79,7 +79,7 @@ func (v *Verifier) Verify(ctx context.Context, running, head Commit, h History) 
 	}
 	j := &judgement{v: v, state: state, running: running, head: head, history: h}
 	j.facts = Facts{Commit: head.ID, Base: state.Accepted.Commit, Time: v.now(state)}
-	if late := j.facts.Time.Sub(v.clock()); late > clockSlack {
+	if late := v.late(state); late > clockSlack {
 		j.facts.Warnings = append(j.facts.Warnings, fmt.Sprintf("E_TIME: the clock is %v behind the trusted time %s", late.Round(time.Second), j.facts.Time.Format(time.RFC3339)))
 	}
 	if j.root, err = v.root(head.Tree); err != nil {
