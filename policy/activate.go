@@ -18,6 +18,7 @@ import (
 	"github.com/open-policy-agent/opa/v1/topdown"
 
 	"github.com/kindos/kmo/policy/refusal"
+	"github.com/kindos/kmo/policy/trust"
 	shipped "github.com/kindos/kmo/rego"
 )
 
@@ -131,6 +132,31 @@ func (s *Set) tryAll(c *corpus, id string, patches map[string][]operation, trip 
 		}
 	}
 	return nil
+}
+
+// WayOut refuses a set whose site rules deny each of some changes, all of them ways to one end, which the set would judge once it is active: they
+// touch no unit, and what the shipped rules say of them is not asked. what names the end, and input is the change that brings the set.
+func (s *Set) WayOut(ctx context.Context, input Input, what string, ways []trust.Facts) error {
+	input.Units, input.Totals.Before, input.Totals.Removed = nil, input.Totals.After, 0
+	var denied []Denial
+	for _, way := range ways {
+		input.Commit, input.Change = way.Commit, way
+		decision, err := s.Decide(ctx, input)
+		if err != nil && refusal.Of(err) == nil {
+			return err
+		}
+		denied = slices.DeleteFunc(decision.Denied, func(d Denial) bool { return strings.HasPrefix(d.ID, "KT") })
+		if len(denied) == 0 {
+			return nil
+		}
+	}
+	faults := make([]error, len(denied)) // of the last one
+	for i, d := range denied {
+		found, _, _ := strings.Cut(d.Msg, "; want ")
+		faults[i] = &refusal.Error{Code: codeCompile, Subject: "policy/", Got: fmt.Sprintf("%s denies %s: %s", d.ID, what, found),
+			Want: "rules that let it pass: once they are in force nobody could mend them"}
+	}
+	return errors.Join(faults...)
 }
 
 // runTests runs the site's own tests: each rule test_… of its *_test.rego must be true. A site with rules must have tests.

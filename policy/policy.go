@@ -3,8 +3,9 @@
 // [Load] makes a [Set] from the rules that kMO ships and the site's own; [Set.Decide] judges one [Input]. There is no rule that
 // allows: a change passes if every required rule has looked at it and none denies it. Anything else is a refusal: silence, an
 // error, a panic, a deadline. A set is made active only after it has compiled strictly, with the builtins of
-// capabilities.json and no others, after the site's own tests have passed, and after every shipped fixture has been denied
-// or passed as it must. A Load that fails leaves nothing behind: whoever holds a set keeps it and goes on with it.
+// capabilities.json and no others, after the site's own tests have passed, after every shipped fixture has been denied or passed as
+// it must, and, which is for the caller to ask, if it lets pass what takes it away again ([Set.WayOut]). A Load that fails leaves
+// nothing behind: whoever holds a set keeps it and goes on with it.
 //
 //	set, err := policy.Load(rego.Rules(), sitePolicy)   // sitePolicy: the folder policy/ of the trusted base
 //	decision, err := set.Decide(ctx, input)

@@ -86,6 +86,9 @@ func (r *Reconciler) decide(ctx context.Context, rec Record, good, next *desired
 		return "describe", err
 	}
 	set, err := r.rules(ctx, next.facts, next.commit)
+	if err == nil {
+		err = r.canGo(ctx, input, next)
+	}
 	if err != nil {
 		return "policy", err
 	}
@@ -142,6 +145,25 @@ func (r *Reconciler) rules(ctx context.Context, facts trust.Facts, head Commit) 
 		return base, err
 	}
 	return base.And(own), nil
+}
+
+// canGo refuses site rules that are not in force yet and would keep themselves: that let no removal of theirs pass, or no host's revert. A revert
+// is not asked: what it brings was in force.
+func (r *Reconciler) canGo(ctx context.Context, input policy.Input, next *desired) error {
+	facts, tree := next.facts, next.commit.Tree
+	if tree.ObjectID("policy") == "" || facts.Revert || facts.Base != "" && !facts.Policy {
+		return nil
+	}
+	own, err := r.sets.of(r.Rules, tree)
+	if err != nil {
+		return err
+	}
+	removals, reverts, err := r.Trust.WaysOut(next.commit, facts)
+	if err != nil {
+		return err
+	}
+	return errors.Join(own.WayOut(ctx, input, "the removal of policy/ alone, whoever signs and approves it", removals),
+		own.WayOut(ctx, input, "a host's revert of the commit that brings it", reverts))
 }
 
 // ruleCache keeps the sets that were loaded last, by the object id of their folder: loading one takes longer than deciding.

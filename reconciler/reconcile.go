@@ -60,6 +60,7 @@ type memory struct {
 	vitals       vitals
 	decided      map[string]string // by commit, the decision last written to the audit log, in short
 	news         map[string]string // by kind, what recordNews wrote last
+	clock        string            // what the log was told of the clock
 	watched      gate.Memory       // of the commit that is being tried
 	saved        Record            // as it is in the journal
 }
@@ -74,9 +75,11 @@ func (r *Reconciler) Reconcile(ctx context.Context) (Record, error) {
 	r.saved = rec
 	r.saved.Bad = slices.Clone(rec.Bad)
 	r.fingerprints = nil
-	if _, err := r.Trust.Seq(); err != nil { // an alarm, also when no new commit asks for the state: nothing is accepted, what is good is kept
+	behind, err := r.Trust.Behind()
+	if err != nil { // an alarm, also when no new commit asks for the state: nothing is accepted, what is good is kept
 		return r.hold(ctx, rec, rec.Head, "trust", err)
 	}
+	r.late(&rec, behind)
 	if rec.Trying != "" {
 		var ended bool
 		rec, ended, err = r.resume(ctx, rec)
@@ -85,6 +88,18 @@ func (r *Reconciler) Reconcile(ctx context.Context) (Record, error) {
 		}
 	}
 	return r.follow(ctx, rec)
+}
+
+// late notes in the record that the clock is behind the trusted time, and logs it once: what expires does so by that time.
+func (r *Reconciler) late(rec *Record, behind time.Time) {
+	rec.Clock = ""
+	if !behind.IsZero() {
+		rec.Clock = fmt.Sprintf("E_TIME: the clock is behind the trusted time %s, by which approvals and keys are judged; want the clock set right; if it is, approvals that are valid beyond that time", behind.Format(time.RFC3339))
+	}
+	if rec.Clock != r.clock && rec.Clock != "" {
+		r.Logger.Warn(rec.Clock)
+	}
+	r.clock = rec.Clock
 }
 
 // follow looks at the branch.

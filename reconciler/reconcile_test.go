@@ -438,6 +438,112 @@ func TestEveryCommitIsToldOf(t *testing.T) {
 	})
 }
 
+// TestSiteRulesCanGo: what is active judges its own removal and the host's reverts, so rules that let neither pass never become active.
+func TestSiteRulesCanGo(t *testing.T) {
+	rule := func(body string) string {
+		return "package site\n\ndeny contains {\"id\": \"LOCK1\", \"unit\": \"\", \"path\": \"\", \"msg\": \"found; want nothing\"} if {\n\t" + body + "\n}\n"
+	}
+	for _, c := range []struct{ name, body, denies string }{
+		{"all that is no beginning", `input.change.base != ""`, "LOCK1 denies the removal of policy/"},
+		{"a change of policy", "input.change.policy", "LOCK1 denies the removal of policy/"},
+		{"its removal, whoever approves", "some unit in input.change.units\n\tunit.to == \"\"", "LOCK1 denies the removal of policy/"},
+		{"what no human signs", `input.change.class != "human"`, "LOCK1 denies a host's revert"},
+		{"policy that others sign", "input.change.policy\n\tnot input.change.revert\n\tinput.change.signer != \"alice\"", ""},
+		{"policy without an approval of alice", "some unit in input.change.units\n\tunit.unit == \"@policy\"\n\tnot input.change.revert\n\tevery a in unit.counted { a.principal != \"alice\" }", ""},
+		{"units without a ticket", "some unit in input.units\n\tnot unit.after.intent.ticket", ""},
+	} {
+		folder := fstest.MapFS{"lock.rego": {Data: []byte(rule(c.body))}, "lock_test.rego": {Data: []byte("package site_test\n\ntest_it if true\n")}}
+		own, err := policy.Load(rego.Rules(), folder)
+		if err != nil {
+			t.Fatalf("%s: %v", c.name, err)
+		}
+		for _, first := range []bool{true, false} {
+			t.Run(fmt.Sprintf("%s, from the first commit %v", c.name, first), func(t *testing.T) {
+				story(t, func(t *testing.T, w *world) {
+					w.r.Rules = func(site fs.FS) (*policy.Set, error) {
+						if site == nil {
+							return shipped()
+						}
+						return own, nil
+					}
+					if !first {
+						w.push("begin")
+						w.reconcile(Converged)
+					}
+					for name, file := range folder {
+						w.files["policy/"+name] = string(file.Data)
+					}
+					w.push("rules")
+					if !first {
+						w.approvePolicy()
+					}
+					if c.denies != "" {
+						if rec := w.reconcile(Refused); rec.Stage != "policy" || !strings.Contains(rec.Reason, c.denies) {
+							t.Fatalf("refused at %s: %s; want that %s", rec.Stage, rec.Reason, c.denies)
+						}
+						return
+					}
+					w.reconcile(Converged)
+					for name := range folder {
+						delete(w.files, "policy/"+name)
+					}
+					w.push("no rules")
+					w.approvePolicy()
+					w.reconcile(Converged)
+				})
+			})
+		}
+	}
+}
+
+// approvePolicy pushes alice's approval of how the head changes the policy of the good commit.
+func (w *world) approvePolicy() {
+	w.t.Helper()
+	before, after := w.commits[w.journal.rec.Good], w.commits[w.head]
+	changed, err := w.r.Trust.Compare(before, after)
+	if err != nil || len(changed) != 1 || changed[0].Unit != "@policy" {
+		w.t.Fatal(changed, err)
+	}
+	name, data, err := trust.SignApproval(trust.NewApproval("north-sea", "main", before.ID, changed[0], time.Now().Add(time.Hour), trust.Intent{}), w.alice)
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	w.files[name] = string(data)
+	w.push("approved")
+}
+
+// TestClockBehind: a clock that was ahead once leaves the trusted time there, and whoever looks at the host is told.
+func TestClockBehind(t *testing.T) {
+	story(t, func(t *testing.T, w *world) {
+		var log strings.Builder
+		var ahead time.Duration
+		w.r.Logger = slog.New(slog.NewTextHandler(&log, nil))
+		w.r.Trust.Clock = func() time.Time { return time.Now().Add(ahead) }
+		w.unit("relay", "1", "")
+		w.push("v1")
+		if rec := w.reconcile(Converged); rec.Clock != "" {
+			t.Errorf("%q of a clock that is right", rec.Clock)
+		}
+		ahead = time.Hour
+		w.unit("relay", "2", "")
+		w.push("v2")
+		w.reconcile(Converged)
+		ahead = 0
+		for range 3 {
+			if rec := w.reconcile(Converged); !strings.HasPrefix(rec.Clock, "E_TIME: ") || rec.Clock != w.journal.rec.Clock {
+				t.Errorf("%q, in the journal %q; want E_TIME", rec.Clock, w.journal.rec.Clock)
+			}
+		}
+		if n := strings.Count(log.String(), "level=WARN"); n != 1 || !strings.Contains(log.String(), "E_TIME: the clock is behind the trusted time ") {
+			t.Errorf("%d warnings, want one of E_TIME:\n%s", n, log.String())
+		}
+		time.Sleep(time.Hour)
+		if rec := w.reconcile(Converged); rec.Clock != "" || w.journal.rec.Clock != "" {
+			t.Errorf("%q of a clock that has come to it", rec.Clock)
+		}
+	})
+}
+
 // TestNoJudgementIsOnRecord: rules that come to no judgement refuse, and the audit log has that decision once for each head.
 func TestNoJudgementIsOnRecord(t *testing.T) {
 	broken, err := policy.Load(rego.Rules(), fstest.MapFS{"broken.rego": {Data: []byte(`package site

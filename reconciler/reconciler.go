@@ -95,6 +95,7 @@ type Record struct {
 	Stage   string            `json:"stage,omitempty"`  // where it ended: "trust", "policy", "gate"
 	Reason  string            `json:"reason,omitempty"` // one line a person can act on
 	When    time.Time         `json:"when,omitzero"`
+	Clock   string            `json:"clock,omitempty"` // an alarm of this host's clock, that holds nothing up by itself: "E_TIME: …"
 }
 
 // Permit is how a workload may run: on which backend, and with what asked of it.

@@ -110,15 +110,18 @@ func (a *approving) run(cmd *cobra.Command) (err error) {
 	if err != nil {
 		return err
 	}
-	if err := a.show(cmd, root, key, after, changed, authors); err != nil {
-		return err
-	}
+	var approvals []trust.Predicate
 	for _, unit := range changed {
 		base, err := trust.Base(cmd.Context(), before, after, &unit, source)
 		if err != nil {
 			return err
 		}
-		approval := trust.NewApproval(verifier.Site, verifier.Branch, base, unit, time.Now().Add(a.valid), a.intent)
+		approvals = append(approvals, trust.NewApproval(verifier.Site, verifier.Branch, base, unit, time.Now().Add(a.valid), a.intent))
+	}
+	if err := a.show(cmd, root, key, after, approvals, authors); err != nil {
+		return err
+	}
+	for _, approval := range approvals {
 		if err := a.sign(cmd.OutOrStdout(), approval, key); err != nil {
 			return err
 		}
@@ -194,7 +197,7 @@ func (a *approving) keep(name string, data []byte) error {
 }
 
 // show prints exactly what will be signed, and by whom, and asks.
-func (a *approving) show(cmd *cobra.Command, root *trust.Root, key ssh.Signer, after reconciler.Commit, changed []trust.UnitFacts, authors map[string]map[string]bool) error {
+func (a *approving) show(cmd *cobra.Command, root *trust.Root, key ssh.Signer, after reconciler.Commit, approvals []trust.Predicate, authors map[string]map[string]bool) error {
 	out := cmd.ErrOrStderr()
 	id := trust.KeyID(key.PublicKey())
 	if err := root.MayApprove(key.PublicKey(), time.Now()); err != nil {
@@ -202,15 +205,17 @@ func (a *approving) show(cmd *cobra.Command, root *trust.Root, key ssh.Signer, a
 	}
 	who := root.Owner(key.PublicKey())
 	_, _ = fmt.Fprintf(out, "commit %s\n", after.ID)
-	for _, unit := range changed {
-		_, _ = fmt.Fprintf(out, "%s: %s, tier %d, needs %d approvals\n  from %s\n  to   %s\n", unit.Unit, unit.Action, unit.Tier, unit.Need, orNothing(unit.From.String()), orNothing(unit.To.String()))
-		for _, profile := range unit.ProfileChanges {
+	for _, p := range approvals {
+		_, _ = fmt.Fprintf(out, "%s: %s, tier %d, needs %d approvals\n  from %s\n  to   %s\n", p.Unit, p.Action, p.Tier, root.Tiers[p.Tier].Need, orNothing(p.From.String()), orNothing(p.To.String()))
+		for _, profile := range p.Profiles {
 			_, _ = fmt.Fprintf(out, "  with profile %s from %s to %s\n", profile.Name, orNothing(profile.From.String()), orNothing(profile.To.String()))
 		}
+		_, _ = fmt.Fprintf(out, "  for %s, branch %s, after commit %s, until %s\n", p.Site, p.Branch, p.Base, p.Expires.Format(time.RFC3339))
+		_, _ = fmt.Fprintf(out, "  summary %s\n  ticket  %s\n", orNothing(p.Intent.Summary), orNothing(p.Intent.Ticket))
 	}
-	for _, unit := range changed {
-		if authors[unit.Unit][who] && root.Tiers[unit.Tier].ExcludeAuthor {
-			_, _ = fmt.Fprintf(out, "warning: %s wrote part of this, and tier %d of %s does not count its authors: somebody else must approve\n", who, unit.Tier, unit.Unit)
+	for _, p := range approvals {
+		if authors[p.Unit][who] && root.Tiers[p.Tier].ExcludeAuthor {
+			_, _ = fmt.Fprintf(out, "warning: %s wrote part of this, and tier %d of %s does not count its authors: somebody else must approve\n", who, p.Tier, p.Unit)
 		}
 	}
 	if a.yes {

@@ -125,6 +125,9 @@ func printRecord(w io.Writer, rec reconciler.Record) {
 	if rec.Reason != "" {
 		_, _ = fmt.Fprintf(w, "  at %s: %s\n", rec.Stage, strings.ReplaceAll(rec.Reason, "\n", "\n    "))
 	}
+	if rec.Clock != "" {
+		_, _ = fmt.Fprintf(w, "  %s\n", rec.Clock)
+	}
 }
 
 func statusCommand() *cobra.Command {

@@ -13,9 +13,9 @@
 //
 //	— edge-1.north-sea/kmo-audit Az3grlgtzPICa5OS8npVmf1Myq/5IZniMp+ZJurmRDeOoRDe4URYN7u5/Zhcyv2q1gGzGku9nTo+zyWE+xeMcTOAYQ8=
 //
-// A record is in both files, on the disk, before Append returns: first the line, then the checkpoint. A crash between them leaves one line that no
-// checkpoint speaks of; Open drops it when it is torn and takes it into the checkpoint when it is whole. Anything else that differs
-// from the checkpoint is E_LOG_CONSISTENCY.
+// A record is in both files, on the disk, before Append returns: first the line, then the checkpoint. A crash or a fault between them leaves one
+// line that no checkpoint speaks of, torn or whole; Open drops it. A line that can be read may still not be on the disk, for a Sync that failed
+// keeps it in memory as if it were, and what it speaks of was not applied. Anything else that differs from the checkpoint is E_LOG_CONSISTENCY.
 //
 //	log, err := audit.Open(audit.Options{Dir: dir, Name: "edge-1.north-sea/kmo-audit", Key: key})
 //	index, err := log.Append("decision", decision) // before what it speaks of is applied
@@ -119,6 +119,12 @@ func (l *Log) again() error {
 	if err := fresh.read(0); err != nil {
 		return err
 	}
+	if fresh.sure.N > l.sure.N { // the checkpoint is there, but that its folder says so may not be on the disk
+		if err := fresh.checkpoint(); err != nil {
+			fresh.file.Close()
+			return err
+		}
+	}
 	l.file.Close()
 	l.file, l.ends, l.hashes, l.sure, l.broken = fresh.file, fresh.ends, fresh.hashes, fresh.sure, nil
 	return nil
@@ -170,7 +176,8 @@ func (l *Log) Append(kind string, v any) (index int64, err error) {
 		err = l.checkpoint()
 	}
 	if err != nil {
-		l.broken = err // whether the line is on the disk is for the next Append to find out
+		l.broken = err // whether the line is on the disk is for the next Append to find out; until then nobody is told of it
+		l.cut(l.sure.N)
 		return 0, fmt.Errorf("audit log %s: %w", l.options.Dir, err)
 	}
 	l.sure, err = l.tree(int64(len(l.ends)))
@@ -224,6 +231,11 @@ func (l *Log) include(line []byte) error {
 	return nil
 }
 
+// cut forgets every line after the first n.
+func (l *Log) cut(n int64) {
+	l.ends, l.hashes = l.ends[:n], l.hashes[:tlog.StoredHashCount(n)]
+}
+
 func (l *Log) stored(indexes []int64) ([]tlog.Hash, error) {
 	out := make([]tlog.Hash, len(indexes))
 	for i, index := range indexes {
@@ -259,14 +271,19 @@ func (l *Log) keys() error {
 	return err
 }
 
-// from reads records beginning with one index.
+// from reads records beginning with one index, by a descriptor of its own: a write that fails closes the log's.
 func (l *Log) from(first int, f func(Record) error) error {
 	l.mu.Lock()
-	file, start, end := l.file, int64(0), l.size()
+	file, err := os.Open(l.path("records"))
+	start, end := int64(0), l.size()
 	if first > 0 {
 		start = l.ends[first-1]
 	}
 	l.mu.Unlock()
+	if err != nil {
+		return fmt.Errorf("audit log: %w", err)
+	}
+	defer file.Close()
 	reader := bufio.NewReaderSize(io.NewSectionReader(file, start, end-start), 1<<16)
 	for {
 		line, err := readLine(reader)

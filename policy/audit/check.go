@@ -62,13 +62,11 @@ func (l *Log) recover() error {
 	if err := l.compare(l.options.Seen, "what was seen of it"); err != nil {
 		return err
 	}
-	if torn {
+	if torn || n > tree.N {
+		l.cut(tree.N)
 		if err := errors.Join(l.file.Truncate(l.size()), l.file.Sync()); err != nil {
-			return fmt.Errorf("audit log: dropping a torn line: %w", err)
+			return fmt.Errorf("audit log: dropping a line without a checkpoint: %w", err)
 		}
-	}
-	if n > tree.N {
-		return l.checkpoint()
 	}
 	return nil
 }

@@ -61,7 +61,8 @@ func NewApproval(site, branch, base string, change UnitFacts, expires time.Time,
 }
 
 // Base is the commit that an approval of a unit's change begins at: what runs, or, where the approved content has come and gone again since,
-// the newest commit after which it only came. Where nothing runs it is the head.
+// the newest commit after which it only came. Where nothing runs it is the head. Where there is none, because the content came and went on two
+// branches that are merged, it is a *refusal.Error with E_APPROVAL_CONSUMED.
 func Base(ctx context.Context, running, head Commit, u *UnitFacts, h History) (string, error) {
 	if running.ID == "" {
 		return head.ID, nil
@@ -72,7 +73,8 @@ func Base(ctx context.Context, running, head Commit, u *UnitFacts, h History) (s
 	}
 	want := content(head.Tree, u)
 	has := func(t Tree) bool { return content(t, u) == want }
-	if comeAndGone(commits, has) == "" {
+	by := comeAndGone(commits, has)
+	if by == "" {
 		return running.ID, nil
 	}
 	for _, c := range commits {
@@ -87,7 +89,9 @@ func Base(ctx context.Context, running, head Commit, u *UnitFacts, h History) (s
 			return c.ID, nil
 		}
 	}
-	return running.ID, nil
+	return "", &refusal.Error{Code: "E_APPROVAL_CONSUMED", Subject: "unit " + u.Unit,
+		Got:  "commit " + by + ", a way back from its content; and after each commit that could be the base of an approval there is one",
+		Want: "another content of it, or two commits on top of " + head.ID + ": one that takes this content away, and one that brings it again"}
 }
 
 // MayApprove refuses a key whose approvals do not count now, whatever they are of.

@@ -208,6 +208,124 @@ func TestT13WhoWrote(t *testing.T) {
 	})
 }
 
+// TestT13OlderBranch merges branches that were cut before what runs: what they left alone they did not write, and who takes what they left for
+// what runs has.
+func TestT13OlderBranch(t *testing.T) {
+	var w *world
+	bus := func(v string) { w.files["units/bus/unit.yaml"] = "tier: 1\nv: " + v + "\n" }
+	commit := func(who, message string) Commit {
+		w.now = w.now.Add(time.Second)
+		return w.commit(who, "", message)
+	}
+	merge := func(who, other string, args ...string) Commit {
+		w.git(append([]string{"-c", "user.signingkey=" + w.keyFile(who), "-c", "user.name=" + who, "-c", "user.email=" + who + "@kos.dev", "merge", "-q", "-S", "--no-ff", "-m", "merge", other}, args...)...)
+		return w.at(w.git("rev-parse", "HEAD"))
+	}
+	// older makes main run v2 over v1 and v0, and a branch "side" of bob's that was cut at v0 and has taken v1 from main since; v2 is checked out.
+	older := func(t *testing.T) (running Commit) {
+		w = newWorld(t, nil)
+		bus("0")
+		w.accept(Commit{}, commit("alice", "v0"))
+		w.git("checkout", "-q", "-b", "side")
+		w.files["units/lamp/unit.yaml"] = "tier: 3\n"
+		commit("bob", "a lamp")
+		delete(w.files, "units/lamp/unit.yaml")
+		w.git("checkout", "-q", "main")
+		bus("1")
+		commit("alice", "v1")
+		w.git("checkout", "-q", "side")
+		merge("bob", "main")
+		w.git("checkout", "-q", "main")
+		bus("2")
+		running = commit("alice", "v2")
+		w.accept(w.at(running.Parents[0]), running)
+		return running
+	}
+	// counted says whose approvals count, of alice, bob and carol, for the change of bus to the head.
+	carrier, since := "robot", func(*Predicate) {} // who signs the head that brings the approvals, and what they begin at, if not what runs
+	counted := func(t *testing.T, running, head Commit, want ...string) {
+		t.Helper()
+		w.files = map[string]string{}
+		for name, file := range head.Tree.(gitTree).MapFS {
+			w.files[name] = string(file.Data)
+		}
+		w.approve(running, head, "bus", since, "alice", "bob", "carol")
+		var got []string
+		for _, a := range w.verify(running, commit(carrier, "approvals"), "bus").Counted {
+			got = append(got, a.Principal)
+		}
+		slices.Sort(got)
+		if diff := cmp.Diff(want, got); diff != "" {
+			t.Error(diff)
+		}
+	}
+	t.Run("its unit is left as main has it", func(t *testing.T) {
+		running := older(t)
+		bus("3")
+		commit("alice", "v3")
+		counted(t, running, merge("alice", "side"), "bob", "carol")
+	})
+	t.Run("its unit comes back", func(t *testing.T) {
+		running := older(t)
+		w.git("checkout", "-q", "side")
+		w.git("checkout", "-q", "-b", "back")
+		counted(t, running, merge("alice", "main", "-s", "ours"), "bob", "carol")
+	})
+	t.Run("its unit comes back over a change", func(t *testing.T) {
+		running := older(t)
+		bus("3")
+		commit("bob", "v3")
+		w.git("checkout", "-q", "-b", "back", "side")
+		counted(t, running, merge("alice", "main", "-s", "ours"), "carol")
+	})
+	t.Run("its unit is removed, which it never had", func(t *testing.T) {
+		w = newWorld(t, nil)
+		none := commit("alice", "begin")
+		w.accept(Commit{}, none)
+		w.git("checkout", "-q", "-b", "side")
+		w.files["README"] = "of bob's"
+		commit("bob", "readme")
+		delete(w.files, "README")
+		w.git("checkout", "-q", "main")
+		bus("1")
+		running := commit("carol", "v1")
+		w.git("checkout", "-q", "side")
+		w.v.State = StateFile{} // carol signs no commits
+		counted(t, running, merge("alice", "main", "-s", "ours"), "bob", "carol")
+	})
+	t.Run("a merge of what runs already", func(t *testing.T) {
+		running := older(t)
+		id := w.git("-c", "user.signingkey="+w.keyFile("bob"), "-c", "user.email=bob@kos.dev", "commit-tree", "-S", "-m", "v1 again", "-p", running.ID, "-p", running.Parents[0], running.Parents[0]+"^{tree}")
+		w.git("reset", "-q", "--hard", id)
+		counted(t, running, w.at(id), "alice", "carol")
+	})
+	t.Run("it changes the unit", func(t *testing.T) {
+		running := older(t)
+		w.git("checkout", "-q", "side")
+		bus("4")
+		commit("bob", "v4")
+		w.git("checkout", "-q", "-b", "forth", "main")
+		counted(t, running, merge("alice", "side", "-X", "theirs"), "alice", "carol")
+	})
+	t.Run("the merge changes the unit", func(t *testing.T) {
+		running := older(t)
+		merge("bob", "side", "-s", "ours", "--no-commit")
+		bus("5")
+		head := commit("bob", "merge with a change")
+		if len(head.Parents) != 2 {
+			t.Fatal(head.Parents)
+		}
+		counted(t, running, head, "alice", "carol")
+	})
+	t.Run("it comes instead of what runs", func(t *testing.T) {
+		running := older(t)
+		w.v.State, carrier = StateFile{}, "bob" // a host with a state refuses a fork
+		since = func(p *Predicate) { p.Base = w.git("rev-parse", "main~2") }
+		w.git("checkout", "-q", "-b", "instead", "main~1")
+		counted(t, running, w.at(running.Parents[0]), "alice", "carol")
+	})
+}
+
 // TestT16ChangedAfterReview also shows that an approval is of a content: another commit with the same content keeps it.
 func TestT16ChangedAfterReview(t *testing.T) {
 	w, running, head := tiered(t, "1", nil)
@@ -290,6 +408,52 @@ func TestT17Consumed(t *testing.T) {
 			t.Error(diff, got)
 		}
 	})
+}
+
+// TestNoBase merges two sides on each of which a content has come and gone: an approval from any commit would be consumed.
+func TestNoBase(t *testing.T) {
+	w, running, _ := tiered(t, "1", nil)
+	version := func(v string) Commit {
+		w.files["units/bus/unit.yaml"] = "tier: 1\nv: " + v + "\n"
+		w.now = w.now.Add(time.Second) // or the two sides would be one
+		return w.commit("alice", "", v)
+	}
+	base := func(head Commit) (string, error) {
+		units, err := w.v.Compare(running, head)
+		if err != nil {
+			t.Fatal(err)
+		}
+		u := factsOf(t, Facts{Units: units}, "bus")
+		return Base(context.Background(), running, head, &u, w)
+	}
+	w.git("checkout", "-q", "-b", "side", running.ID)
+	version("2")
+	side := version("1")
+	w.git("checkout", "-q", "-B", "main", running.ID)
+	version("2")
+	gone := version("1")
+	version("2")
+	w.git("-c", "user.signingkey="+w.keyFile("alice"), "merge", "-q", "-S", "-s", "ours", "-m", "merge", "side")
+	head := w.at(w.git("rev-parse", "HEAD"))
+	id, err := base(head)
+	if r := refusal.Of(err); id != "" || r == nil || r.Code != "E_APPROVAL_CONSUMED" || !strings.Contains(r.Got, gone.ID) && !strings.Contains(r.Got, side.ID) {
+		t.Errorf("got %s, %v; want E_APPROVAL_CONSUMED with the commit that is a way back", id, err)
+	}
+	for _, from := range []string{running.ID, gone.ID, side.ID} {
+		w.approve(running, head, "bus", func(p *Predicate) { p.Base = from }, "bob", "carol")
+		if got := w.verify(running, w.commit("alice", "", "approved from "+from), "bus"); got.Missing() != 2 {
+			t.Errorf("from %s it does count: %+v", from, got)
+		}
+	}
+	between := version("1") // what the refusal says would pass
+	head = version("2")
+	if id, err = base(head); id != between.ID || err != nil {
+		t.Errorf("got %s, %v; want %s", id, err, between.ID)
+	}
+	w.approve(running, head, "bus", func(p *Predicate) { p.Base = id }, "bob", "carol")
+	if got := w.verify(running, w.commit("alice", "", "approved"), "bus"); got.Missing() != 0 {
+		t.Errorf("%+v", got)
+	}
 }
 
 // TestEnvelopes alters one approval's file, and says what it then is.

@@ -27,6 +27,8 @@ func (l line) index(id string) int {
 	return -1
 }
 
+func (l line) At(_ context.Context, id string) (Commit, error) { return l[l.index(id)], nil }
+
 func (l line) Ancestor(_ context.Context, old, new string) (bool, error) {
 	return l.index(old) >= 0 && l.index(old) <= l.index(new), nil
 }

@@ -63,6 +63,8 @@ type Tree interface {
 
 // History answers questions about the commits between two others. A path is never trusted for being in it.
 type History interface {
+	// At returns a commit that the store has.
+	At(ctx context.Context, id string) (Commit, error)
 	// Ancestor says whether old is new or an ancestor of it. A commit that the store does not have is nobody's ancestor.
 	Ancestor(ctx context.Context, old, new string) (bool, error)
 	// Between lists the commits reachable from new but not from old, newest first, along every parent.

@@ -72,6 +72,54 @@ type Approval struct {
 	Code      string    `json:"code,omitempty"` // the refusal's code for that
 }
 
+// WaysOut are the facts of what takes the policy away again that a head brings: the removal of policy/ alone, under each key that may sign it, with
+// the approvals of all who may approve; and a host's revert, under each key that may sign that. facts are the head's. The rules can be asked
+// of them before they are in force.
+func (v *Verifier) WaysOut(head Commit, facts Facts) (removals, reverts []Facts, err error) {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	root, err := v.root(head.Tree)
+	if err != nil {
+		return nil, nil, err
+	}
+	u := UnitFacts{Unit: unitPolicy, Action: "policy"}
+	if i := slices.IndexFunc(facts.Units, func(u UnitFacts) bool { return u.Unit == unitPolicy }); i >= 0 {
+		u.To = facts.Units[i].From // else it is the first policy, which is no change
+	}
+	if u.From, err = v.side(head.Tree).root("policy", folderRoot); err != nil {
+		return nil, nil, err
+	}
+	way := Facts{Commit: head.ID, Base: head.ID, Policy: true, Time: facts.Time, Tripwires: facts.Tripwires}
+	way.Revert, way.Units = true, []UnitFacts{u}
+	reverts = root.signed(way, RoleRevert)
+	u.To, u.Need = merkle.Digest{}, root.Tiers[0].Need
+	for _, p := range root.eligible(RoleApprove) {
+		u.Counted = append(u.Counted, Approval{Principal: p.Name})
+	}
+	way.Revert, way.Units = false, []UnitFacts{u}
+	return root.signed(way, RoleCommit), reverts, nil
+}
+
+// signed are the facts of a change under each key that may sign it.
+func (r *Root) signed(change Facts, role string) (all []Facts) {
+	for _, p := range r.Principals {
+		for _, key := range p.Keys {
+			public, err := parsePublic(key.Public)
+			if err != nil || key.Revoked != nil || !r.may(&p, &key, role) {
+				continue
+			}
+			f := change
+			f.Signer, f.Key, f.Class, f.Units = p.Name, KeyID(public), p.Class, slices.Clone(change.Units)
+			if !f.Revert { // whose author's line names the host, which has no address in the root
+				f.Author = p.Name
+			}
+			sortUnits(&f, map[string]map[string]bool{unitPolicy: {p.Name: true}})
+			all = append(all, f)
+		}
+	}
+	return all
+}
+
 // Declared is what a unit says of itself in one tree.
 type Declared struct {
 	Tier     int      // the more sensitive of unit.yaml and its profile; -1 if neither has one

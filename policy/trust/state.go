@@ -329,6 +329,20 @@ func (v *Verifier) Seq() (uint64, error) {
 	return s.Seq, err
 }
 
+// late is how far the clock is behind the trusted time.
+func (v *Verifier) late(s State) time.Duration { return v.now(s).Sub(v.clock()) }
+
+// Behind is the trusted time if the clock is so far behind it that it is an alarm, and the zero time if it is not.
+func (v *Verifier) Behind() (time.Time, error) {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	s, err := v.load()
+	if err != nil || v.late(s) <= clockSlack {
+		return time.Time{}, err
+	}
+	return v.now(s), nil
+}
+
 func (v *Verifier) amend(id string, change func(*State, *Entry) bool) error {
 	v.mu.Lock()
 	defer v.mu.Unlock()

@@ -306,6 +306,9 @@ func TestTrustedTime(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
+		if behind, err := w.v.Behind(); !behind.Equal(late) || err != nil {
+			t.Errorf("behind %v, %v; want %v", behind, err, late)
+		}
 		if !facts.Time.Equal(late) || len(facts.Warnings) != 1 || !strings.HasPrefix(facts.Warnings[0], "E_TIME: the clock is 8760h0m0s behind") {
 			t.Errorf("time %v, warnings %q", facts.Time, facts.Warnings)
 		}
@@ -331,6 +334,9 @@ func TestTrustedTime(t *testing.T) {
 		facts, err := w.v.Verify(context.Background(), running, approved, w)
 		if err != nil || !facts.Time.Equal(late) || len(facts.Warnings) != 0 {
 			t.Errorf("%+v %v", facts, err)
+		}
+		if behind, err := w.v.Behind(); !behind.IsZero() || err != nil {
+			t.Errorf("behind %v, %v", behind, err)
 		}
 	})
 }

@@ -233,6 +233,8 @@ type gitTree struct {
 
 func (t gitTree) ObjectID(path string) string { return t.ids[path] }
 
+func (w *world) At(_ context.Context, id string) (Commit, error) { return w.at(id), nil }
+
 func (w *world) Ancestor(_ context.Context, old, new string) (bool, error) {
 	if _, err := w.tryGit(nil, "cat-file", "-e", old+"^{commit}"); err != nil {
 		return false, nil
