@@ -621,3 +621,28 @@ func TestReasonsOfRemoval(t *testing.T) {
 		}
 	})
 }
+
+// TestSilentRegistries: how long a look takes does not depend on how many images are waited for.
+func TestSilentRegistries(t *testing.T) {
+	story(t, func(t *testing.T, w *world) {
+		for i := range 30 {
+			w.unit(fmt.Sprint("unit-", i), "1", "")
+		}
+		w.push("v1")
+		w.reconcile(Converged)
+		for i := range 30 {
+			w.unit(fmt.Sprint("unit-", i), "2", "")
+		}
+		w.push("v2")
+		w.start() // of the good commit nothing is known either
+		w.r.Wait = 10 * time.Second
+		w.images.silent = true
+		begun := time.Now()
+		w.reconcile(Waiting)
+		if took := time.Since(begun); took > 15*time.Second {
+			t.Errorf("the look took %v, want about 10 s", took)
+		}
+		w.images.silent = false
+		w.reconcile(Converged)
+	})
+}

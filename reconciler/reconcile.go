@@ -47,6 +47,7 @@ type Reconciler struct {
 	Rules    func(site fs.FS) (*policy.Set, error) // the shipped rules with the site's own, nil for none
 	Logger   *slog.Logger
 	Every    time.Duration // between two checks of a base's bytes; 0 means one a minute
+	Wait     time.Duration // for registries, in one look; what they say later is for a later one; 0 means until they answer
 
 	memory // owned by the one goroutine that calls Reconcile
 }
@@ -55,7 +56,8 @@ type Reconciler struct {
 type memory struct {
 	loader       template.Loader
 	fingerprints map[string]backends.Fingerprint
-	good         *desired // the good commit as it was last rendered; nil until it is asked for
+	waited       time.Duration // for registries, in this look
+	good         *desired      // the good commit as it was last rendered; nil until it is asked for
 	sets         ruleCache
 	vitals       vitals
 	decided      map[string]string // by commit, the decision last written to the audit log, in short
@@ -73,7 +75,7 @@ func (r *Reconciler) Reconcile(ctx context.Context) (Record, error) {
 	}
 	r.saved = rec
 	r.saved.Bad = slices.Clone(rec.Bad)
-	r.fingerprints = nil
+	r.fingerprints, r.waited = nil, 0
 	if _, err := r.Trust.Seq(); err != nil { // an alarm, also when no new commit asks for the state: nothing is accepted, what is good is kept
 		return r.hold(ctx, rec, rec.Head, "trust", err)
 	}

@@ -228,13 +228,33 @@ type memImages struct {
 	copies map[string]int  // how often the content was put in another place, by digest
 	drift  map[string]bool // places whose content has changed
 	checks int
+	silent bool // no registry answers
 }
 
-func (m *memImages) Describe(_ context.Context, image backends.Image, _ backends.Format) (described any, err error) {
+// wait is how the agent waits for a registry.
+func (m *memImages) wait(ctx context.Context) error {
+	if !m.silent {
+		return nil
+	}
+	select {
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	case <-time.After(10 * time.Second):
+		return errFault
+	}
+}
+
+func (m *memImages) Describe(ctx context.Context, image backends.Image, _ backends.Format) (described any, err error) {
+	if err := m.wait(ctx); err != nil {
+		return nil, err
+	}
 	return map[string]any{"ref": image.Ref}, m.faults.around("images.Describe", func() error { return m.broken[image.Ref] })
 }
 
-func (m *memImages) Fetch(_ context.Context, image backends.Image, _ backends.Format) (backends.Image, error) {
+func (m *memImages) Fetch(ctx context.Context, image backends.Image, _ backends.Format) (backends.Image, error) {
+	if err := m.wait(ctx); err != nil {
+		return image, err
+	}
 	image.Content, image.ContentRoot = fmt.Sprintf("copy %d of %s", m.copies[image.SHA256], image.SHA256), merkle.BlobRoot([]byte(image.Ref))
 	return image, m.faults.around("images.Fetch", func() error { return m.broken[image.Ref] })
 }

@@ -107,6 +107,11 @@ type Config struct {
 	User       string   `json:"user,omitempty"`
 }
 
+func (img *image) run() Config {
+	c := img.oci.Config
+	return Config{Entrypoint: c.Entrypoint, Cmd: c.Cmd, Env: c.Env, Dir: c.WorkingDir, User: c.User}
+}
+
 // document is an index or a manifest, its bytes checked against the digest it was asked for by.
 type document struct {
 	desc     v1.Descriptor // what named it; for the first one, made from the reference and its bytes

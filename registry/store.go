@@ -68,6 +68,7 @@ type Store struct {
 	mu      sync.Mutex
 	known   map[string]Content       // by key: what was fetched or loaded before
 	remotes map[string]*remoteSource // by host and repository
+	turns   map[string]chan struct{} // by what is asked for, and host
 }
 
 // Content is verified content on this host.
@@ -119,7 +120,7 @@ func (s *Store) validate() error {
 	if s.disk == nil {
 		s.disk = statfs
 	}
-	s.known, s.remotes = map[string]Content{}, map[string]*remoteSource{}
+	s.known, s.remotes, s.turns = map[string]Content{}, map[string]*remoteSource{}, map[string]chan struct{}{}
 	for _, dir := range []string{"blobs/sha256", "content", "images", "tmp"} {
 		if err := os.MkdirAll(filepath.Join(s.Dir, dir), 0o755); err != nil {
 			return fmt.Errorf("image store: %w", err)
@@ -267,6 +268,11 @@ func (s *Store) Describe(ctx context.Context, ref Reference, root merkle.Digest,
 	if err := s.open(); err != nil {
 		return Description{}, err
 	}
+	done, err := s.turn(ctx, "describe", ref)
+	if err != nil {
+		return Description{}, err
+	}
+	defer done()
 	img, err := s.resolve(ctx, ref, format)
 	if err != nil {
 		return Description{}, err
@@ -290,11 +296,6 @@ func (s *Store) Describe(ctx context.Context, ref Reference, root merkle.Digest,
 	}
 	d.Statement, d.Signer, d.Proved, err = s.proveByStatement(ctx, img, root)
 	return d, err
-}
-
-func (img *image) run() Config {
-	c := img.oci.Config
-	return Config{Entrypoint: c.Entrypoint, Cmd: c.Cmd, Env: c.Env, Dir: c.WorkingDir, User: c.User}
 }
 
 // Fetch returns the image's content, verified against both pins. Once it has, the same pins cost one look at the disk and no network.
@@ -321,6 +322,11 @@ func (s *Store) Fetch(ctx context.Context, ref Reference, root merkle.Digest, fo
 }
 
 func (s *Store) fetch(ctx context.Context, ref Reference, root merkle.Digest, format Format, key string) (Content, error) {
+	done, err := s.turn(ctx, "fetch", ref)
+	if err != nil {
+		return Content{}, err
+	}
+	defer done()
 	ctx, cancel := context.WithTimeout(ctx, longest)
 	defer cancel()
 	img, err := s.resolve(ctx, ref, format)

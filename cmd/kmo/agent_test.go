@@ -84,16 +84,18 @@ func TestFetchThatNobodyWaitedFor(t *testing.T) {
 		http.Error(w, fmt.Sprintf("no such thing %d", requests.Add(1)), http.StatusNotFound)
 	}))
 	defer server.Close()
-	patience := 10 * time.Millisecond
-	i := &images{store: &registry.Store{Dir: t.TempDir()}, jobs: map[string]*job{}, patience: func() time.Duration { return patience }}
+	i := &images{store: &registry.Store{Dir: t.TempDir()}, jobs: map[string]*job{}}
 	image := backends.Image{Ref: server.Listener.Addr().String() + "/relay@sha256:" + strings.Repeat("0", 64), Root: merkle.BlobRoot(nil)}
-	fetch := func() error {
-		_, err := i.Fetch(t.Context(), image, backends.Native)
+	fetch := func(ctx context.Context) error {
+		_, err := i.Fetch(ctx, image, backends.Native)
 		return err
 	}
 	late := func() *job {
 		t.Helper()
-		if err := fetch(); !errors.Is(err, errFetching) {
+		silent := errors.New("no longer waited for")
+		ctx, cancel := context.WithTimeoutCause(t.Context(), 10*time.Millisecond, silent)
+		defer cancel()
+		if err := fetch(ctx); !errors.Is(err, silent) {
 			t.Fatalf("%v, want that it is being fetched", err)
 		}
 		i.mu.Lock()
@@ -111,8 +113,7 @@ func TestFetchThatNobodyWaitedFor(t *testing.T) {
 	}
 	close(release)
 	<-begun.done
-	patience = 0
-	if err := fetch(); err == nil || err != begun.err { //nolint:errorlint // the very one
+	if err := fetch(t.Context()); err == nil || err != begun.err { //nolint:errorlint // the very one
 		t.Fatalf("%v, want how the fetch ended, %v", err, begun.err)
 	}
 	if len(i.jobs) != 0 {
@@ -121,7 +122,7 @@ func TestFetchThatNobodyWaitedFor(t *testing.T) {
 	old := &job{done: begun.done, err: begun.err, ended: time.Now().Add(-time.Hour)}
 	i.jobs[fmt.Sprintln("fetch", image.Ref, image.Root, backends.Native)] = old
 	i.jobs["another"] = old
-	if err := fetch(); err == nil || err == begun.err { //nolint:errorlint // the very one
+	if err := fetch(t.Context()); err == nil || err == begun.err { //nolint:errorlint // the very one
 		t.Fatalf("%v, want how it ends now", err)
 	}
 	if len(i.jobs) != 0 {

@@ -309,12 +309,7 @@ func (h *host) openReconciler(context.Context) error {
 		Describe: reconciler.Declare(), MustExist: rec.Good != "" || rec.Trying != "", MinSeq: rec.Trust,
 		RevertsPerDay: h.config.Trust.Reverts}
 	store := &registry.Store{Dir: filepath.Join(h.dir, "images"), Mirror: h.config.Images.Mirror, Keychain: registry.UserKeychain()}
-	fetches := &images{store: store, jobs: map[string]*job{}, patience: func() time.Duration {
-		if h.agent {
-			return 10 * time.Second
-		}
-		return 0 // a command that was asked for this one look
-	}}
+	fetches := &images{store: store, jobs: map[string]*job{}}
 	facts, err := hostFacts(h.config, h.dir)
 	if err != nil {
 		return err
@@ -370,10 +365,9 @@ func newLogger(w io.Writer) *slog.Logger {
 
 // images is the store as the reconciler asks for it.
 type images struct {
-	store    *registry.Store
-	patience func() time.Duration // how long a look at the branch waits for a registry before it goes on without; 0 is for ever
-	mu       sync.Mutex
-	jobs     map[string]*job // what registries are asked, by what that is
+	store *registry.Store
+	mu    sync.Mutex
+	jobs  map[string]*job // what registries are asked, by what that is
 }
 
 // job is a question to a registry that is under way, or one that ended while nobody waited.
@@ -387,9 +381,6 @@ type job struct {
 
 // news is how long the end of a job is told to who asks for it next; after that it is begun anew.
 const news = 5 * time.Minute
-
-// errFetching says that an image, or what the registry says of it, is on its way.
-var errFetching = errors.New("its registry has not answered yet; it is waited for")
 
 func (i *images) Describe(ctx context.Context, image backends.Image, format backends.Format) (any, error) {
 	job, err := i.ask(ctx, "describe", image, format, func(ctx context.Context, job *job, ref registry.Reference) error {
@@ -414,7 +405,7 @@ func (i *images) Fetch(ctx context.Context, image backends.Image, format backend
 	return fetched(image, job.content), nil
 }
 
-// ask has a job done and waits for it, within patience.
+// ask has a job done and waits for it until ctx ends.
 func (i *images) ask(ctx context.Context, what string, image backends.Image, format backends.Format, do func(context.Context, *job, registry.Reference) error) (*job, error) {
 	ref, err := registry.ParseReference(image.Ref)
 	if err != nil {
@@ -422,16 +413,10 @@ func (i *images) ask(ctx context.Context, what string, image backends.Image, for
 	}
 	key := fmt.Sprintln(what, image.Ref, image.Root, format)
 	job := i.join(key, func(job *job) error { return do(context.WithoutCancel(ctx), job, ref) })
-	var late <-chan time.Time
-	if patience := i.patience(); patience > 0 {
-		late = time.After(patience)
-	}
 	select {
 	case <-job.done:
-	case <-late:
-		return nil, fmt.Errorf("%s: %w", image.Ref, errFetching)
 	case <-ctx.Done():
-		return nil, context.Cause(ctx)
+		return nil, fmt.Errorf("%s: %w", image.Ref, context.Cause(ctx))
 	}
 	i.mu.Lock()
 	defer i.mu.Unlock()
