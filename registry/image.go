@@ -84,6 +84,13 @@ func (r Reference) String() string {
 	return place + "@sha256:" + r.SHA256
 }
 
+// Pin is an image as it is asked for.
+type Pin struct {
+	Ref    Reference
+	Root   merkle.Digest
+	Format Format
+}
+
 // Format is what an image's content is: a key of a unit's variants.
 type Format string
 

@@ -20,6 +20,8 @@
 //	images/KEY.json        the promoted record, written last: the copy it names is whole and proven
 //	tmp/                   what is being written; what a process has left there is removed after a day
 //
+// Nothing of it goes by itself but what is in tmp: Clear is told what to keep.
+//
 // # Example
 //
 //	store := &registry.Store{Dir: "/var/lib/kmo/images"}
@@ -64,6 +66,7 @@ type Store struct {
 	invalid  error
 	platform v1.Platform
 	locks    locks
+	filling  sync.RWMutex // held for reading while an image is fetched, and for writing while what is not needed is removed
 
 	mu      sync.Mutex
 	known   map[string]Content       // by key: what was fetched or loaded before
@@ -327,6 +330,8 @@ func (s *Store) fetch(ctx context.Context, ref Reference, root merkle.Digest, fo
 		return Content{}, err
 	}
 	defer done()
+	s.filling.RLock()
+	defer s.filling.RUnlock()
 	ctx, cancel := context.WithTimeout(ctx, longest)
 	defer cancel()
 	img, err := s.resolve(ctx, ref, format)
@@ -449,15 +454,10 @@ func (s *Store) recall(ctx context.Context, key string) (Content, bool) {
 		_, err := os.Lstat(content.Path)
 		return content, err == nil
 	}
-	text, err := os.ReadFile(s.recordPath(key))
-	if err != nil {
+	r, err := s.recorded(key)
+	if err != nil || r.Content.Root.IsZero() {
 		return Content{}, false
 	}
-	var r record
-	if err := decodeStrict(text, &r); err != nil || r.Content.Root.IsZero() {
-		return Content{}, false
-	}
-	r.Content.Path = filepath.Join(s.Dir, "content", key, filepath.Base(filepath.Dir(r.Content.Path)), filepath.Base(r.Content.Path))
 	if _, err := os.Lstat(r.Content.Path); err != nil {
 		return Content{}, false
 	}
