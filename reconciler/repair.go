@@ -336,7 +336,37 @@ func (r *Reconciler) checkBase(ctx context.Context, good *desired) error {
 		}
 		user.Image.Content, user.Image.ContentRoot, user.Image.Config = image.Content, image.ContentRoot, image.Config
 	}
-	r.vitals.when, r.vitals.checked = time.Now(), next
+	r.vitals.when, r.vitals.checked, r.clearAt = time.Now(), next, time.Time{}
 	delete(r.news, "repair")
 	return nil
+}
+
+// clear has everything of images removed that the good commit does not need, nor the one before, to which a person may go back, and that nothing
+// runs from. Nothing is being tried.
+func (r *Reconciler) clear(ctx context.Context, rec Record) ([]string, error) {
+	keep := slices.Clone(r.good.plan.Workloads)
+	var inUse []string
+	for _, workload := range keep {
+		inUse = append(inUse, workload.Image.Content)
+	}
+	if rec.Before != "" {
+		commit, err := r.Source.At(ctx, rec.Before)
+		if err != nil {
+			return nil, err
+		}
+		before, err := r.render(ctx, commit)
+		if err == nil {
+			keep = append(keep, before.plan.Workloads...)
+		} else if refusal.Of(err) == nil { // a commit that fits this host no more needs nothing
+			return nil, err
+		}
+	}
+	have, err := r.observe(ctx)
+	if err != nil {
+		return nil, err
+	}
+	for _, status := range have {
+		inUse = append(inUse, status.Content)
+	}
+	return r.Images.Clear(ctx, keep, inUse)
 }

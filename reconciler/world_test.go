@@ -228,7 +228,9 @@ type memImages struct {
 	copies map[string]int  // how often the content was put in another place, by digest
 	drift  map[string]bool // places whose content has changed
 	checks int
-	silent bool // no registry answers
+	silent bool     // no registry answers
+	kept   []string // references, when images were cleared last
+	inUse  []string // contents, likewise
 }
 
 // wait is how the agent waits for a registry.
@@ -274,6 +276,16 @@ func (m *memImages) Repair(ctx context.Context, image backends.Image, format bac
 	}
 	m.copies[image.SHA256]++
 	return m.Fetch(ctx, image, format)
+}
+
+func (m *memImages) Clear(_ context.Context, keep []backends.Workload, inUse []string) (removed []string, err error) {
+	return nil, m.faults.around("images.Clear", func() error {
+		m.kept, m.inUse = nil, inUse
+		for _, workload := range keep {
+			m.kept = append(m.kept, workload.Image.Ref)
+		}
+		return nil
+	})
 }
 
 // memJournal keeps the record in memory, as a file would.

@@ -6,6 +6,8 @@ import (
 	"fmt"
 	"net/http"
 	"net/http/httptest"
+	"os"
+	"path/filepath"
 	"strings"
 	"sync/atomic"
 	"testing"
@@ -127,5 +129,21 @@ func TestFetchThatNobodyWaitedFor(t *testing.T) {
 	}
 	if len(i.jobs) != 0 {
 		t.Fatalf("%d fetches that ended long ago are kept", len(i.jobs))
+	}
+}
+
+// TestNothingIsClearedBlindly: what runs from a copy may be seen by no backend.
+func TestNothingIsClearedBlindly(t *testing.T) {
+	dir := t.TempDir()
+	copied := filepath.Join(dir, "content", "key", "1")
+	if err := os.MkdirAll(copied, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	for _, blind := range []bool{true, false} {
+		i := &images{store: &registry.Store{Dir: dir}, blind: blind}
+		_, err := i.Clear(t.Context(), nil, nil)
+		if _, gone := os.Stat(copied); err != nil || blind != (gone == nil) {
+			t.Errorf("blind %v: %v, the copy: %v", blind, err, gone)
+		}
 	}
 }

@@ -60,6 +60,7 @@ type host struct {
 	preview    preview
 	makes      bool // the state folder may be made
 	agent      bool
+	blind      bool       // it had a backend that is not configured any more
 	line       sync.Mutex // one reconcile or probe at a time
 	counts     counts
 }
@@ -214,7 +215,7 @@ func (h *host) kept() ([]string, error) {
 	if errors.Is(err, fs.ErrNotExist) && rec.Good == "" && rec.Trying == "" {
 		err = nil // a new host
 	}
-	ids := append([]string{rec.Good, rec.Trying, state.Accepted.Commit}, state.Burned...)
+	ids := append([]string{rec.Good, rec.Before, rec.Trying, state.Accepted.Commit}, state.Burned...)
 	for _, bad := range rec.Bad {
 		ids = append(ids, bad.Commit)
 	}
@@ -275,6 +276,7 @@ func (h *host) orphans() error {
 	}
 	for _, entry := range entries {
 		if h.backends[entry.Name()] == nil {
+			h.blind = true
 			h.logger.Warn("a backend that is not configured any more: what it runs is neither seen nor stopped", "backend", entry.Name(),
 				"want", "it in the agent's file until the site asks nothing of it, or no folder "+filepath.Join(folder, entry.Name()))
 		}
@@ -309,7 +311,7 @@ func (h *host) openReconciler(context.Context) error {
 		Describe: reconciler.Declare(), MustExist: rec.Good != "" || rec.Trying != "", MinSeq: rec.Trust,
 		RevertsPerDay: h.config.Trust.Reverts}
 	store := &registry.Store{Dir: filepath.Join(h.dir, "images"), Mirror: h.config.Images.Mirror, Keychain: registry.UserKeychain()}
-	fetches := &images{store: store, jobs: map[string]*job{}}
+	fetches := &images{store: store, jobs: map[string]*job{}, blind: h.blind}
 	facts, err := hostFacts(h.config, h.dir)
 	if err != nil {
 		return err
@@ -366,6 +368,7 @@ func newLogger(w io.Writer) *slog.Logger {
 // images is the store as the reconciler asks for it.
 type images struct {
 	store *registry.Store
+	blind bool // something may run here that no backend sees
 	mu    sync.Mutex
 	jobs  map[string]*job // what registries are asked, by what that is
 }
@@ -461,6 +464,21 @@ func (i *images) Repair(ctx context.Context, image backends.Image, format backen
 	}
 	content, err := i.store.Repair(ctx, ref, image.Root, registry.Format(format))
 	return fetched(image, content), err
+}
+
+func (i *images) Clear(_ context.Context, keep []backends.Workload, inUse []string) ([]string, error) {
+	if i.blind {
+		return nil, nil
+	}
+	var pins []registry.Pin
+	for _, workload := range keep {
+		ref, err := registry.ParseReference(workload.Image.Ref)
+		if err != nil {
+			return nil, err
+		}
+		pins = append(pins, registry.Pin{Ref: ref, Root: workload.Image.Root, Format: registry.Format(workload.Format)})
+	}
+	return i.store.Clear(pins, inUse)
 }
 
 // fetched is image with what the store says of it.
