@@ -230,6 +230,17 @@ func (r *Reconciler) input(ctx context.Context, rec Record, good, next *desired)
 			differ[workload.Unit] = true
 		}
 	}
+	described := make([]any, len(next.plan.Workloads))
+	for _, err := range r.ask(ctx, next, func(ctx context.Context, workload *backends.Workload, i int) (err error) {
+		if differ[workload.Unit] {
+			described[i], err = r.Images.Describe(ctx, workload.Image, workload.Format)
+		}
+		return err
+	}) {
+		if err != nil {
+			return input, err
+		}
+	}
 	for _, name := range slices.Sorted(maps.Keys(differ)) {
 		unit := policy.Unit{Name: name}
 		if before := good.unit(name); before != nil {
@@ -241,16 +252,10 @@ func (r *Reconciler) input(ctx context.Context, rec Record, good, next *desired)
 		if unit.Before == nil && unit.After == nil {
 			continue // trust, policy or the site file
 		}
-		for _, workload := range next.plan.Workloads {
-			if workload.Unit != name {
-				continue
+		for i, workload := range next.plan.Workloads {
+			if workload.Unit == name {
+				unit.Workloads, unit.Images = append(unit.Workloads, workload), append(unit.Images, described[i])
 			}
-			unit.Workloads = append(unit.Workloads, workload)
-			described, err := r.Images.Describe(ctx, workload.Image, workload.Format)
-			if err != nil {
-				return input, err
-			}
-			unit.Images = append(unit.Images, described)
 		}
 		input.Units = append(input.Units, unit)
 	}

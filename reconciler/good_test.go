@@ -5,6 +5,7 @@ import (
 	"context"
 	"fmt"
 	"log/slog"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -619,5 +620,89 @@ func TestReasonsOfRemoval(t *testing.T) {
 				t.Errorf("%s %s: %q, want %q", preview.Steps[i].Op, preview.Steps[i].Name, got, want)
 			}
 		}
+	})
+}
+
+// TestSilentRegistries: how long a look takes does not depend on how many images are waited for.
+func TestSilentRegistries(t *testing.T) {
+	story(t, func(t *testing.T, w *world) {
+		for i := range 30 {
+			w.unit(fmt.Sprint("unit-", i), "1", "")
+		}
+		w.push("v1")
+		w.reconcile(Converged)
+		for i := range 30 {
+			w.unit(fmt.Sprint("unit-", i), "2", "")
+		}
+		w.push("v2")
+		w.start() // of the good commit nothing is known either
+		w.r.Wait = 10 * time.Second
+		w.images.silent = true
+		begun := time.Now()
+		w.reconcile(Waiting)
+		if took := time.Since(begun); took > 15*time.Second {
+			t.Errorf("the look took %v, want about 10 s", took)
+		}
+		w.images.silent = false
+		w.reconcile(Converged)
+	})
+}
+
+// TestImagesAreCleared: what is kept is the good commit's and the one's before, over a start of the agent too, and what is run from. It is looked
+// through when a commit is good, when a base was made good, and once a day.
+func TestImagesAreCleared(t *testing.T) {
+	story(t, func(t *testing.T, w *world) {
+		cleared := func(want ...string) {
+			t.Helper()
+			if got := strings.Join(w.images.kept, " "); got != strings.Join(want, " ") {
+				t.Errorf("kept %q, want %q", got, want)
+			}
+			w.images.kept = nil
+		}
+		image := func(version string) string {
+			w.unit("relay", version, "")
+			path := "units/relay/unit.yaml"
+			w.files[path] = strings.Replace(w.files[path], "reg.example/relay@", "reg.example/relay-"+version+"@", 1)
+			w.push(version)
+			return fmt.Sprintf("reg.example/relay-%s@sha256:%064x", version, 7)
+		}
+		v1 := image("1")
+		w.reconcile(Converged)
+		cleared(v1)
+		v2 := image("2")
+		w.faults.armed = &fault{call: "backend.Apply"}
+		w.reconcile(Waiting)
+		cleared() // while v2 is tried
+		w.reconcile(Converged)
+		cleared(v2, v1)
+		if got, want := w.images.inUse, w.fake.Workloads()[0].Image.Content; !slices.Contains(got, want) {
+			t.Errorf("in use %v, want %s among it", got, want)
+		}
+		w.reconcile(Converged)
+		cleared()
+		w.start()
+		w.faults.armed = &fault{call: "images.Clear"}
+		w.reconcile(Converged) // that it fails is no trouble
+		w.reconcile(Converged)
+		cleared()
+		time.Sleep(2 * time.Hour)
+		w.reconcile(Converged)
+		cleared(v2, v1)
+		time.Sleep(25 * time.Hour)
+		w.reconcile(Converged)
+		cleared(v2, v1)
+		w.images.drift[w.fake.Workloads()[0].Image.Content] = true
+		time.Sleep(2 * time.Minute)
+		w.reconcile(Converged)
+		cleared(v2, v1)
+		w.failing("3")
+		image("3")
+		w.reconcile(Reverted)
+		cleared() // the head is one that failed
+		w.reconcile(Reverted)
+		cleared(v2, v2)
+		v4 := image("4")
+		w.reconcile(Converged)
+		cleared(v4, v2)
 	})
 }

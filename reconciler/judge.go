@@ -7,6 +7,8 @@ import (
 	"io/fs"
 	"maps"
 	"slices"
+	"sync"
+	"time"
 
 	"github.com/kindos/kmo/backends"
 	"github.com/kindos/kmo/policy"
@@ -280,12 +282,9 @@ func (r *Reconciler) goodPlan(ctx context.Context, rec *Record) (*desired, error
 	}
 	r.permit(ctx, rec, good)
 	missing := make(map[string]error)
-	for i := range good.plan.Workloads {
-		workload := &good.plan.Workloads[i]
-		if image, err := r.Images.Fetch(ctx, workload.Image, workload.Format); err != nil {
-			missing[workload.Unit] = err
-		} else {
-			workload.Image = image
+	for i, err := range r.contents(ctx, good) {
+		if err != nil {
+			missing[good.plan.Workloads[i].Unit] = err
 		}
 	}
 	for unit, why := range missing {
@@ -333,15 +332,47 @@ func (rec *Record) permits(w backends.Workload) bool {
 
 // fetch sets every workload's image content.
 func (r *Reconciler) fetch(ctx context.Context, next *desired) error {
-	for i := range next.plan.Workloads {
-		workload := &next.plan.Workloads[i]
-		image, err := r.Images.Fetch(ctx, workload.Image, workload.Format)
+	for i, err := range r.contents(ctx, next) {
 		if err != nil {
-			return fmt.Errorf("%s: %w", workload.Unit, err)
+			return fmt.Errorf("%s: %w", next.plan.Workloads[i].Unit, err)
 		}
-		workload.Image = image
 	}
 	return nil
+}
+
+// contents sets the image content of every workload that it can be had for. The errors are one for each workload.
+func (r *Reconciler) contents(ctx context.Context, d *desired) []error {
+	return r.ask(ctx, d, func(ctx context.Context, workload *backends.Workload, _ int) error {
+		image, err := r.Images.Fetch(ctx, workload.Image, workload.Format)
+		if err == nil {
+			workload.Image = image
+		}
+		return err
+	})
+}
+
+// errSilent is why an image is not waited for any longer.
+var errSilent = errors.New("its registry has not answered yet; it is waited for")
+
+// leastWait is how long a look that has waited enough for registries still waits for what is on this host's own disk.
+const leastWait = time.Second
+
+// ask asks about every workload at once: how long a look waits depends on no number of images. Whoever answers bounds how much is done at a time.
+func (r *Reconciler) ask(ctx context.Context, d *desired, do func(context.Context, *backends.Workload, int) error) []error {
+	if r.Wait > 0 {
+		begun := time.Now()
+		defer func() { r.waited += time.Since(begun) }()
+		var end context.CancelFunc
+		ctx, end = context.WithTimeoutCause(ctx, max(r.Wait-r.waited, leastWait), errSilent)
+		defer end()
+	}
+	errs := make([]error, len(d.plan.Workloads))
+	var all sync.WaitGroup
+	for i := range errs {
+		all.Go(func() { errs[i] = do(ctx, &d.plan.Workloads[i], i) })
+	}
+	all.Wait()
+	return errs
 }
 
 func (r *Reconciler) backendNames() []string {

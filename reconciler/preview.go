@@ -45,7 +45,7 @@ func (r *Reconciler) Preview(ctx context.Context, id string) (Preview, error) {
 		return preview, err
 	}
 	preview.Good = rec.Good
-	r.fingerprints = nil
+	r.fingerprints, r.waited = nil, 0
 	commit, err := r.Source.At(ctx, id)
 	if err != nil {
 		return preview, err

@@ -32,6 +32,9 @@ type Images interface {
 	Check(ctx context.Context, image backends.Image) error
 	// Repair makes the content good again from stored or fetched blobs and returns where it is now.
 	Repair(ctx context.Context, image backends.Image, format backends.Format) (backends.Image, error)
+	// Clear removes what this host has of images that no workload of keep has, but never content that is in use, and returns the names
+	// of what it removed.
+	Clear(ctx context.Context, keep []backends.Workload, inUse []string) ([]string, error)
 }
 
 // Reconciler makes one host run what its site's branch says. Its methods must not run side by side.
@@ -47,6 +50,7 @@ type Reconciler struct {
 	Rules    func(site fs.FS) (*policy.Set, error) // the shipped rules with the site's own, nil for none
 	Logger   *slog.Logger
 	Every    time.Duration // between two checks of a base's bytes; 0 means one a minute
+	Wait     time.Duration // for registries, in one look; what they say later is for a later one; 0 means until they answer
 
 	memory // owned by the one goroutine that calls Reconcile
 }
@@ -55,12 +59,14 @@ type Reconciler struct {
 type memory struct {
 	loader       template.Loader
 	fingerprints map[string]backends.Fingerprint
-	good         *desired // the good commit as it was last rendered; nil until it is asked for
+	waited       time.Duration // for registries, in this look
+	good         *desired      // the good commit as it was last rendered; nil until it is asked for
 	sets         ruleCache
 	vitals       vitals
 	decided      map[string]string // by commit, the decision last written to the audit log, in short
 	news         map[string]string // by kind, what recordNews wrote last
 	clock        string            // what the log was told of the clock
+	clearAt      time.Time         // when images are to be looked through again
 	watched      gate.Memory       // of the commit that is being tried
 	saved        Record            // as it is in the journal
 }
@@ -68,13 +74,31 @@ type memory struct {
 // Reconcile looks once and does what is to be done. The record says how it ended; the error is for what keeps kMO itself from going
 // on: its journal, its audit log, a context that ended.
 func (r *Reconciler) Reconcile(ctx context.Context) (Record, error) {
+	rec, err := r.look(ctx)
+	settled := rec.Trying == "" && rec.Head == rec.Good && (rec.Outcome == Converged || rec.Outcome == Reverted) && r.good != nil && r.good.ready
+	if err != nil || !settled || time.Now().Before(r.clearAt) {
+		return rec, err
+	}
+	r.clearAt = time.Now().Add(time.Hour)
+	removed, err := r.clear(ctx, rec)
+	if err == nil {
+		r.clearAt = time.Now().Add(24 * time.Hour)
+	}
+	if err != nil || len(removed) > 0 {
+		r.Logger.Info("clear", "commit", rec.Good, "stage", "keep", "count", len(removed), "removed", refusal.Clip(strings.Join(removed, " "), maxReason), "err", err)
+	}
+	return rec, context.Cause(ctx)
+}
+
+// look is Reconcile without what comes after.
+func (r *Reconciler) look(ctx context.Context) (Record, error) {
 	rec, err := r.load()
 	if err != nil {
 		return rec, err
 	}
 	r.saved = rec
 	r.saved.Bad = slices.Clone(rec.Bad)
-	r.fingerprints = nil
+	r.fingerprints, r.waited = nil, 0
 	behind, err := r.Trust.Behind()
 	if err != nil { // an alarm, also when no new commit asks for the state: nothing is accepted, what is good is kept
 		return r.hold(ctx, rec, rec.Head, "trust", err)
@@ -300,9 +324,9 @@ func (r *Reconciler) promote(ctx context.Context, rec Record, next *desired) (Re
 	if err := r.Trust.Passed(ctx, next.commit.ID); err != nil {
 		return rec, fmt.Errorf("remembering what passed: %w", err)
 	}
-	rec.Good, rec.Allowed, rec.Trying, rec.Trial = next.commit.ID, next.permitted(), "", nil
+	rec.Before, rec.Good, rec.Allowed, rec.Trying, rec.Trial = rec.Good, next.commit.ID, next.permitted(), "", nil
 	next.ready = true
-	r.good, r.vitals = next, newVitals()
+	r.good, r.vitals, r.clearAt = next, newVitals(), time.Time{}
 	if bad := r.settle(ctx, &rec, next.commit); bad != nil {
 		return r.end(ctx, rec, next.commit.ID, Reverted, "gate", bad.reason())
 	}

@@ -957,7 +957,7 @@ func TestT56ReplacedWhileAway(t *testing.T) {
 // TestCrashTable fails each outside call before and after its effect and ends the agent there, as a kill would; a new agent must come to
 // the same end, with one revert and nothing half-done.
 func TestCrashTable(t *testing.T) {
-	calls := []string{"source.Head", "source.At", "source.Between", "images.Describe", "images.Fetch", "backend.Fingerprint", "backend.Observe",
+	calls := []string{"source.Head", "source.At", "source.Between", "images.Describe", "images.Fetch", "images.Clear", "backend.Fingerprint", "backend.Observe",
 		"journal.Save trying", "backend.Apply", "backend.Remove", "backend.Exec"}
 	ends := map[string][]string{
 		"good": {"journal.Save " + string(Converged)},

@@ -338,6 +338,7 @@ func (r *Reconciler) replaceBase(ctx context.Context, good *desired, workload ba
 	for _, user := range users {
 		user.Content, user.ContentRoot, user.Config = image.Content, image.ContentRoot, image.Config
 	}
+	r.clearAt = time.Time{}
 	return nil
 }
 
@@ -347,4 +348,34 @@ type DriftEntry struct {
 	Content   string   `json:"content"`   // path of the copy
 	Workloads []string `json:"workloads"` // that stand on it
 	Reason    string   `json:"reason"`    // the first difference
+}
+
+// clear has everything of images removed that the good commit does not need, nor the one before, to which a person may go back, and that nothing
+// runs from. Nothing is being tried.
+func (r *Reconciler) clear(ctx context.Context, rec Record) ([]string, error) {
+	keep := slices.Clone(r.good.plan.Workloads)
+	var inUse []string
+	for _, workload := range keep {
+		inUse = append(inUse, workload.Image.Content)
+	}
+	if rec.Before != "" {
+		commit, err := r.Source.At(ctx, rec.Before)
+		if err != nil {
+			return nil, err
+		}
+		before, err := r.render(ctx, commit)
+		if err == nil {
+			keep = append(keep, before.plan.Workloads...)
+		} else if refusal.Of(err) == nil { // a commit that fits this host no more needs nothing
+			return nil, err
+		}
+	}
+	have, err := r.observe(ctx)
+	if err != nil {
+		return nil, err
+	}
+	for _, status := range have {
+		inUse = append(inUse, status.Content)
+	}
+	return r.Images.Clear(ctx, keep, inUse)
 }

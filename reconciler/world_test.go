@@ -228,13 +228,35 @@ type memImages struct {
 	copies map[string]int  // how often the content was put in another place, by digest
 	drift  map[string]bool // places whose content has changed
 	checks int
+	silent bool     // no registry answers
+	kept   []string // references, when images were cleared last
+	inUse  []string // contents, likewise
 }
 
-func (m *memImages) Describe(_ context.Context, image backends.Image, _ backends.Format) (described any, err error) {
+// wait is how the agent waits for a registry.
+func (m *memImages) wait(ctx context.Context) error {
+	if !m.silent {
+		return nil
+	}
+	select {
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	case <-time.After(10 * time.Second):
+		return errFault
+	}
+}
+
+func (m *memImages) Describe(ctx context.Context, image backends.Image, _ backends.Format) (described any, err error) {
+	if err := m.wait(ctx); err != nil {
+		return nil, err
+	}
 	return map[string]any{"ref": image.Ref}, m.faults.around("images.Describe", func() error { return m.broken[image.Ref] })
 }
 
-func (m *memImages) Fetch(_ context.Context, image backends.Image, _ backends.Format) (backends.Image, error) {
+func (m *memImages) Fetch(ctx context.Context, image backends.Image, _ backends.Format) (backends.Image, error) {
+	if err := m.wait(ctx); err != nil {
+		return image, err
+	}
 	image.Content, image.ContentRoot = fmt.Sprintf("copy %d of %s", m.copies[image.SHA256], image.SHA256), merkle.BlobRoot([]byte(image.Ref))
 	return image, m.faults.around("images.Fetch", func() error { return m.broken[image.Ref] })
 }
@@ -254,6 +276,16 @@ func (m *memImages) Repair(ctx context.Context, image backends.Image, format bac
 	}
 	m.copies[image.SHA256]++
 	return m.Fetch(ctx, image, format)
+}
+
+func (m *memImages) Clear(_ context.Context, keep []backends.Workload, inUse []string) (removed []string, err error) {
+	return nil, m.faults.around("images.Clear", func() error {
+		m.kept, m.inUse = nil, inUse
+		for _, workload := range keep {
+			m.kept = append(m.kept, workload.Image.Ref)
+		}
+		return nil
+	})
 }
 
 // memJournal keeps the record in memory, as a file would.

@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"hash"
 	"io"
+	"io/fs"
 	"os"
 	"path/filepath"
 	"strconv"
@@ -332,6 +333,91 @@ func (s *Store) promote(path string, fill func(io.Writer) error) error {
 		return fmt.Errorf("keeping %s: %w", filepath.Base(path), err)
 	}
 	return os.Rename(temp.Name(), path)
+}
+
+// errFilling says that nothing can be removed now.
+var errFilling = errors.New("an image is being fetched")
+
+// Clear removes what is needed neither for an image of keep nor by whatever stands on the contents of in use: blobs and records that are older than
+// a day, and every copy that no record names, such as a crash leaves. It returns the paths of what it removed, within Dir.
+func (s *Store) Clear(keep []Pin, inUse []string) (removed []string, err error) {
+	if err := s.open(); err != nil {
+		return nil, err
+	}
+	if !s.filling.TryLock() {
+		return nil, errFilling
+	}
+	defer s.filling.Unlock()
+	needed := make(map[string]bool) // by path in Dir, blobs without .root
+	for _, pin := range keep {
+		needed[filepath.Join("images", s.key(pin.Ref, pin.Root, pin.Format)+".json")] = true
+		s.need(needed, pin.Ref.SHA256)
+	}
+	for _, content := range inUse {
+		key, n := filepath.Split(filepath.Dir(content)) // whatever Dir was called when it was started
+		key = filepath.Base(key)
+		needed[filepath.Join("images", key+".json")], needed[filepath.Join("content", key, n)] = true, true
+	}
+	for _, pattern := range []string{"images/*.json", "content/*/*", "blobs/sha256/*"} { // a record before its copy
+		found, err := fs.Glob(os.DirFS(s.Dir), pattern)
+		if err != nil {
+			return removed, err
+		}
+		for _, path := range found {
+			if needed[strings.TrimSuffix(path, ".root")] {
+				continue
+			}
+			if gone, err := s.clear(path); err != nil {
+				return removed, err
+			} else if gone {
+				removed = append(removed, path)
+			}
+		}
+	}
+	return removed, nil
+}
+
+// need marks a document's blob, and the blobs that it leads to as far as they are here.
+func (s *Store) need(needed map[string]bool, hex string) {
+	path := filepath.Join("blobs", "sha256", hex)
+	if needed[path] {
+		return
+	}
+	needed[path] = true
+	d := &document{raw: s.keptSmall(v1.Descriptor{Size: -1, Digest: v1.Hash{Algorithm: "sha256", Hex: hex}})}
+	if d.raw == nil || d.parse(hex) != nil {
+		return
+	}
+	for _, member := range d.members {
+		s.need(needed, member.desc.Digest.Hex)
+	}
+	if d.manifest != nil {
+		for _, blob := range d.blobs() {
+			needed[filepath.Join("blobs", "sha256", blob.Digest.Hex)] = true
+		}
+	}
+}
+
+// clear removes what is not needed, unless it is a record or a blob that is young, or the copy of a record.
+func (s *Store) clear(path string) (gone bool, err error) {
+	full := filepath.Join(s.Dir, path)
+	if dir := filepath.Dir(full); strings.HasPrefix(path, "content/") {
+		r, err := s.recorded(filepath.Base(dir))
+		if err != nil || filepath.Dir(r.Content.Path) == full {
+			return false, err
+		}
+		err = os.RemoveAll(full)
+		_ = os.Remove(dir) // if it was the last
+		return true, err
+	}
+	stat, err := os.Lstat(full)
+	if err != nil || time.Since(stat.ModTime()) <= grace {
+		return false, err
+	}
+	s.mu.Lock()
+	delete(s.known, strings.TrimSuffix(filepath.Base(path), ".json"))
+	s.mu.Unlock()
+	return true, os.Remove(full)
 }
 
 func sha256Hex(data []byte) string {

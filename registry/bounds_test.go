@@ -5,8 +5,11 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net/http"
 	"slices"
 	"strings"
+	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -93,6 +96,42 @@ func TestAFullDisk(t *testing.T) {
 			}
 		})
 	}
+}
+
+// TestASilentRegistry is asked about a few images at a time, and keeps nobody from what others have.
+func TestASilentRegistry(t *testing.T) {
+	ctx := t.Context()
+	w := newWorld(t)
+	var waiting atomic.Int64
+	full, release := make(chan struct{}), make(chan struct{})
+	w.lies(func(http.ResponseWriter, *http.Request, http.Handler) {
+		defer waiting.Add(-1)
+		if waiting.Add(1) == atOnce {
+			close(full)
+		}
+		<-release
+	})
+	s := newStore(t)
+	var all sync.WaitGroup
+	for i := range 3 * atOnce {
+		ref := w.place("app")
+		ref.SHA256 = fmt.Sprintf("%064x", i)
+		all.Go(func() { _, _ = s.Fetch(ctx, ref, merkle.BlobRoot(nil), OCI) })
+	}
+	<-full
+	other := toLayout(t, simple(t, "linux/amd64", reg("a", "1")))
+	root := rootOf(t, other)
+	for range 2 { // fetched, and then on the disk
+		if _, err := s.Fetch(ctx, other, root, OCI); err != nil {
+			t.Error(err)
+		}
+	}
+	if n := waiting.Load(); n != atOnce {
+		t.Errorf("%d images are asked for at once, want %d", n, atOnce)
+	}
+	w.lies(func(rw http.ResponseWriter, r *http.Request, _ http.Handler) { http.NotFound(rw, r) })
+	close(release)
+	all.Wait()
 }
 
 // TestMarkersEverywhere has a marker in every folder of a deep tree, above many files of the same layer.

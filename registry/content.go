@@ -22,6 +22,9 @@ import (
 	"github.com/kindos/kmo/registry/merkle"
 )
 
+// grace is how long what is not needed stays at least.
+const grace = 24 * time.Hour
+
 // The names in a content folder.
 const (
 	rootName = "root"
@@ -399,6 +402,19 @@ func (s *Store) Repair(ctx context.Context, ref Reference, root merkle.Digest, f
 	return content, err
 }
 
+// recorded returns a promoted record as it is on the disk, the zero record if there is none.
+func (s *Store) recorded(key string) (r record, err error) {
+	text, err := os.ReadFile(s.recordPath(key))
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return r, err
+	}
+	if decodeStrict(text, &r) != nil || r.Content.Root.IsZero() { // a power cut has torn it
+		return record{}, nil
+	}
+	r.Content.Path = filepath.Join(s.Dir, "content", key, filepath.Base(filepath.Dir(r.Content.Path)), filepath.Base(r.Content.Path))
+	return r, nil
+}
+
 // sweep clears what a crash left behind.
 func (s *Store) sweep() error {
 	left, err := os.ReadDir(filepath.Join(s.Dir, "tmp"))
@@ -407,7 +423,7 @@ func (s *Store) sweep() error {
 	}
 	for _, entry := range left {
 		stat, err := entry.Info()
-		if err == nil && time.Since(stat.ModTime()) > 24*time.Hour { // a younger one may be another process's
+		if err == nil && time.Since(stat.ModTime()) > grace { // a younger one may be another process's
 			err = os.RemoveAll(filepath.Join(s.Dir, "tmp", entry.Name()))
 		}
 		if err != nil && !errors.Is(err, fs.ErrNotExist) {

@@ -84,6 +84,13 @@ func (r Reference) String() string {
 	return place + "@sha256:" + r.SHA256
 }
 
+// Pin is an image as it is asked for.
+type Pin struct {
+	Ref    Reference
+	Root   merkle.Digest
+	Format Format
+}
+
 // Format is what an image's content is: a key of a unit's variants.
 type Format string
 
@@ -105,6 +112,11 @@ type Config struct {
 	Env        []string `json:"env,omitempty"`
 	Dir        string   `json:"dir,omitempty"`
 	User       string   `json:"user,omitempty"`
+}
+
+func (img *image) run() Config {
+	c := img.oci.Config
+	return Config{Entrypoint: c.Entrypoint, Cmd: c.Cmd, Env: c.Env, Dir: c.WorkingDir, User: c.User}
 }
 
 // document is an index or a manifest, its bytes checked against the digest it was asked for by.

@@ -272,6 +272,26 @@ func (l *lazySource) referrers(ctx context.Context, hex string) ([]v1.Descriptor
 	return r.referrers(ctx, hex)
 }
 
+// atOnce is how many images are described, and how many fetched, of one registry at a time.
+const atOnce = 4
+
+// turn waits until one more image may be described or fetched. Each registry has turns of its own: no silent or slow one delays what others have.
+func (s *Store) turn(ctx context.Context, what string, ref Reference) (done func(), err error) {
+	s.mu.Lock()
+	key := what + " " + ref.Host
+	if s.turns[key] == nil {
+		s.turns[key] = make(chan struct{}, atOnce)
+	}
+	turns := s.turns[key]
+	s.mu.Unlock()
+	select {
+	case turns <- struct{}{}:
+		return func() { <-turns }, nil
+	case <-ctx.Done():
+		return nil, ctx.Err()
+	}
+}
+
 // reach orders addresses by how far inside they are. A registry may send us on to what is as far inside as itself, never further.
 type reach int32
 

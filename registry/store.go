@@ -20,6 +20,8 @@
 //	images/KEY.json        the promoted record, written last: the copy it names is whole and proven
 //	tmp/                   what is being written; what a process has left there is removed after a day
 //
+// Nothing of it goes by itself but what is in tmp: Clear is told what to keep.
+//
 // # Example
 //
 //	store := &registry.Store{Dir: "/var/lib/kmo/images"}
@@ -64,10 +66,12 @@ type Store struct {
 	invalid  error
 	platform v1.Platform
 	locks    locks
+	filling  sync.RWMutex // held for reading while an image is fetched, and for writing while what is not needed is removed
 
 	mu      sync.Mutex
 	known   map[string]Content       // by key: what was fetched or loaded before
 	remotes map[string]*remoteSource // by host and repository
+	turns   map[string]chan struct{} // by what is asked for, and host
 }
 
 // Content is verified content on this host.
@@ -119,7 +123,7 @@ func (s *Store) validate() error {
 	if s.disk == nil {
 		s.disk = statfs
 	}
-	s.known, s.remotes = map[string]Content{}, map[string]*remoteSource{}
+	s.known, s.remotes, s.turns = map[string]Content{}, map[string]*remoteSource{}, map[string]chan struct{}{}
 	for _, dir := range []string{"blobs/sha256", "content", "images", "tmp"} {
 		if err := os.MkdirAll(filepath.Join(s.Dir, dir), 0o755); err != nil {
 			return fmt.Errorf("image store: %w", err)
@@ -267,6 +271,11 @@ func (s *Store) Describe(ctx context.Context, ref Reference, root merkle.Digest,
 	if err := s.open(); err != nil {
 		return Description{}, err
 	}
+	done, err := s.turn(ctx, "describe", ref)
+	if err != nil {
+		return Description{}, err
+	}
+	defer done()
 	img, err := s.resolve(ctx, ref, format)
 	if err != nil {
 		return Description{}, err
@@ -290,11 +299,6 @@ func (s *Store) Describe(ctx context.Context, ref Reference, root merkle.Digest,
 	}
 	d.Statement, d.Signer, d.Proved, err = s.proveByStatement(ctx, img, root)
 	return d, err
-}
-
-func (img *image) run() Config {
-	c := img.oci.Config
-	return Config{Entrypoint: c.Entrypoint, Cmd: c.Cmd, Env: c.Env, Dir: c.WorkingDir, User: c.User}
 }
 
 // Fetch returns the image's content, verified against both pins. Once it has, the same pins cost one look at the disk and no network.
@@ -321,6 +325,13 @@ func (s *Store) Fetch(ctx context.Context, ref Reference, root merkle.Digest, fo
 }
 
 func (s *Store) fetch(ctx context.Context, ref Reference, root merkle.Digest, format Format, key string) (Content, error) {
+	done, err := s.turn(ctx, "fetch", ref)
+	if err != nil {
+		return Content{}, err
+	}
+	defer done()
+	s.filling.RLock()
+	defer s.filling.RUnlock()
 	ctx, cancel := context.WithTimeout(ctx, longest)
 	defer cancel()
 	img, err := s.resolve(ctx, ref, format)
@@ -443,15 +454,10 @@ func (s *Store) recall(ctx context.Context, key string) (Content, bool) {
 		_, err := os.Lstat(content.Path)
 		return content, err == nil
 	}
-	text, err := os.ReadFile(s.recordPath(key))
-	if err != nil {
+	r, err := s.recorded(key)
+	if err != nil || r.Content.Root.IsZero() {
 		return Content{}, false
 	}
-	var r record
-	if err := decodeStrict(text, &r); err != nil || r.Content.Root.IsZero() {
-		return Content{}, false
-	}
-	r.Content.Path = filepath.Join(s.Dir, "content", key, filepath.Base(filepath.Dir(r.Content.Path)), filepath.Base(r.Content.Path))
 	if _, err := os.Lstat(r.Content.Path); err != nil {
 		return Content{}, false
 	}

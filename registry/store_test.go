@@ -9,6 +9,7 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/google/go-cmp/cmp"
 	v1 "github.com/google/go-containerregistry/pkg/v1"
@@ -398,5 +399,103 @@ func BenchmarkFetchKnown(b *testing.B) {
 		if _, err := s.Fetch(context.Background(), ref, root, Native); err != nil {
 			b.Fatal(err)
 		}
+	}
+}
+
+// TestClear has an image that is kept, one that something stands on, and one that nobody wants, with what crashes have left of them.
+func TestClear(t *testing.T) {
+	ctx := t.Context()
+	s := newStore(t)
+	fetch := func(s *Store, pin Pin) Content {
+		t.Helper()
+		content, err := s.Fetch(ctx, pin.Ref, pin.Root, pin.Format)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return content
+	}
+	var pins []Pin
+	var old, last []Content // unpacked, and a crash came before it was recorded; and recorded
+	index, _, _ := twoPlatforms(t)
+	for _, what := range []any{index, simple(t, "linux/amd64", reg("a", "in use")), simple(t, "linux/amd64", reg("a", "unwanted"))} {
+		ref := toLayout(t, what)
+		pin := Pin{ref, rootOf(t, ref), OCI}
+		for range 3 {
+			old = append(old, fetch(s, pin))
+			if err := os.Remove(s.recordPath(s.key(ref, pin.Root, OCI))); err != nil {
+				t.Fatal(err)
+			}
+			s = &Store{Dir: s.Dir, Platform: s.Platform}
+		}
+		pins, last = append(pins, pin), append(last, fetch(s, pin))
+	}
+	left := func() (contents []string) {
+		for _, content := range append(slices.Clone(old), last...) {
+			if _, err := os.Stat(content.Path); err == nil {
+				contents = append(contents, content.Path)
+			}
+		}
+		return contents
+	}
+	clear := func(inUse ...string) []string {
+		t.Helper()
+		removed, err := s.Clear(pins[:1], inUse)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, path := range removed {
+			if _, err := os.Lstat(filepath.Join(s.Dir, path)); !errors.Is(err, os.ErrNotExist) {
+				t.Errorf("%s: %v, want that it is gone", path, err)
+			}
+		}
+		return removed
+	}
+
+	s.filling.RLock()
+	if _, err := s.Clear(nil, nil); !errors.Is(err, errFilling) || len(left()) != 12 {
+		t.Errorf("while an image is fetched: %v, %d copies, want that all stay", err, len(left()))
+	}
+	s.filling.RUnlock()
+
+	elsewhere := strings.Replace(old[3].Path, s.Dir, "/an/earlier/name", 1)
+	if removed := clear(elsewhere); len(removed) != 8 {
+		t.Errorf("removed %v, want the 8 copies that are neither recorded nor in use", removed)
+	}
+	if diff := cmp.Diff([]string{old[3].Path, last[0].Path, last[1].Path, last[2].Path}, left()); diff != "" {
+		t.Error(diff)
+	}
+
+	days := time.Now().Add(-2 * grace)
+	for _, pattern := range []string{"images/*", "blobs/sha256/*"} {
+		all, err := filepath.Glob(filepath.Join(s.Dir, pattern))
+		for _, path := range all {
+			err = errors.Join(err, os.Chtimes(path, days, days))
+		}
+		if err != nil || len(all) == 0 {
+			t.Fatal(len(all), err)
+		}
+	}
+	clear(old[3].Path)
+	if diff := cmp.Diff([]string{old[3].Path, last[0].Path, last[1].Path}, left()); diff != "" {
+		t.Error(diff)
+	}
+	clear()
+	if diff := cmp.Diff([]string{last[0].Path}, left()); diff != "" {
+		t.Error(diff)
+	}
+	if removed := clear(); len(removed) != 0 {
+		t.Errorf("removed %v, want nothing more", removed)
+	}
+	for _, pin := range pins {
+		if err := os.Rename(pin.Ref.Layout, pin.Ref.Layout+"-away"); err != nil {
+			t.Fatal(err)
+		}
+	}
+	spoil(t, filepath.Join(last[0].Path, "bin/app"))
+	if content, err := s.Repair(ctx, pins[0].Ref, pins[0].Root, OCI); err != nil || s.Check(ctx, content) != nil {
+		t.Errorf("repairing what was kept, without its source: %v", err)
+	}
+	if _, err := s.Fetch(ctx, pins[2].Ref, pins[2].Root, OCI); err == nil {
+		t.Error("what was removed is still there")
 	}
 }

@@ -51,6 +51,9 @@ Exit statuses: 0 stopped by a signal, 1 error, 3 refused (kMO's own state is not
 	return cmd
 }
 
+// registryWait is how long a look of the agent waits for registries before it goes on without. A command was asked for its one look.
+const registryWait = 10 * time.Second
+
 // serve runs the agent until ctx ends: the API on its socket, and the loop.
 func (h *host) serve(ctx context.Context) error {
 	ctx, stop := context.WithCancel(ctx)
@@ -62,6 +65,7 @@ func (h *host) serve(ctx context.Context) error {
 	server := &http.Server{Handler: h.api(ctx), ReadHeaderTimeout: 10 * time.Second, MaxHeaderBytes: 64 << 10,
 		BaseContext: func(net.Listener) context.Context { return ctx }}
 	h.agent = true
+	h.reconciler.Wait, h.preview.Wait = registryWait, registryWait
 	var group sync.WaitGroup
 	group.Go(func() {
 		if err := server.Serve(listener); !errors.Is(err, http.ErrServerClosed) {

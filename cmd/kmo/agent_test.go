@@ -6,6 +6,8 @@ import (
 	"fmt"
 	"net/http"
 	"net/http/httptest"
+	"os"
+	"path/filepath"
 	"strings"
 	"sync/atomic"
 	"testing"
@@ -84,16 +86,18 @@ func TestFetchThatNobodyWaitedFor(t *testing.T) {
 		http.Error(w, fmt.Sprintf("no such thing %d", requests.Add(1)), http.StatusNotFound)
 	}))
 	defer server.Close()
-	patience := 10 * time.Millisecond
-	i := &images{store: &registry.Store{Dir: t.TempDir()}, jobs: map[string]*job{}, patience: func() time.Duration { return patience }}
+	i := &images{store: &registry.Store{Dir: t.TempDir()}, jobs: map[string]*job{}}
 	image := backends.Image{Ref: server.Listener.Addr().String() + "/relay@sha256:" + strings.Repeat("0", 64), Root: merkle.BlobRoot(nil)}
-	fetch := func() error {
-		_, err := i.Fetch(t.Context(), image, backends.Native)
+	fetch := func(ctx context.Context) error {
+		_, err := i.Fetch(ctx, image, backends.Native)
 		return err
 	}
 	late := func() *job {
 		t.Helper()
-		if err := fetch(); !errors.Is(err, errFetching) {
+		silent := errors.New("no longer waited for")
+		ctx, cancel := context.WithTimeoutCause(t.Context(), 10*time.Millisecond, silent)
+		defer cancel()
+		if err := fetch(ctx); !errors.Is(err, silent) {
 			t.Fatalf("%v, want that it is being fetched", err)
 		}
 		i.mu.Lock()
@@ -111,8 +115,7 @@ func TestFetchThatNobodyWaitedFor(t *testing.T) {
 	}
 	close(release)
 	<-begun.done
-	patience = 0
-	if err := fetch(); err == nil || err != begun.err { //nolint:errorlint // the very one
+	if err := fetch(t.Context()); err == nil || err != begun.err { //nolint:errorlint // the very one
 		t.Fatalf("%v, want how the fetch ended, %v", err, begun.err)
 	}
 	if len(i.jobs) != 0 {
@@ -121,10 +124,26 @@ func TestFetchThatNobodyWaitedFor(t *testing.T) {
 	old := &job{done: begun.done, err: begun.err, ended: time.Now().Add(-time.Hour)}
 	i.jobs[fmt.Sprintln("fetch", image.Ref, image.Root, backends.Native)] = old
 	i.jobs["another"] = old
-	if err := fetch(); err == nil || err == begun.err { //nolint:errorlint // the very one
+	if err := fetch(t.Context()); err == nil || err == begun.err { //nolint:errorlint // the very one
 		t.Fatalf("%v, want how it ends now", err)
 	}
 	if len(i.jobs) != 0 {
 		t.Fatalf("%d fetches that ended long ago are kept", len(i.jobs))
+	}
+}
+
+// TestNothingIsClearedBlindly: what runs from a copy may be seen by no backend.
+func TestNothingIsClearedBlindly(t *testing.T) {
+	dir := t.TempDir()
+	copied := filepath.Join(dir, "content", "key", "1")
+	if err := os.MkdirAll(copied, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	for _, blind := range []bool{true, false} {
+		i := &images{store: &registry.Store{Dir: dir}, blind: blind}
+		_, err := i.Clear(t.Context(), nil, nil)
+		if _, gone := os.Stat(copied); err != nil || blind != (gone == nil) {
+			t.Errorf("blind %v: %v, the copy: %v", blind, err, gone)
+		}
 	}
 }

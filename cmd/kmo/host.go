@@ -60,6 +60,7 @@ type host struct {
 	preview    preview
 	makes      bool // the state folder may be made
 	agent      bool
+	blind      bool       // it had a backend that is not configured any more
 	line       sync.Mutex // one reconcile or probe at a time
 	counts     counts
 }
@@ -214,7 +215,7 @@ func (h *host) kept() ([]string, error) {
 	if errors.Is(err, fs.ErrNotExist) && rec.Good == "" && rec.Trying == "" {
 		err = nil // a new host
 	}
-	ids := append([]string{rec.Good, rec.Trying, state.Accepted.Commit}, state.Burned...)
+	ids := append([]string{rec.Good, rec.Before, rec.Trying, state.Accepted.Commit}, state.Burned...)
 	for _, bad := range rec.Bad {
 		ids = append(ids, bad.Commit)
 	}
@@ -275,6 +276,7 @@ func (h *host) orphans() error {
 	}
 	for _, entry := range entries {
 		if h.backends[entry.Name()] == nil {
+			h.blind = true
 			h.logger.Warn("a backend that is not configured any more: what it runs is neither seen nor stopped", "backend", entry.Name(),
 				"want", "it in the agent's file until the site asks nothing of it, or no folder "+filepath.Join(folder, entry.Name()))
 		}
@@ -309,12 +311,7 @@ func (h *host) openReconciler(context.Context) error {
 		Describe: reconciler.Declare(), MustExist: rec.Good != "" || rec.Trying != "", MinSeq: rec.Trust,
 		RevertsPerDay: h.config.Trust.Reverts}
 	store := &registry.Store{Dir: filepath.Join(h.dir, "images"), Mirror: h.config.Images.Mirror, Keychain: registry.UserKeychain()}
-	fetches := &images{store: store, jobs: map[string]*job{}, patience: func() time.Duration {
-		if h.agent {
-			return 10 * time.Second
-		}
-		return 0 // a command that was asked for this one look
-	}}
+	fetches := &images{store: store, jobs: map[string]*job{}, blind: h.blind}
 	facts, err := hostFacts(h.config, h.dir)
 	if err != nil {
 		return err
@@ -370,10 +367,10 @@ func newLogger(w io.Writer) *slog.Logger {
 
 // images is the store as the reconciler asks for it.
 type images struct {
-	store    *registry.Store
-	patience func() time.Duration // how long a look at the branch waits for a registry before it goes on without; 0 is for ever
-	mu       sync.Mutex
-	jobs     map[string]*job // what registries are asked, by what that is
+	store *registry.Store
+	blind bool // something may run here that no backend sees
+	mu    sync.Mutex
+	jobs  map[string]*job // what registries are asked, by what that is
 }
 
 // job is a question to a registry that is under way, or one that ended while nobody waited.
@@ -387,9 +384,6 @@ type job struct {
 
 // news is how long the end of a job is told to who asks for it next; after that it is begun anew.
 const news = 5 * time.Minute
-
-// errFetching says that an image, or what the registry says of it, is on its way.
-var errFetching = errors.New("its registry has not answered yet; it is waited for")
 
 func (i *images) Describe(ctx context.Context, image backends.Image, format backends.Format) (any, error) {
 	job, err := i.ask(ctx, "describe", image, format, func(ctx context.Context, job *job, ref registry.Reference) error {
@@ -414,7 +408,7 @@ func (i *images) Fetch(ctx context.Context, image backends.Image, format backend
 	return fetched(image, job.content), nil
 }
 
-// ask has a job done and waits for it, within patience.
+// ask has a job done and waits for it until ctx ends.
 func (i *images) ask(ctx context.Context, what string, image backends.Image, format backends.Format, do func(context.Context, *job, registry.Reference) error) (*job, error) {
 	ref, err := registry.ParseReference(image.Ref)
 	if err != nil {
@@ -422,16 +416,10 @@ func (i *images) ask(ctx context.Context, what string, image backends.Image, for
 	}
 	key := fmt.Sprintln(what, image.Ref, image.Root, format)
 	job := i.join(key, func(job *job) error { return do(context.WithoutCancel(ctx), job, ref) })
-	var late <-chan time.Time
-	if patience := i.patience(); patience > 0 {
-		late = time.After(patience)
-	}
 	select {
 	case <-job.done:
-	case <-late:
-		return nil, fmt.Errorf("%s: %w", image.Ref, errFetching)
 	case <-ctx.Done():
-		return nil, context.Cause(ctx)
+		return nil, fmt.Errorf("%s: %w", image.Ref, context.Cause(ctx))
 	}
 	i.mu.Lock()
 	defer i.mu.Unlock()
@@ -476,6 +464,21 @@ func (i *images) Repair(ctx context.Context, image backends.Image, format backen
 	}
 	content, err := i.store.Repair(ctx, ref, image.Root, registry.Format(format))
 	return fetched(image, content), err
+}
+
+func (i *images) Clear(_ context.Context, keep []backends.Workload, inUse []string) ([]string, error) {
+	if i.blind {
+		return nil, nil
+	}
+	var pins []registry.Pin
+	for _, workload := range keep {
+		ref, err := registry.ParseReference(workload.Image.Ref)
+		if err != nil {
+			return nil, err
+		}
+		pins = append(pins, registry.Pin{Ref: ref, Root: workload.Image.Root, Format: registry.Format(workload.Format)})
+	}
+	return i.store.Clear(pins, inUse)
 }
 
 // fetched is image with what the store says of it.

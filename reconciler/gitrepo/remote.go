@@ -181,10 +181,12 @@ func (r *Repository) dialProcess(ctx context.Context, service string) (*talk, er
 	if err := cmd.Start(); err != nil {
 		return nil, fmt.Errorf("running git, which a push to a local repository needs: %v", err)
 	}
+	stop := context.AfterFunc(ctx, func() { in.Close(); out.Close() }) // what has left the group may hold the other ends for ever
 	closeAll := func() {
+		defer stop()
 		_, _ = in.Write([]byte("0000"))
 		in.Close()
-		_, _ = io.Copy(io.Discard, io.LimitReader(out, 1<<20)) // a hook may still speak; one that goes on is hung up on
+		_, _ = io.Copy(io.Discard, io.LimitReader(out, 1<<20)) // a hook may still speak, until ctx ends; one that goes on is hung up on
 		out.Close()
 		_ = cmd.Wait()
 	}
