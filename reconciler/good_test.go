@@ -46,6 +46,13 @@ func TestATryIsLeftAloneWhileTheHeadMustNotRun(t *testing.T) {
 		w.commit(nil, "alice@example.org", "unsigned", w.files)
 		w.reconcile(Refused)
 		w.wantRunning(both)
+		records, saves := w.records(), w.journal.rec.Seq
+		for range 5 {
+			w.reconcile(Refused)
+		}
+		if w.records() != records || w.journal.rec.Seq != saves {
+			t.Errorf("%d records and %d saves while nothing changed", w.records()-records, w.journal.rec.Seq-saves)
+		}
 		w.head = v1 // the branch was set back
 		if rec := w.reconcile(Refused); !strings.Contains(rec.Reason, "E_ROLLBACK") || rec.Trying != v2 {
 			t.Errorf("trying %s, reason %q, want E_ROLLBACK while v2 is tried", rec.Trying, rec.Reason)

@@ -75,6 +75,9 @@ type memory struct {
 // on: its journal, its audit log, a context that ended.
 func (r *Reconciler) Reconcile(ctx context.Context) (Record, error) {
 	rec, err := r.look(ctx)
+	if err == nil {
+		rec, err = r.tell(ctx, rec)
+	}
 	settled := rec.Trying == "" && rec.Head == rec.Good && (rec.Outcome == Converged || rec.Outcome == Reverted) && r.good != nil && r.good.ready
 	if err != nil || !settled || time.Now().Before(r.clearAt) {
 		return rec, err
@@ -269,8 +272,7 @@ func (r *Reconciler) resume(ctx context.Context, rec Record) (_ Record, ended bo
 		err = r.fetch(ctx, next)
 	}
 	if err != nil {
-		rec, err = r.end(ctx, rec, rec.Trying, Waiting, "resume", err.Error())
-		return rec, false, err
+		return rec.note(rec.Trying, Waiting, "resume", err.Error()), false, context.Cause(ctx)
 	}
 	next.compare(rec) // what the try changed is what the gate judges, also where it runs already
 	rec, err = r.finish(ctx, rec, next)
@@ -280,15 +282,15 @@ func (r *Reconciler) resume(ctx context.Context, rec Record) (_ Record, ended bo
 // StageWatch is where a try waits that is watched and has no verdict yet: it goes on at once, with the next Reconcile.
 const StageWatch = "watch"
 
-// finish converges the host to next and does what the gate's verdict asks for.
+// finish converges the host to next and does what the gate's verdict asks for. Where it has none, the outcome is only noted.
 func (r *Reconciler) finish(ctx context.Context, rec Record, next *desired) (Record, error) {
 	good, err := r.goodCommit(ctx, rec)
 	if err != nil {
-		return r.end(ctx, rec, rec.Trying, Waiting, "render", "the good commit: "+err.Error())
+		return rec.note(rec.Trying, Waiting, "render", "the good commit: "+err.Error()), nil
 	}
 	have, err := r.observe(ctx)
 	if err != nil {
-		return r.end(ctx, rec, rec.Trying, Waiting, "observe", err.Error())
+		return rec.note(rec.Trying, Waiting, "observe", err.Error()), nil
 	}
 	if r.watched == nil {
 		r.watched = make(gate.Memory)
@@ -298,10 +300,10 @@ func (r *Reconciler) finish(ctx context.Context, rec Record, next *desired) (Rec
 		return rec, context.Cause(ctx) // judges nothing: the next Reconcile goes on
 	}
 	if err != nil {
-		return r.end(ctx, rec, rec.Trying, Waiting, "apply", err.Error())
+		return rec.note(rec.Trying, Waiting, "apply", err.Error()), nil
 	}
 	if finding.Verdict == gate.Undecided {
-		return r.end(ctx, rec, rec.Trying, Waiting, StageWatch, fmt.Sprintf("%s: %s: %s", finding.Unit, finding.Gate, finding.Evidence))
+		return rec.note(rec.Trying, Waiting, StageWatch, fmt.Sprintf("%s: %s: %s", finding.Unit, finding.Gate, finding.Evidence)), nil
 	}
 	r.watched = nil
 	if err := r.recordNews("gate", &GateEntry{r.about(next.commit.ID), finding}); err != nil {
@@ -312,11 +314,11 @@ func (r *Reconciler) finish(ctx context.Context, rec Record, next *desired) (Rec
 		return r.promote(ctx, rec, next)
 	case gate.Fail:
 		if !next.changed[finding.Unit] { // it ran before: no reason to go back, and none to call its workload bad
-			return r.end(ctx, rec, rec.Trying, Stuck, "gate", fmt.Sprintf("%s, which the commit does not change, does not pass: %s: %s", finding.Unit, finding.Gate, finding.Evidence))
+			return rec.note(rec.Trying, Stuck, "gate", fmt.Sprintf("%s, which the commit does not change, does not pass: %s: %s", finding.Unit, finding.Gate, finding.Evidence)), nil
 		}
 		return r.goBack(ctx, rec, next, finding)
 	}
-	return r.end(ctx, rec, rec.Trying, Waiting, "gate", fmt.Sprintf("no data from %s %s: %s", finding.Unit, finding.Gate, finding.Evidence))
+	return rec.note(rec.Trying, Waiting, "gate", fmt.Sprintf("no data from %s %s: %s", finding.Unit, finding.Gate, finding.Evidence)), nil
 }
 
 // promote makes next the good commit.
@@ -333,20 +335,32 @@ func (r *Reconciler) promote(ctx context.Context, rec Record, next *desired) (Re
 	return r.end(ctx, rec, next.commit.ID, Converged, "", "")
 }
 
-// end makes the outcome durable and tells of it, once: in the audit log and in one line of the log. A context that ended judges nothing.
+// note sets the outcome. It is what the look came to unless something else follows that says more: a try that waits may stand on a head that
+// is refused.
+func (rec Record) note(head string, outcome Outcome, stage, reason string) Record {
+	rec.Head, rec.Outcome, rec.Stage = head, outcome, stage
+	rec.Reason = refusal.Clip(strings.ReplaceAll(reason, "\n", "; "), maxReason) // joined refusals in one line
+	return rec
+}
+
+// end notes the outcome and tells of it.
 func (r *Reconciler) end(ctx context.Context, rec Record, head string, outcome Outcome, stage, reason string) (Record, error) {
+	return r.tell(ctx, rec.note(head, outcome, stage, reason))
+}
+
+// tell makes the outcome durable and tells of it, once: in the audit log and in one line of the log. A context that ended judges nothing.
+func (r *Reconciler) tell(ctx context.Context, rec Record) (Record, error) {
 	if ctx.Err() != nil {
 		return rec, context.Cause(ctx)
 	}
-	reason = refusal.Clip(strings.ReplaceAll(reason, "\n", "; "), maxReason) // joined refusals in one line
-	told := rec.Head == head && rec.Outcome == outcome && rec.Stage == stage && rec.Reason == reason
-	rec.Head, rec.Outcome, rec.Stage, rec.Reason = head, outcome, stage, reason
-	if told && reflect.DeepEqual(rec, r.saved) {
+	if reflect.DeepEqual(rec, r.saved) {
 		return rec, nil
 	}
+	last := r.saved
+	told := rec.Head == last.Head && rec.Outcome == last.Outcome && rec.Stage == last.Stage && rec.Reason == last.Reason
 	rec.When = time.Now().UTC()
 	if !told {
-		if err := r.record("outcome", &OutcomeEntry{About: r.about(head), Outcome: outcome, Stage: stage, Reason: rec.Reason, Good: rec.Good}); err != nil {
+		if err := r.record("outcome", &OutcomeEntry{About: r.about(rec.Head), Outcome: rec.Outcome, Stage: rec.Stage, Reason: rec.Reason, Good: rec.Good}); err != nil {
 			return rec, err
 		}
 	}
@@ -354,7 +368,7 @@ func (r *Reconciler) end(ctx context.Context, rec Record, head string, outcome O
 		return rec, err
 	}
 	if !told {
-		r.Logger.Info(string(outcome), "commit", head, "stage", stage, "err", rec.Reason)
+		r.Logger.Info(string(rec.Outcome), "commit", rec.Head, "stage", rec.Stage, "err", rec.Reason)
 	}
 	return rec, nil
 }

@@ -104,6 +104,7 @@ func (r *Reconciler) goBack(ctx context.Context, rec Record, next *desired, find
 	}
 	rec.Bad = append([]Bad{bad}, rec.Bad[:min(len(rec.Bad), maxBad-1)]...)
 	rec.Trying, rec.Trial = "", nil
+	rec = rec.note(bad.Commit, Waiting, "revert", "it goes back: "+bad.reason())
 	if err := r.save(&rec); err != nil {
 		return rec, err
 	}

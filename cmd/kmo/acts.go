@@ -28,6 +28,7 @@ gate: {bake: 300ms}
 `
 	ticking = `run: {user: 65532}
 health: {process: {}, every: 200ms, start: 2s, failures: 3}
+gate: {bake: 300ms}
 `
 )
 

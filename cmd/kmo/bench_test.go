@@ -28,6 +28,7 @@ variants:
 %sresources: {cpu: {max: 1}, memory: {max: 64Mi}, pids: {max: 64}, disk: {max: 16Mi}}
 run: {ports: [{name: http}], user: 65532, env: {N: "%d"}}
 health: {http: {port: http, path: /healthz}, every: 100ms, start: 5s}
+gate: {bake: 1ms}
 `, name, pin, n)}
 }
 
@@ -158,6 +159,7 @@ variants:
 %sresources: {cpu: {max: 100m}, memory: {max: 16Mi}, pids: {max: 16}, disk: {max: 16Mi}}
 run: {user: 65532, env: {N: "%d"}}
 health: {process: {}, every: 1ms, timeout: 1s}
+gate: {bake: 1ms}
 `, name, w.pins["relay-1"], n)
 }
 

@@ -197,6 +197,7 @@ variants:
 %sresources: {cpu: {max: 500m}, memory: {max: 64Mi}, pids: {max: 64}, disk: {max: 16Mi}}
 run: {ports: [{name: http}], user: 65532}
 health: {http: {port: http, path: /healthz}, every: 1s, start: 5s, timeout: 1s}
+gate: {bake: 100ms}
 `, pin)}
 }
 

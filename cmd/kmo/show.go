@@ -88,9 +88,9 @@ Exit statuses: 0 converged, 1 error or waiting, 2 usage, 3 refused, 4 reverted o
 
 func noQuery([]string) url.Values { return nil }
 
-// exitOf is an outcome as an exit status. While a commit is being tried nothing is good yet.
+// exitOf is an outcome as an exit status. While a commit is being tried nothing is good yet; a head that is refused waits for a person then, too.
 func exitOf(rec reconciler.Record) error {
-	if rec.Trying != "" {
+	if rec.Trying != "" && rec.Outcome != reconciler.Refused {
 		return status(exitError)
 	}
 	switch rec.Outcome {
@@ -115,7 +115,11 @@ func short(id string) string {
 func printRecord(w io.Writer, rec reconciler.Record) {
 	outcome := cmp.Or(string(rec.Outcome), "nothing tried yet")
 	if rec.Trying != "" {
-		_, _ = fmt.Fprintf(w, "trying %s, its gate is watched; last: ", short(rec.Trying))
+		doing := "which has not come to its gate"
+		if rec.Stage == reconciler.StageWatch {
+			doing = "its gate is watched"
+		}
+		_, _ = fmt.Fprintf(w, "trying %s, %s; last: ", short(rec.Trying), doing)
 	}
 	_, _ = fmt.Fprintf(w, "%s  head %s  good %s", outcome, short(rec.Head), short(rec.Good))
 	if !rec.When.IsZero() {

@@ -7,6 +7,7 @@ import (
 	"encoding/base64"
 	"errors"
 	"fmt"
+	"io"
 	"net"
 	"os"
 	"slices"
@@ -46,10 +47,27 @@ func LoadKey(path string, ask func() ([]byte, error)) (ssh.Signer, error) {
 	return ssh.NewSignerFromSigner(key)
 }
 
+// readPrivate reads a file that only its owner may read.
+func readPrivate(path string) ([]byte, error) {
+	file, err := os.Open(path)
+	if err != nil {
+		return nil, err
+	}
+	defer file.Close()
+	stat, err := file.Stat()
+	if err != nil {
+		return nil, err
+	}
+	if mode := stat.Mode().Perm(); mode&0o077 != 0 {
+		return nil, fmt.Errorf("%s: mode %#o lets others have it; want 0600", path, mode)
+	}
+	return io.ReadAll(file)
+}
+
 // LoadPrivateKey reads an SSH private key file, of an allowed type and size. ask is called for the passphrase of an encrypted one; nil means
 // that there is nobody to ask.
 func LoadPrivateKey(path string, ask func() ([]byte, error)) (crypto.Signer, error) {
-	file, err := os.ReadFile(path)
+	file, err := readPrivate(path)
 	if err != nil {
 		return nil, fmt.Errorf("signing key: %w", err)
 	}

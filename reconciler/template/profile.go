@@ -155,6 +155,9 @@ func (d *decoder) merges(t reflect.Type) bool {
 	return true
 }
 
+// leastMemory is below what any program needs to be started.
+const leastMemory = Bytes(1 << 20)
+
 // check looks at what one key says of another. top is the merged tree, for the places.
 func (u *Unit) check(top *node, folder string, zones []Name, p *problems) {
 	if string(u.Unit) != folder {
@@ -169,6 +172,9 @@ func (u *Unit) check(top *node, folder string, zones []Name, p *problems) {
 	if r := u.Resources.Memory; r.Max != 0 && r.Min > r.Max {
 		p.add(top.at("resources", "memory", "min"), "resources.memory.min", r.Min.String(), "at most max, "+r.Max.String())
 	}
+	if most := u.Resources.Memory.Max; most != 0 && most < leastMemory {
+		p.add(top.at("resources", "memory", "max"), "resources.memory.max", most.String(), "at least 1Mi, below which nothing starts")
+	}
 	known := make(map[Name]bool, len(zones))
 	for _, zone := range zones {
 		known[zone] = true
@@ -179,7 +185,7 @@ func (u *Unit) check(top *node, folder string, zones []Name, p *problems) {
 		}
 	}
 	every := cmp.Or(u.Health.Every, defaultEvery)
-	if soonest := u.Gate.Bake + Duration(max(u.Health.After-1, 0))*every; u.Gate.Deadline != 0 && u.Gate.Deadline <= soonest {
+	if soonest := cmp.Or(u.Gate.Bake, defaultBake) + Duration(max(u.Health.After-1, 0))*every; u.Gate.Deadline != 0 && u.Gate.Deadline <= soonest {
 		p.add(top.at("gate", "deadline"), "gate.deadline", u.Gate.Deadline.String(), "more than "+soonest.String()+", the soonest that it can pass")
 	}
 	u.checkPorts(top, p)
@@ -249,6 +255,10 @@ func (u *Unit) checkPaths(top *node, p *problems) {
 	for i, keep := range u.Overlay.Keep {
 		take(keep, fmt.Sprintf("overlay.keep[%d]", i), "overlay", "keep", i)
 	}
+	systems := []string{"/proc", "/dev", "/sys"}
+	if slices.ContainsFunc(u.Variants, func(v Variant) bool { return v.Image == "" && v.LXC == "" }) {
+		systems = append(systems, "/app") // where an image that is one program is
+	}
 	for _, inner := range slices.Sorted(maps.Keys(taken)) { // sorted, so that of many faults the same are told each time
 		mine := taken[inner]
 		for outer := path.Dir(string(inner)); outer != "/" && outer != "."; outer = path.Dir(outer) {
@@ -256,7 +266,7 @@ func (u *Unit) checkPaths(top *node, p *problems) {
 				p.add(top.at(mine.at...), mine.field, show(string(inner))+", which lies in "+by.field, "a path outside "+outer)
 			}
 		}
-		for _, system := range []string{"/proc", "/dev", "/sys"} {
+		for _, system := range systems {
 			if string(inner) == system || strings.HasPrefix(string(inner), system+"/") {
 				p.add(top.at(mine.at...), mine.field, show(string(inner)), "a path outside "+system)
 			}

@@ -230,7 +230,7 @@ type ProcessProbe struct{}
 
 // Gate is what must hold after a change.
 type Gate struct {
-	Bake     Duration `json:"bake,omitzero" doc:"how long it must stay healthy"`
+	Bake     Duration `json:"bake,omitzero" doc:"how long it must stay healthy; 10s if not given"`
 	Deadline Duration `json:"deadline,omitzero" doc:"how long until the verdict must be there"`
 	Metrics  []Metric `json:"metrics,omitempty" items:"0-32" doc:"figures that must not get worse"`
 }
