@@ -215,7 +215,7 @@ func ended(s backends.Status) string {
 	if s.OOM {
 		text += ", for want of memory"
 	}
-	if s.Detail != "" {
+	if s.Detail != "" && !strings.HasSuffix(text, s.Detail) {
 		text += ": " + refusal.Clip(s.Detail, 200)
 	}
 	return text
