@@ -356,8 +356,9 @@ func (r *Reconciler) tell(ctx context.Context, rec Record) (Record, error) {
 	if reflect.DeepEqual(rec, r.saved) {
 		return rec, nil
 	}
-	last := r.saved
-	told := rec.Head == last.Head && rec.Outcome == last.Outcome && rec.Stage == last.Stage && rec.Reason == last.Reason
+	last := r.saved.Ending
+	last.When, last.Clock = rec.When, rec.Clock // which come and go without
+	told := rec.Ending == last
 	rec.When = time.Now().UTC()
 	if !told {
 		if err := r.record("outcome", &OutcomeEntry{About: r.about(rec.Head), Outcome: rec.Outcome, Stage: rec.Stage, Reason: rec.Reason, Good: rec.Good}); err != nil {

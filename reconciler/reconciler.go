@@ -87,16 +87,21 @@ type Record struct {
 	Before string     `json:"before,omitempty"` // the one that was good before it
 	Trying string     `json:"trying,omitempty"` // set at the commit point, cleared by a verdict
 	Bad    []Bad      `json:"bad,omitempty"`    // commits that failed here, newest first; never tried again by themselves
-	Head   string     `json:"head,omitempty"`   // the commit the outcome speaks of
 	// Allowed are Good's workloads that the rules have let run on this host, by name; Trial are Trying's. What a change of the host places
 	// besides is judged before it is started.
 	Allowed map[string]Permit `json:"allowed,omitempty"`
 	Trial   map[string]Permit `json:"trial,omitempty"`
-	Outcome Outcome           `json:"outcome,omitempty"`
-	Stage   string            `json:"stage,omitempty"`  // where it ended: "trust", "policy", "gate"
-	Reason  string            `json:"reason,omitempty"` // one line a person can act on
-	When    time.Time         `json:"when,omitzero"`
-	Clock   string            `json:"clock,omitempty"` // an alarm of this host's clock, that holds nothing up by itself: "E_TIME: …"
+	Ending
+}
+
+// Ending is how a reconcile ended.
+type Ending struct {
+	Head    string    `json:"head,omitempty"` // the commit the outcome speaks of
+	Outcome Outcome   `json:"outcome,omitempty"`
+	Stage   string    `json:"stage,omitempty"`  // where it ended: "trust", "policy", "gate"
+	Reason  string    `json:"reason,omitempty"` // one line a person can act on
+	When    time.Time `json:"when,omitzero"`
+	Clock   string    `json:"clock,omitempty"` // an alarm of this host's clock, that holds nothing up by itself: "E_TIME: …"
 }
 
 // Permit is how a workload may run: on which backend, and with what asked of it.

@@ -344,10 +344,10 @@ func (s *Store) Clear(keep []Pin, inUse []string) (removed []string, err error) 
 	if err := s.open(); err != nil {
 		return nil, err
 	}
-	if !s.filling.TryLock() {
+	if !s.locks.filling.TryLock() {
 		return nil, errFilling
 	}
-	defer s.filling.Unlock()
+	defer s.locks.filling.Unlock()
 	needed := make(map[string]bool) // by path in Dir, blobs without .root
 	for _, pin := range keep {
 		needed[filepath.Join("images", s.key(pin.Ref, pin.Root, pin.Format)+".json")] = true
@@ -429,6 +429,8 @@ func sha256Hex(data []byte) string {
 type locks struct {
 	mu   sync.Mutex
 	held map[string]chan struct{} // closed when given back
+
+	filling sync.RWMutex // held for reading while an image is fetched, and for writing while what is not needed is removed
 }
 
 func (l *locks) lock(ctx context.Context, name string) (unlock func(), err error) {

@@ -66,7 +66,6 @@ type Store struct {
 	invalid  error
 	platform v1.Platform
 	locks    locks
-	filling  sync.RWMutex // held for reading while an image is fetched, and for writing while what is not needed is removed
 
 	mu      sync.Mutex
 	known   map[string]Content       // by key: what was fetched or loaded before
@@ -330,8 +329,8 @@ func (s *Store) fetch(ctx context.Context, ref Reference, root merkle.Digest, fo
 		return Content{}, err
 	}
 	defer done()
-	s.filling.RLock()
-	defer s.filling.RUnlock()
+	s.locks.filling.RLock()
+	defer s.locks.filling.RUnlock()
 	ctx, cancel := context.WithTimeout(ctx, longest)
 	defer cancel()
 	img, err := s.resolve(ctx, ref, format)

@@ -451,11 +451,11 @@ func TestClear(t *testing.T) {
 		return removed
 	}
 
-	s.filling.RLock()
+	s.locks.filling.RLock()
 	if _, err := s.Clear(nil, nil); !errors.Is(err, errFilling) || len(left()) != 12 {
 		t.Errorf("while an image is fetched: %v, %d copies, want that all stay", err, len(left()))
 	}
-	s.filling.RUnlock()
+	s.locks.filling.RUnlock()
 
 	elsewhere := strings.Replace(old[3].Path, s.Dir, "/an/earlier/name", 1)
 	if removed := clear(elsewhere); len(removed) != 8 {

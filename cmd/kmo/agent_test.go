@@ -23,7 +23,7 @@ import (
 func TestDelay(t *testing.T) {
 	const poll = time.Minute
 	d := newDelay(poll)
-	reverted := reconciler.Record{Outcome: reconciler.Reverted, Head: "bad", Good: "good", Bad: []reconciler.Bad{{Commit: "bad", Revert: "revert"}}}
+	reverted := reconciler.Record{Ending: reconciler.Ending{Outcome: reconciler.Reverted, Head: "bad"}, Good: "good", Bad: []reconciler.Bad{{Commit: "bad", Revert: "revert"}}}
 	near := func(want time.Duration, rec reconciler.Record, err error) {
 		t.Helper()
 		if got := d.after(rec, err); got < want*9/10 || got > want*11/10+1 {
@@ -34,15 +34,15 @@ func TestDelay(t *testing.T) {
 	near(poll, reverted, nil) // the remote still shows the bad commit
 	unpushed := reverted
 	unpushed.Bad = []reconciler.Bad{{Commit: "bad"}}
-	near(poll, reconciler.Record{Outcome: reconciler.Converged}, nil)
-	waiting := reconciler.Record{Outcome: reconciler.Waiting}
+	near(poll, reconciler.Record{Ending: reconciler.Ending{Outcome: reconciler.Converged}}, nil)
+	waiting := reconciler.Record{Ending: reconciler.Ending{Outcome: reconciler.Waiting}}
 	near(time.Second, waiting, nil)
 	near(2*time.Second, waiting, errors.New("journal"))
 	for range 10 {
 		d.after(waiting, nil)
 	}
 	near(poll, waiting, nil)
-	near(poll, reconciler.Record{Outcome: reconciler.Stuck}, nil)
+	near(poll, reconciler.Record{Ending: reconciler.Ending{Outcome: reconciler.Stuck}}, nil)
 	near(time.Second, waiting, nil)
 	d = newDelay(poll)
 	near(poll, unpushed, nil)

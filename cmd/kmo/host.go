@@ -60,7 +60,6 @@ type host struct {
 	preview    preview
 	makes      bool // the state folder may be made
 	agent      bool
-	blind      bool       // it had a backend that is not configured any more
 	line       sync.Mutex // one reconcile or probe at a time
 	counts     counts
 }
@@ -264,24 +263,24 @@ func (h *host) openBackends(ctx context.Context) error {
 		h.plugins = append(h.plugins, client)
 		h.backends[options.Name] = client
 	}
-	return h.orphans()
+	return nil
 }
 
-// orphans warns of backends that this host had: what they started goes on running, and nothing here sees it.
-func (h *host) orphans() error {
+// orphans warns of backends that this host had, and says whether there are any: what they started goes on running, and nothing here sees it.
+func (h *host) orphans() (any bool, err error) {
 	folder := filepath.Join(h.dir, "backends")
 	entries, err := os.ReadDir(folder)
 	if errors.Is(err, fs.ErrNotExist) {
-		return nil
+		return false, nil
 	}
 	for _, entry := range entries {
 		if h.backends[entry.Name()] == nil {
-			h.blind = true
+			any = true
 			h.logger.Warn("a backend that is not configured any more: what it runs is neither seen nor stopped", "backend", entry.Name(),
 				"want", "it in the agent's file until the site asks nothing of it, or no folder "+filepath.Join(folder, entry.Name()))
 		}
 	}
-	return err
+	return any, err
 }
 
 func (h *host) openReconciler(context.Context) error {
@@ -310,8 +309,12 @@ func (h *host) openReconciler(context.Context) error {
 	verifier := &trust.Verifier{Site: string(h.config.Site), Branch: string(h.config.Branch), Pin: pin, State: state, Clock: time.Now,
 		Describe: reconciler.Declare(), MustExist: rec.Good != "" || rec.Trying != "", MinSeq: rec.Trust,
 		RevertsPerDay: h.config.Trust.Reverts}
+	blind, err := h.orphans()
+	if err != nil {
+		return err
+	}
 	store := &registry.Store{Dir: filepath.Join(h.dir, "images"), Mirror: h.config.Images.Mirror, Keychain: registry.UserKeychain()}
-	fetches := &images{store: store, jobs: map[string]*job{}, blind: h.blind}
+	fetches := &images{store: store, jobs: map[string]*job{}, blind: blind}
 	facts, err := hostFacts(h.config, h.dir)
 	if err != nil {
 		return err

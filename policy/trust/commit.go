@@ -36,6 +36,7 @@ import (
 	"encoding/hex"
 	"fmt"
 	"io/fs"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -226,4 +227,116 @@ func malformed(got, want string) error {
 
 func isObjectID(text string) bool {
 	return len(text) == 40 && strings.Trim(text, "0123456789abcdef") == ""
+}
+
+// wrote finds for each unit who wrote part of its change: whom those commits name, and who signed them, that give the unit a content which
+// does not run and which none of their parents has. A commit that only carries approvals, or a merge that takes one side as it is, writes nothing:
+// whoever wrote that side did. Where nobody among the commits did, for it is a content from before what runs, on a branch that was cut there, whoever
+// brings it to what comes after what runs has written the way back to it.
+//
+// Only the head must be signed, so below it names are claims. A false one excludes somebody who wrote nothing; who writes under a stranger's name
+// is not excluded. To ask for a name of the root would not mend that, for a colleague's name will do, and to ask for signatures would refuse
+// histories that need none. So where a commit that wrote is not signed by a key for commits, the head's signer is an author too: it takes its
+// approvals from others than the one who let the change in. Nobody is counted by this.
+func (j *judgement) wrote(ctx context.Context, commits []Commit, h History) (authors map[string]map[string]bool, err error) {
+	authors = make(map[string]map[string]bool)
+	trees, err := j.trees(ctx, commits, h)
+	if err != nil {
+		return nil, err
+	}
+	afterRunning := j.after(j.running.ID, commits)
+	for i := range j.facts.Units {
+		u := &j.facts.Units[i]
+		who := map[string]bool{}
+		authors[u.Unit] = who
+		is := make(map[string]string, len(trees))
+		for id, tree := range trees {
+			if tree != nil {
+				is[id] = content(tree, u)
+			}
+		}
+		from, after := j.running.ID, afterRunning
+		if u.Unit == unitPolicy && j.state.Accepted.Commit != "" { // that is what the change of policy is counted from
+			from = j.state.Accepted.Commit
+			after = j.after(from, commits)
+		}
+		differs := func(c Commit, counts func(parent string) bool) bool { // from each of the parents that count
+			return !slices.ContainsFunc(c.Parents, func(parent string) bool { return counts(parent) && is[parent] == is[c.ID] })
+		}
+		var wrote, brought []Commit
+		written := map[string]bool{}
+		for _, c := range commits {
+			switch {
+			case is[c.ID] == is[from]:
+			case differs(c, func(string) bool { return true }):
+				wrote = append(wrote, c)
+				written[is[c.ID]] = true
+			case after[c.ID] && differs(c, func(parent string) bool { return after[parent] }):
+				brought = append(brought, c) // from another branch
+			}
+		}
+		wrote = append(wrote, slices.DeleteFunc(brought, func(c Commit) bool { return written[is[c.ID]] })...)
+		for _, c := range wrote {
+			if !j.writers(c, who) && j.facts.Signer != "" {
+				who[j.facts.Signer] = true
+			}
+		}
+	}
+	return authors, nil
+}
+
+// trees are those of what runs, of the commits since, and of what these stand on: a branch may have been cut before what runs.
+func (j *judgement) trees(ctx context.Context, commits []Commit, h History) (map[string]Tree, error) {
+	trees := map[string]Tree{j.running.ID: j.running.Tree}
+	for _, c := range commits {
+		trees[c.ID] = c.Tree
+	}
+	for _, c := range commits {
+		for _, parent := range c.Parents {
+			if _, known := trees[parent]; known {
+				continue
+			}
+			before, err := h.At(ctx, parent)
+			if err != nil {
+				return nil, fmt.Errorf("history of %s: %w", c.ID, err)
+			}
+			trees[parent] = before.Tree
+		}
+	}
+	return trees, nil
+}
+
+// after finds a commit and which of the others come after it. The head does in any case.
+func (j *judgement) after(from string, commits []Commit) map[string]bool {
+	after := map[string]bool{from: true, j.head.ID: true}
+	for grown := true; grown; {
+		grown = false
+		for _, c := range slices.Backward(commits) { // parents first, as far as they are in order
+			if !after[c.ID] && slices.ContainsFunc(c.Parents, func(parent string) bool { return after[parent] }) {
+				after[c.ID], grown = true, true
+			}
+		}
+	}
+	return after
+}
+
+// writers adds whom a commit names as author and committer, and who signed it; signed says whether that was a key that may sign commits: a
+// host's, which signs reverts, says nothing of who wrote.
+func (j *judgement) writers(c Commit, who map[string]bool) (signed bool) {
+	p, signature, unsigned := openCommit(c.Raw, c.ID)
+	for _, email := range []string{p.Author.Email, p.Committer.Email} {
+		if name := j.root.principalOf(email); name != "" {
+			who[name] = true
+		}
+	}
+	if unsigned != nil {
+		return false
+	}
+	principal, _ := j.root.keyOf(signature.PublicKey)
+	if principal == nil || verifySignature(p.Payload, signature, c.ID) != nil {
+		return false
+	}
+	who[principal.Name] = true
+	_, err := j.root.allowed(signature.PublicKey, RoleCommit, j.facts.Time, c.ID)
+	return err == nil
 }
