@@ -62,12 +62,6 @@ func runGuest(listening bool, args []string) (int, error) {
 	if err != nil {
 		return 0, err
 	}
-	for _, m := range module.ExportedMemories() {
-		if least := uint64(m.Min()) * pageSize; memory.bound > 0 && least > memory.bound {
-			memory.refused = least
-			return ended(errors.New("no memory to start in"), memory)
-		}
-	}
 	config := wazero.NewModuleConfig().WithName("").WithArgs(args...).
 		WithStdout(os.Stdout).WithStderr(os.Stderr).
 		WithSysWalltime().WithSysNanotime().WithSysNanosleep().WithRandSource(rand.Reader)
@@ -86,8 +80,21 @@ func runGuest(listening bool, args []string) (int, error) {
 		config = config.WithFSConfig(files.WithSysFSMount(root, "/"))
 	}
 	debug.FreeOSMemory()
+	return ended(begin(ctx, runtime, module, config, memory), memory)
+}
+
+// begin runs a guest. wazero slices what it gets for the memory that a module begins with, also when it gets none.
+func begin(ctx context.Context, runtime wazero.Runtime, module wazero.CompiledModule, config wazero.ModuleConfig, memory *linear) (err error) {
+	defer func() {
+		if memory.refused == 0 {
+			return
+		}
+		if fault := recover(); fault != nil {
+			err = fmt.Errorf("no memory to start in: %v", fault)
+		}
+	}()
 	_, err = runtime.InstantiateModule(ctx, module, config)
-	return ended(err, memory)
+	return err
 }
 
 // ended tells how the guest ended, in its log where its exit status says too little.

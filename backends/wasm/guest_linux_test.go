@@ -178,6 +178,21 @@ func tiny(t *testing.T, body ...byte) string {
 	return path
 }
 
+// A guest's memory need not be exported to be bounded.
+func TestMemoryThatIsNotExported(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "module.wasm")
+	whole := module([]byte{1, 1, 0x60, 0, 0}, []byte{3, 1, 0}, []byte{5, 1, 0, 0x80, 0x40}, // from 8,192 pages on
+		section(sectionExport, exported(startFunction, 0)), []byte{10, 1, 2, 0, 0x0b})
+	if err := os.WriteFile(path, whole, 0o644); err != nil { // others run it
+		t.Fatal(err)
+	}
+	p := plan{Module: path, Memory: 64 << 20}
+	p.in(machineCodeIn(t, t.TempDir(), path))
+	if status, said := run(t, p); status != statusMemory || said != "kmo: the guest asked for 536870912 bytes of memory, its bound is 67108864\n" {
+		t.Errorf("status %d, log %q", status, said)
+	}
+}
+
 // Machine code that is not there, or is damaged, costs time and not the guest.
 func TestGuestWithoutMachineCode(t *testing.T) {
 	p := plan{Module: tiny(t)}
