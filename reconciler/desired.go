@@ -1,6 +1,7 @@
 package reconciler
 
 import (
+	"cmp"
 	"context"
 	"crypto/sha256"
 	"encoding/json"
@@ -163,7 +164,7 @@ func (d *desired) targets(chosen func(unit string) bool, bake bool) []gate.Targe
 		}
 		target := gate.Target{Workload: check.Workload, Unit: check.Unit, Backend: d.plan.Workloads[i].Backend, Probe: probe(check.Health).WithDefaults(), Deadline: time.Duration(check.Gate.Deadline)}
 		if bake {
-			target.Bake = time.Duration(check.Gate.Bake)
+			target.Bake = time.Duration(cmp.Or(check.Gate.Bake, template.DefaultBake)) // not in the check: what is asked is digested as it was written
 		}
 		list = append(list, target)
 	}
@@ -283,7 +284,8 @@ func totals(good, next *desired) policy.Totals {
 // is judged at every look.
 func (r *Reconciler) recordDecision(rec Record, next *desired) error {
 	said := fmt.Sprintln(next.decision.Policy, next.decision.Denied, next.decision.Warned)
-	if r.decided[next.commit.ID] == said || rec.Head == next.commit.ID && rec.Outcome == Refused && rec.Stage == "policy" {
+	again := len(next.decision.Denied) > 0 && rec.Head == next.commit.ID && rec.Outcome == Refused && rec.Stage == "policy"
+	if r.decided[next.commit.ID] == said || again {
 		return nil
 	}
 	if err := r.record("decision", &DecisionEntry{r.about(next.commit.ID), next.decision}); err != nil {

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"fmt"
+	"io/fs"
 	"log/slog"
 	"slices"
 	"strings"
@@ -12,6 +13,8 @@ import (
 
 	"github.com/kindos/kmo/backends"
 	"github.com/kindos/kmo/backends/fake"
+	"github.com/kindos/kmo/policy"
+	"github.com/kindos/kmo/policy/refusal"
 	"github.com/kindos/kmo/reconciler/template"
 )
 
@@ -190,6 +193,10 @@ func TestADecisionIsOnRecordOnce(t *testing.T) {
 	story(t, func(t *testing.T, w *world) {
 		w.unit("relay", "1", "")
 		head := w.push("v1")
+		whole := w.r.Rules
+		w.r.Rules = func(fs.FS) (*policy.Set, error) { return nil, &refusal.Error{Code: "E_POLICY_COMPILE"} }
+		w.reconcile(Refused) // at the same stage as what is allowed below
+		w.r.Rules = whole
 		for range 3 {
 			w.faults.armed = &fault{call: "images.Fetch"}
 			w.reconcile(Waiting)

@@ -185,7 +185,7 @@ func (u *Unit) check(top *node, folder string, zones []Name, p *problems) {
 		}
 	}
 	every := cmp.Or(u.Health.Every, defaultEvery)
-	if soonest := cmp.Or(u.Gate.Bake, defaultBake) + Duration(max(u.Health.After-1, 0))*every; u.Gate.Deadline != 0 && u.Gate.Deadline <= soonest {
+	if soonest := cmp.Or(u.Gate.Bake, DefaultBake) + Duration(max(u.Health.After-1, 0))*every; u.Gate.Deadline != 0 && u.Gate.Deadline <= soonest {
 		p.add(top.at("gate", "deadline"), "gate.deadline", u.Gate.Deadline.String(), "more than "+soonest.String()+", the soonest that it can pass")
 	}
 	u.checkPorts(top, p)

@@ -1,7 +1,6 @@
 package template
 
 import (
-	"cmp"
 	"crypto/sha256"
 	"encoding/json"
 	"errors"
@@ -20,9 +19,11 @@ import (
 const (
 	defaultUser  = 65532
 	defaultGrace = Duration(10 * time.Second)
-	defaultEvery = Duration(5 * time.Second)  // of package gate
-	defaultBake  = Duration(10 * time.Second) // a program that runs has not yet shown that it goes on
+	defaultEvery = Duration(5 * time.Second) // of package gate
 )
+
+// DefaultBake is the bake of a gate that says none: a program that runs has not yet shown that it goes on.
+const DefaultBake = Duration(10 * time.Second)
 
 // Host is the facts that a site is rendered against.
 type Host struct {
@@ -122,7 +123,6 @@ func (e *entry) render(host Host) *render {
 	}
 	w := e.unit.workload(e.files)
 	r := &render{check: Check{Unit: w.Unit, Needs: texts(e.unit.Needs), Health: e.unit.Health, Gate: e.unit.Gate}}
-	r.check.Gate.Bake = cmp.Or(r.check.Gate.Bake, defaultBake)
 	if r.err = e.unit.choose(&w, host, r); r.err != nil {
 		return r
 	}
