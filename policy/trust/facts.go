@@ -2,6 +2,8 @@ package trust
 
 import (
 	"cmp"
+	"crypto/sha256"
+	"encoding/hex"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -72,9 +74,9 @@ type Approval struct {
 	Code      string    `json:"code,omitempty"` // the refusal's code for that
 }
 
-// WaysOut are the facts of what takes the policy away again that a head brings: the removal of policy/ alone, under each key that may sign it, with
-// the approvals of all who may approve; and a host's revert, under each key that may sign that. facts are the head's. The rules can be asked
-// of them before they are in force.
+// WaysOut are the facts of what takes the policy away again that a head brings: the removal of policy/ alone, under each key that may sign it, written
+// by its owner or by somebody whom the root does not know, with the approvals of all who may approve that; and a host's revert, under each key that may sign that. facts are
+// the head's. The rules can be asked of them before they are in force, and cannot tell them from what will come by the id of the commit.
 func (v *Verifier) WaysOut(head Commit, facts Facts) (removals, reverts []Facts, err error) {
 	v.mu.Lock()
 	defer v.mu.Unlock()
@@ -89,18 +91,24 @@ func (v *Verifier) WaysOut(head Commit, facts Facts) (removals, reverts []Facts,
 	if u.From, err = v.side(head.Tree).root("policy", folderRoot); err != nil {
 		return nil, nil, err
 	}
-	way := Facts{Commit: head.ID, Base: head.ID, Policy: true, Time: facts.Time, Tripwires: facts.Tripwires}
+	next := sha256.Sum256([]byte(head.ID))
+	way := Facts{Commit: hex.EncodeToString(next[:20]), Base: head.ID, Policy: true, Time: facts.Time, Tripwires: facts.Tripwires}
 	way.Revert, way.Units = true, []UnitFacts{u}
 	reverts = root.signed(way, RoleRevert)
 	u.To, u.Need = merkle.Digest{}, root.Tiers[0].Need
 	for _, p := range root.eligible(RoleApprove) {
-		u.Counted = append(u.Counted, Approval{Principal: p.Name})
+		for _, key := range p.Keys {
+			if public, err := parsePublic(key.Public); err == nil && key.Revoked == nil && root.may(&p, &key, RoleApprove) {
+				u.Counted = append(u.Counted, Approval{Principal: p.Name, Key: KeyID(public)})
+				break
+			}
+		}
 	}
 	way.Revert, way.Units = false, []UnitFacts{u}
 	return root.signed(way, RoleCommit), reverts, nil
 }
 
-// signed are the facts of a change under each key that may sign it.
+// signed are the facts of a change under each key that may sign it, by each of two authors.
 func (r *Root) signed(change Facts, role string) (all []Facts) {
 	for _, p := range r.Principals {
 		for _, key := range p.Keys {
@@ -108,13 +116,22 @@ func (r *Root) signed(change Facts, role string) (all []Facts) {
 			if err != nil || key.Revoked != nil || !r.may(&p, &key, role) {
 				continue
 			}
-			f := change
-			f.Signer, f.Key, f.Class, f.Units = p.Name, KeyID(public), p.Class, slices.Clone(change.Units)
-			if !f.Revert { // whose author's line names the host, which has no address in the root
-				f.Author = p.Name
+			for _, author := range []string{p.Name, ""} {
+				f, wrote := change, map[string]bool{}
+				f.Signer, f.Key, f.Class, f.Units = p.Name, KeyID(public), p.Class, slices.Clone(change.Units)
+				if !f.Revert { // whose author's line names the host, which has no address in the root
+					f.Author = author
+				}
+				if author != "" || f.Revert {
+					wrote[p.Name] = true
+				}
+				sortUnits(&f, map[string]map[string]bool{unitPolicy: wrote})
+				if r.Tiers[0].ExcludeAuthor {
+					u := &f.Units[0]
+					u.Counted = slices.DeleteFunc(u.Counted, func(a Approval) bool { return wrote[a.Principal] })
+				}
+				all = append(all, f)
 			}
-			sortUnits(&f, map[string]map[string]bool{unitPolicy: {p.Name: true}})
-			all = append(all, f)
 		}
 	}
 	return all
