@@ -714,7 +714,7 @@ func TestImagesAreCleared(t *testing.T) {
 		w.reconcile(Reverted)
 		cleared() // the head is one that failed
 		w.reconcile(Reverted)
-		cleared(v2, v2)
+		cleared(v2, v1)
 		v4 := image("4")
 		w.reconcile(Converged)
 		cleared(v4, v2)

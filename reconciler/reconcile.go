@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"io/fs"
 	"log/slog"
+	"maps"
 	"reflect"
 	"slices"
 	"strings"
@@ -326,7 +327,11 @@ func (r *Reconciler) promote(ctx context.Context, rec Record, next *desired) (Re
 	if err := r.Trust.Passed(ctx, next.commit.ID); err != nil {
 		return rec, fmt.Errorf("remembering what passed: %w", err)
 	}
-	rec.Before, rec.Good, rec.Allowed, rec.Trying, rec.Trial = rec.Good, next.commit.ID, next.permitted(), "", nil
+	allowed := next.permitted()
+	if !maps.Equal(rec.Allowed, allowed) { // else both run the same, and the way back is still the one before
+		rec.Before = rec.Good
+	}
+	rec.Good, rec.Allowed, rec.Trying, rec.Trial = next.commit.ID, allowed, "", nil
 	next.ready = true
 	r.good, r.vitals, r.clearAt = next, newVitals(), time.Time{}
 	if bad := r.settle(ctx, &rec, next.commit); bad != nil {

@@ -84,7 +84,7 @@ type Record struct {
 	Trust  uint64     `json:"trust,omitempty"`  // number of the trust state that was there; an older one is an alarm
 	Audit  audit.Tree `json:"audit,omitzero"`   // the audit log that was there; one that does not go on from it is an alarm
 	Good   string     `json:"good,omitempty"`   // the last commit that passed its gate
-	Before string     `json:"before,omitempty"` // the one that was good before it
+	Before string     `json:"before,omitempty"` // the last good one that ran something else here
 	Trying string     `json:"trying,omitempty"` // set at the commit point, cleared by a verdict
 	Bad    []Bad      `json:"bad,omitempty"`    // commits that failed here, newest first; never tried again by themselves
 	// Allowed are Good's workloads that the rules have let run on this host, by name; Trial are Trying's. What a change of the host places

@@ -320,15 +320,15 @@ func (s *Store) Fetch(ctx context.Context, ref Reference, root merkle.Digest, fo
 	if content, ok := s.recall(ctx, key); ok {
 		return content, nil
 	}
-	return s.fetch(ctx, ref, root, format, key)
-}
-
-func (s *Store) fetch(ctx context.Context, ref Reference, root merkle.Digest, format Format, key string) (Content, error) {
 	done, err := s.turn(ctx, "fetch", ref)
 	if err != nil {
 		return Content{}, err
 	}
 	defer done()
+	return s.fetch(ctx, ref, root, format, key)
+}
+
+func (s *Store) fetch(ctx context.Context, ref Reference, root merkle.Digest, format Format, key string) (Content, error) {
 	s.locks.filling.RLock()
 	defer s.locks.filling.RUnlock()
 	ctx, cancel := context.WithTimeout(ctx, longest)

@@ -115,11 +115,11 @@ func short(id string) string {
 func printRecord(w io.Writer, rec reconciler.Record) {
 	outcome := cmp.Or(string(rec.Outcome), "nothing tried yet")
 	if rec.Trying != "" {
-		doing := "which has not come to its gate"
+		watched := ""
 		if rec.Stage == reconciler.StageWatch {
-			doing = "its gate is watched"
+			watched = ", its gate is watched"
 		}
-		_, _ = fmt.Fprintf(w, "trying %s, %s; last: ", short(rec.Trying), doing)
+		_, _ = fmt.Fprintf(w, "trying %s%s; last: ", short(rec.Trying), watched)
 	}
 	_, _ = fmt.Fprintf(w, "%s  head %s  good %s", outcome, short(rec.Head), short(rec.Good))
 	if !rec.When.IsZero() {

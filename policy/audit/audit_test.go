@@ -339,6 +339,30 @@ func TestCrash(t *testing.T) {
 	}
 }
 
+// TestLostCheckpoint: the disk has lost the newest checkpoint, of which the journal knows: its line stays.
+func TestLostCheckpoint(t *testing.T) {
+	o, l := filled(t, 3)
+	before, err := os.ReadFile(l.path("checkpoint"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := l.Append("gate", entry{}); err != nil {
+		t.Fatal(err)
+	}
+	if o.Seen, err = l.Tree(); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(l.path("checkpoint"), before, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	for range 2 {
+		again := open(t, o)
+		if got, err := again.Tree(); err != nil || got != o.Seen {
+			t.Errorf("%v (%v), want %v", got, err, o.Seen)
+		}
+	}
+}
+
 func TestWriteFault(t *testing.T) {
 	o, l := filled(t, 2)
 	l.file.Close()

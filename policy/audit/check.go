@@ -62,13 +62,16 @@ func (l *Log) recover() error {
 	if err := l.compare(l.options.Seen, "what was seen of it"); err != nil {
 		return err
 	}
+	if n > tree.N && l.options.Seen.N >= n { // its checkpoint was there, and the disk has lost it
+		return l.checkpoint()
+	}
 	if torn || n > tree.N {
 		l.cut(tree.N)
 		if err := errors.Join(l.file.Truncate(l.size()), l.file.Sync()); err != nil {
 			return fmt.Errorf("audit log: dropping a line without a checkpoint: %w", err)
 		}
 	}
-	return nil
+	return l.syncFolder() // the checkpoint was read; that its name is on the disk is what whoever reads relies on
 }
 
 // scan reads every whole line into ends and hashes, and says whether bytes without a newline follow.
@@ -142,6 +145,11 @@ func (l *Log) checkpoint() error {
 	if err := renameio.WriteFile(l.path("checkpoint"), signed, 0o600, renameio.WithTempDir(l.options.Dir)); err != nil {
 		return err
 	}
+	return l.syncFolder()
+}
+
+// syncFolder has the names in the folder on the disk.
+func (l *Log) syncFolder() error {
 	dir, err := os.Open(l.options.Dir)
 	if err != nil {
 		return err
