@@ -236,7 +236,7 @@ func (c *cache) compile(ctx context.Context, module *os.File, dir string, user i
 	return nil // or a process that was about to end was quicker, with the same result
 }
 
-// publish takes the folder from the user who filled it and lets everybody read it.
+// publish takes the folder from the user who filled it, lets everybody read it, and has it on the disk before it gets its name.
 func publish(dir string) error {
 	return filepath.WalkDir(dir, func(path string, entry os.DirEntry, err error) error {
 		if err != nil {
@@ -252,7 +252,14 @@ func publish(dir string) error {
 		if err := os.Lchown(path, os.Getuid(), os.Getgid()); err != nil {
 			return err
 		}
-		return os.Chmod(path, mode)
+		if err := os.Chmod(path, mode); err != nil {
+			return err
+		}
+		f, err := os.Open(path)
+		if err != nil {
+			return err
+		}
+		return errors.Join(f.Sync(), f.Close())
 	})
 }
 
