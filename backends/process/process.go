@@ -42,6 +42,9 @@
 // A program shares the host's network. Where landlock knows ports it binds no TCP port but its own; to make that hold, the filter
 // answers that there is no multipath TCP, which landlock does not see. UDP ports and connections are not held.
 //
+// A program counts as running once it is executed, or, if its plan says Announces, once it has called [Announce]. One that an earlier
+// keeper started counts as running.
+//
 // Inside, the root is the content, read-only, under a layer with the unit's files and the mount points; with Overlay.Size a
 // tmpfs of that size takes what is written, and is new at each start (its pages count as the workload's memory). /proc is
 // read-only, /dev has null, zero, full, random and urandom. The program has no capability and can gain none, and is its pid
@@ -90,6 +93,8 @@ type Program struct {
 	Argv  []string // Argv[0] without a slash is looked up in the root's PATH
 	Env   map[string]string
 	Dir   string // "" is /
+	// Announces says that the program calls [Announce] once it has begun. Until then the workload is starting, and its postInit hooks wait.
+	Announces bool
 }
 
 // Bind makes From of this host visible at To inside. Without mounts (a keeper that is not root) the path inside is From.

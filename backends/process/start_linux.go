@@ -168,6 +168,7 @@ func (k *Keeper) orders(w backends.Workload, p Program, dir string) (o stage.Ord
 	if o.Dir == "" {
 		o.Dir = "/"
 	}
+	o.Announce = p.Announces
 	for _, name := range slices.Sorted(maps.Keys(p.Env)) {
 		o.Env = append(o.Env, name+"="+p.Env[name])
 	}
@@ -256,7 +257,7 @@ type child struct {
 }
 
 // spawn clones a stage. It joins the namespaces of the process that pidfd in holds, or, if they are to be its kin's, gets new ones.
-func spawn(orders stage.Orders, joins []string, out *os.File, in int, how kin) (*child, error) {
+func spawn(orders stage.Orders, joins []string, out *os.File, in int, how kin) (c *child, err error) {
 	orders.Cgroups = len(joins)
 	null, err := os.Open(os.DevNull)
 	if err != nil {
@@ -274,7 +275,22 @@ func spawn(orders stage.Orders, joins []string, out *os.File, in int, how kin) (
 		return nil, errors.Join(err, ordersWrite.Close())
 	}
 	closing = append(closing, reportWrite)
-	files := []uintptr{null.Fd(), out.Fd(), out.Fd(), ordersRead.Fd(), reportWrite.Fd()}
+	files := []uintptr{null.Fd(), out.Fd(), out.Fd(), ordersRead.Fd(), reportWrite.Fd(), ^uintptr(0)} // the last is closed
+	if orders.Announce {
+		heard, announce, err := os.Pipe()
+		if err != nil {
+			return nil, errors.Join(err, ordersWrite.Close(), reportRead.Close())
+		}
+		closing = append(closing, announce)
+		files[stage.AnnounceFD] = announce.Fd()
+		defer func() {
+			if c == nil {
+				_ = heard.Close()
+				return
+			}
+			c.heard, c.announced = heard, make(chan struct{})
+		}()
+	}
 	for _, path := range joins {
 		f, err := os.OpenFile(path, os.O_WRONLY, 0)
 		if err != nil {
@@ -384,7 +400,7 @@ func (k *Keeper) inside(ctx context.Context, e *entry, w backends.Workload, p *p
 	if err != nil {
 		return 0, nil, err
 	}
-	orders.Root, orders.Argv = nil, hooks[0]
+	orders.Root, orders.Argv, orders.Announce = nil, hooks[0], false
 	var output *os.File
 	if log == nil {
 		if output, log, err = os.Pipe(); err != nil {

@@ -23,6 +23,15 @@ type program struct {
 	fd   *os.File      // the pidfd, in the runtime's poller: waiting costs no thread
 	kin  kin           // how what it started ends with it
 	done chan struct{} // closed when it has ended and that is recorded
+
+	heard     *os.File      // where it announces itself; nil if it does not, or was found again
+	announced chan struct{} // closed when it has; nil with heard
+}
+
+// Announce says that this program has begun, once, if its plan says Announces.
+func Announce() {
+	_, _ = unix.Write(stage.AnnounceFD, []byte{'.'}) // nobody may be there to read it
+	_ = unix.Close(stage.AnnounceFD)
 }
 
 // kin is how what a program started ends with it.
@@ -96,7 +105,7 @@ func (p *program) killGroup() bool {
 	return err == nil || errors.Is(err, unix.ESRCH)
 }
 
-func (p *program) release() { _ = p.fd.Close() }
+func (p *program) release() { _, _ = p.fd.Close(), p.heard.Close() }
 
 func (p *program) duplicate() (fd int, err error) {
 	err = p.control(func(own int) error {
@@ -142,6 +151,9 @@ func over(pidfd int) bool {
 func (k *Keeper) adopt(e *entry, p *program) {
 	e.mu.Lock()
 	e.program, e.last, e.state, e.detail = p, p, backends.Running, ""
+	if p.announced != nil {
+		e.state = backends.Starting
+	}
 	if e.record.Removing {
 		e.detail = "being removed"
 	}
@@ -151,6 +163,23 @@ func (k *Keeper) adopt(e *entry, p *program) {
 		return
 	}
 	k.working.Go(func() { k.watch(e, p) })
+	if p.announced != nil {
+		k.working.Go(func() { e.hear(p) })
+	}
+}
+
+// hear waits until a program announces itself. It ends with the program, too, and when that is released.
+func (e *entry) hear(p *program) {
+	defer p.heard.Close()
+	if n, _ := p.heard.Read(make([]byte, 1)); n == 0 {
+		return
+	}
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	if e.program == p && e.state == backends.Starting {
+		e.state = backends.Running
+	}
+	close(p.announced)
 }
 
 // watch waits for the end of a program, records it, and after a pause starts the workload again.

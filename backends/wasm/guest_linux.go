@@ -16,6 +16,7 @@ import (
 	"slices"
 	"syscall"
 
+	"github.com/kindos/kmo/backends/process"
 	"github.com/tetratelabs/wazero"
 	"github.com/tetratelabs/wazero/experimental"
 	"github.com/tetratelabs/wazero/experimental/sock"
@@ -80,11 +81,11 @@ func runGuest(listening bool, args []string) (int, error) {
 		config = config.WithFSConfig(files.WithSysFSMount(root, "/"))
 	}
 	debug.FreeOSMemory()
-	return ended(begin(ctx, runtime, module, config, memory), memory)
+	return ended(begin(ctx, runtime, module, config, memory, listening && p.Announce), memory)
 }
 
-// begin runs a guest. wazero slices what it gets for the memory that a module begins with, also when it gets none.
-func begin(ctx context.Context, runtime wazero.Runtime, module wazero.CompiledModule, config wazero.ModuleConfig, memory *linear) (err error) {
+// begin runs a guest, announced just before its _start. wazero slices what it gets for the memory that a module begins with, also when it gets none.
+func begin(ctx context.Context, runtime wazero.Runtime, module wazero.CompiledModule, config wazero.ModuleConfig, memory *linear, announce bool) (err error) {
 	defer func() {
 		if memory.refused == 0 {
 			return
@@ -93,7 +94,14 @@ func begin(ctx context.Context, runtime wazero.Runtime, module wazero.CompiledMo
 			err = fmt.Errorf("no memory to start in: %v", fault)
 		}
 	}()
-	_, err = runtime.InstantiateModule(ctx, module, config)
+	guest, err := runtime.InstantiateModule(ctx, module, config.WithStartFunctions())
+	if err != nil {
+		return err
+	}
+	if announce {
+		process.Announce()
+	}
+	_, err = guest.ExportedFunction(startFunction).Call(ctx)
 	return err
 }
 

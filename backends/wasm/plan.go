@@ -36,6 +36,7 @@ type plan struct {
 	Memory       uint64            // bytes; 0 is not bounded
 	Env          map[string]string // the guest's
 	Listen       []listener
+	Announce     bool // to the keeper, that the guest begins
 }
 
 // listener is a socket to be opened for the guest.

@@ -35,6 +35,8 @@
 // and those of its runner are not its own. WASI has no signals: a guest is told nothing before its end, so exit hooks are the place for
 // last things.
 //
+// A guest is starting until its machine code is loaded and its module instantiated, and running from _start on.
+//
 // Time is bounded for hooks and compiling, not for a guest: one that spins has its share of the processor, from its start on.
 //
 // A status is the guest's own, but 247 is told as 246. 134 is a trap, told in the log, 70 an error of the runner.
@@ -304,7 +306,7 @@ func (b *Backend) plan(ctx context.Context, w backends.Workload) (process.Progra
 	if err != nil {
 		return process.Program{}, startError(w, "compiling "+w.Image.Content, err)
 	}
-	guest := plan{Module: w.Image.Content, Code: code.dir, Sum: code.sum, Env: process.Env(w)}
+	guest := plan{Module: w.Image.Content, Code: code.dir, Sum: code.sum, Env: process.Env(w), Announce: true}
 	base := ""
 	if b.keeper.Mounts() {
 		base = b.base
@@ -328,5 +330,7 @@ func (b *Backend) plan(ctx context.Context, w backends.Workload) (process.Progra
 		},
 		Argv: append([]string{insideProgram, GuestArg, runArg}, argv...),
 		Env:  map[string]string{planVariable: text, "GODEBUG": "multipathtcp=0"},
+
+		Announces: true,
 	}, nil
 }

@@ -251,7 +251,7 @@ func TestSpinningStartHoldsNobody(t *testing.T) {
 	apply(t, b, w)
 	until(t, "it uses the processor", func() (string, bool) {
 		s := only(t, b)
-		return fmt.Sprintf("%+v", s), s.State == backends.Running && s.Restarts == 0 && s.Usage.CPU > 300*time.Millisecond
+		return fmt.Sprintf("%+v", s), s.State == backends.Starting && s.Restarts == 0 && s.Usage.CPU > 300*time.Millisecond
 	})
 	if err := b.Remove(t.Context(), w.Name); err != nil {
 		t.Fatal(err)
@@ -287,6 +287,20 @@ func TestWebGuest(t *testing.T) {
 		defer answer.Body.Close()
 		body, err := io.ReadAll(answer.Body)
 		return string(body), err == nil && string(body) == "/app [\"one\"] told port 80\n"
+	})
+}
+
+// A guest runs once its machine code is loaded, and until then nothing counts as its running.
+func TestStartingUntilItBegins(t *testing.T) {
+	b := over(t, shareModules(t))
+	w := workload(binaries.program, "wait")
+	apply(t, b, w)
+	if s := only(t, b); s.State != backends.Starting {
+		t.Errorf("right after Apply: %+v", s)
+	}
+	until(t, "it runs", func() (string, bool) {
+		s := only(t, b)
+		return fmt.Sprintf("%+v", s), s.State == backends.Running && s.Restarts == 0
 	})
 }
 

@@ -103,6 +103,9 @@ func (o *Orders) exec() Failure {
 	if _, err := unix.Write(ReportFD, []byte{Ready}); err != nil && !errors.Is(err, unix.EPIPE) {
 		return Failure{Step: "reporting", Cause: err.Error()}
 	}
+	if o.Announce {
+		_, _ = unix.FcntlInt(AnnounceFD, unix.F_SETFD, 0) // it is open: nothing is left to fail
+	}
 	err = syscall.Exec(program, o.Argv, o.Env)
 	return Failure{Step: "exec " + program, Cause: errno(err), Blames: true}
 }

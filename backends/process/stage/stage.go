@@ -1,7 +1,8 @@
 // Package stage is what happens between a clone and the program: a process that reads its orders, builds its root, gives up
 // its rights and executes. Everything here runs in the process that will be the workload, never in its keeper.
 //
-// Descriptors: 1 and 2 the log, [OrdersFD] the orders as JSON, [ReportFD] the report, then the cgroup files, one a hierarchy,
+// Descriptors: 1 and 2 the log, [OrdersFD] the orders as JSON, [ReportFD] the report, [AnnounceFD] what the program inherits if
+// the orders say Announce, then the cgroup files, one a hierarchy,
 // to which the thread writes "0", and, when joining, the pidfd of the workload. The report is, if the orders say Pause, [Built],
 // upon which a byte on the orders' descriptor lets the stage go on; then [Ready] before execve and nothing after it, or, at any
 // time, a [Failure] as JSON. End of file on the orders' descriptor ends a stage that waits.
@@ -19,7 +20,9 @@ const Arg = "kmo-stage"
 const (
 	OrdersFD = 3
 	ReportFD = 4
-	firstFD  = 5
+	firstFD  = 6
+
+	AnnounceFD = 5
 )
 
 // Built is what a stage reports when its root is there and hooks may run in it; Ready, when only execve is left.
@@ -38,6 +41,8 @@ type Orders struct {
 	Argv    []string `json:"argv"`
 	Env     []string `json:"env"`
 	Dir     string   `json:"dir"`
+
+	Announce bool `json:"announce,omitempty"`
 }
 
 // Root is what the program will see as /.

@@ -16,6 +16,7 @@ import (
 	"time"
 	"unsafe"
 
+	"github.com/kindos/kmo/backends/process"
 	"golang.org/x/sys/unix"
 )
 
@@ -199,6 +200,15 @@ func try(verb, rest string) (string, error) {
 			time.Sleep(time.Hour)
 		}
 		return "ok", nil
+	case "until": // the file is there
+		for {
+			if _, err := os.Stat(rest); err == nil {
+				return "ok", nil
+			}
+			time.Sleep(time.Millisecond)
+		}
+	case "announce":
+		process.Announce()
 	case "deaf":
 		signal.Ignore(syscall.SIGTERM)
 		return "ok", nil
