@@ -235,23 +235,6 @@ func (k *Keeper) postInit(ctx context.Context, e *entry) error {
 	return e.change(func(r *record) { r.Pending = false })
 }
 
-// begun waits, as long as for a hook, until a program that announces itself has. One that ends before is for the hooks to find gone.
-func (k *Keeper) begun(ctx context.Context, e *entry) error {
-	p := e.now()
-	if p == nil || p.announced == nil {
-		return nil
-	}
-	select {
-	case <-p.announced:
-	case <-p.done:
-	case <-ctx.Done():
-	case <-k.ctx.Done():
-	case <-time.After(k.hookTime):
-		return &backends.StartError{Workload: e.name, Stage: "postInit", Cause: fmt.Sprintf("the program has not begun within %v", k.hookTime)}
-	}
-	return errors.Join(ctx.Err(), k.ctx.Err())
-}
-
 // note sets the state of a workload whose program runs.
 func (e *entry) note(state backends.State, detail string) {
 	e.mu.Lock()

@@ -1,6 +1,7 @@
 package process
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"os"
@@ -180,6 +181,23 @@ func (e *entry) hear(p *program) {
 		e.state = backends.Running
 	}
 	close(p.announced)
+}
+
+// begun waits, as long as for a hook, until a program that announces itself has. One that ends before is for the hooks to find gone.
+func (k *Keeper) begun(ctx context.Context, e *entry) error {
+	p := e.now()
+	if p == nil || p.announced == nil {
+		return nil
+	}
+	select {
+	case <-p.announced:
+	case <-p.done:
+	case <-ctx.Done():
+	case <-k.ctx.Done():
+	case <-time.After(k.hookTime):
+		return &backends.StartError{Workload: e.name, Stage: "postInit", Cause: fmt.Sprintf("the program has not begun within %v", k.hookTime)}
+	}
+	return errors.Join(ctx.Err(), k.ctx.Err())
 }
 
 // watch waits for the end of a program, records it, and after a pause starts the workload again.
