@@ -86,6 +86,7 @@ func (s *Set) Decide(ctx context.Context, input Input) (decision Decision, err e
 		}
 	}()
 	input.Rules = s.Rules()
+	input.fill()
 	document, err := json.Marshal(input)
 	if err != nil {
 		err = &refusal.Error{Code: codeError, Subject: "policy input", Got: refusal.Clip(err.Error(), 200), Want: "values that can be written as JSON"}

@@ -56,6 +56,19 @@ type Unit struct {
 	Images    []any  `json:"images"`    // what the registry knows of each variant's image, in the variants' order
 }
 
+// fill makes the empty lists lists: a rule may count them.
+func (i *Input) fill() {
+	i.Site.Registries = append([]string{}, i.Site.Registries...)
+	i.Units = append([]Unit{}, i.Units...)
+	for n := range i.Units {
+		u := &i.Units[n]
+		u.Workloads, u.Images = append([]any{}, u.Workloads...), append([]any{}, u.Images...)
+	}
+	if i.Host.Labels == nil {
+		i.Host.Labels = map[string]string{}
+	}
+}
+
 // Totals are sums over all units of the site on this host.
 type Totals struct {
 	Before  int   `json:"before"`  // units that run

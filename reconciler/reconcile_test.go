@@ -451,6 +451,8 @@ func TestSiteRulesCanGo(t *testing.T) {
 		{"policy that others sign", "input.change.policy\n\tnot input.change.revert\n\tinput.change.signer != \"alice\"", ""},
 		{"policy without an approval of alice", "some unit in input.change.units\n\tunit.unit == \"@policy\"\n\tnot input.change.revert\n\tevery a in unit.counted { a.principal != \"alice\" }", ""},
 		{"what its author signs", "input.change.base != \"\"\n\tinput.change.policy\n\tnot input.change.revert\n\tinput.change.signer == input.change.author", ""},
+		{"many units at once", "count(input.units) > 5", ""},
+		{"units with two workloads here", "some unit in input.units\n\tcount(unit.workloads) + count(unit.images) + count(input.host.labels) > 10", ""},
 		{"units without a ticket", "some unit in input.units\n\tnot unit.after.intent.ticket", ""},
 	} {
 		folder := fstest.MapFS{"lock.rego": {Data: []byte(rule(c.body))}, "lock_test.rego": {Data: []byte("package site_test\n\ntest_it if true\n")}}

@@ -211,9 +211,9 @@ func ended(s backends.Status) string {
 	text := "its program is " + string(s.State)
 	if s.State == backends.Backoff || s.State == backends.Exited {
 		text += fmt.Sprintf(": it ended with status %d", s.ExitCode)
-	}
-	if s.OOM {
-		text += ", for want of memory"
+		if s.OOM {
+			text += ", for want of memory"
+		}
 	}
 	if s.Detail != "" && !strings.HasSuffix(text, s.Detail) {
 		text += ": " + refusal.Clip(s.Detail, 200)
