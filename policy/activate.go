@@ -140,7 +140,7 @@ func (s *Set) WayOut(ctx context.Context, input Input, what string, ways []trust
 	input.Units, input.Totals.Before, input.Totals.Removed = nil, input.Totals.After, 0
 	var denied []Denial
 	for _, way := range ways {
-		input.Commit, input.Change = way.Commit, way
+		input.Commit, input.Time, input.Change = way.Commit, way.Time, way
 		decision, err := s.Decide(ctx, input)
 		if err != nil && refusal.Of(err) == nil {
 			return err

@@ -340,7 +340,7 @@ var errFilling = errors.New("an image is being fetched")
 
 // Clear removes what is needed neither for an image of keep nor by whatever stands on the contents of in use: blobs and records that are older than
 // a day, and every copy that no record names, such as a crash leaves. It returns the paths of what it removed, within Dir.
-func (s *Store) Clear(keep []Pin, inUse []string) (removed []string, err error) {
+func (s *Store) Clear(ctx context.Context, keep []Pin, inUse []string) (removed []string, err error) {
 	if err := s.open(); err != nil {
 		return nil, err
 	}
@@ -366,6 +366,9 @@ func (s *Store) Clear(keep []Pin, inUse []string) (removed []string, err error) 
 		for _, path := range found {
 			if needed[strings.TrimSuffix(path, ".root")] {
 				continue
+			}
+			if ctx.Err() != nil {
+				return removed, context.Cause(ctx)
 			}
 			if gone, err := s.clear(path); err != nil {
 				return removed, err

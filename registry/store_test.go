@@ -439,7 +439,7 @@ func TestClear(t *testing.T) {
 	}
 	clear := func(inUse ...string) []string {
 		t.Helper()
-		removed, err := s.Clear(pins[:1], inUse)
+		removed, err := s.Clear(t.Context(), pins[:1], inUse)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -452,7 +452,7 @@ func TestClear(t *testing.T) {
 	}
 
 	s.locks.filling.RLock()
-	if _, err := s.Clear(nil, nil); !errors.Is(err, errFilling) || len(left()) != 12 {
+	if _, err := s.Clear(t.Context(), nil, nil); !errors.Is(err, errFilling) || len(left()) != 12 {
 		t.Errorf("while an image is fetched: %v, %d copies, want that all stay", err, len(left()))
 	}
 	s.locks.filling.RUnlock()

@@ -141,7 +141,7 @@ func exitHangs(b *bench) {
 	})
 	if err != nil {
 		if s, _ := b.status(w.Name); !errors.Is(err, context.DeadlineExceeded) || s.PID != before.PID {
-			b.Errorf("Apply ended with %v, workload %+v; want the context's end, and the program not stopped before its hook has ended", err, s)
+			b.Errorf("Remove ended with %v, workload %+v; want the context's end, and the program not stopped before its hook has ended", err, s)
 		}
 		b.kill(before) // what has no program has no exit hooks
 		b.remove(w.Name)

@@ -267,7 +267,7 @@ func (h *host) openBackends(ctx context.Context) error {
 }
 
 // orphans warns of backends that this host had, and says whether there are any: what they started goes on running, and nothing here sees it.
-func (h *host) orphans() (any bool, err error) {
+func (h *host) orphans() (some bool, err error) {
 	folder := filepath.Join(h.dir, "backends")
 	entries, err := os.ReadDir(folder)
 	if errors.Is(err, fs.ErrNotExist) {
@@ -275,12 +275,12 @@ func (h *host) orphans() (any bool, err error) {
 	}
 	for _, entry := range entries {
 		if h.backends[entry.Name()] == nil {
-			any = true
+			some = true
 			h.logger.Warn("a backend that is not configured any more: what it runs is neither seen nor stopped", "backend", entry.Name(),
 				"want", "it in the agent's file until the site asks nothing of it, or no folder "+filepath.Join(folder, entry.Name()))
 		}
 	}
-	return any, err
+	return some, err
 }
 
 func (h *host) openReconciler(context.Context) error {
@@ -469,7 +469,7 @@ func (i *images) Repair(ctx context.Context, image backends.Image, format backen
 	return fetched(image, content), err
 }
 
-func (i *images) Clear(_ context.Context, keep []backends.Workload, inUse []string) ([]string, error) {
+func (i *images) Clear(ctx context.Context, keep []backends.Workload, inUse []string) ([]string, error) {
 	if i.blind {
 		return nil, nil
 	}
@@ -481,7 +481,7 @@ func (i *images) Clear(_ context.Context, keep []backends.Workload, inUse []stri
 		}
 		pins = append(pins, registry.Pin{Ref: ref, Root: workload.Image.Root, Format: registry.Format(workload.Format)})
 	}
-	return i.store.Clear(pins, inUse)
+	return i.store.Clear(ctx, pins, inUse)
 }
 
 // fetched is image with what the store says of it.

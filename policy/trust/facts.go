@@ -74,9 +74,13 @@ type Approval struct {
 	Code      string    `json:"code,omitempty"` // the refusal's code for that
 }
 
-// WaysOut are the facts of what takes the policy away again that a head brings: the removal of policy/ alone, under each key that may sign it, written
-// by its owner or by somebody whom the root does not know, with the approvals of all who may approve that; and a host's revert, under each key that may sign that. facts are
-// the head's. The rules can be asked of them before they are in force, and cannot tell them from what will come by the id of the commit.
+// WaysOut are the facts of what takes the policy away again that a head brings: the removal of policy/ alone, under each key that may sign
+// it, written by its owner or by somebody whom the root does not know, with the approvals of all who may approve that; and a host's revert,
+// under each key that may sign that. facts are the head's. The rules can be asked of them before they are in force, and cannot tell them
+// from what will come by the id of the commit.
+//
+// Each is there at several times of a year that is ten years away: rules that wait for something let it pass at one of them, and rules that
+// close at a time from then on at none.
 func (v *Verifier) WaysOut(head Commit, facts Facts) (removals, reverts []Facts, err error) {
 	v.mu.Lock()
 	defer v.mu.Unlock()
@@ -92,23 +96,28 @@ func (v *Verifier) WaysOut(head Commit, facts Facts) (removals, reverts []Facts,
 		return nil, nil, err
 	}
 	next := sha256.Sum256([]byte(head.ID))
-	way := Facts{Commit: hex.EncodeToString(next[:20]), Base: head.ID, Policy: true, Time: facts.Time, Tripwires: facts.Tripwires}
-	way.Revert, way.Units = true, []UnitFacts{u}
-	reverts = root.signed(way, RoleRevert)
-	u.To, u.Need = merkle.Digest{}, root.Tiers[0].Need
+	way := Facts{Commit: hex.EncodeToString(next[:20]), Base: head.ID, Policy: true, Tripwires: facts.Tripwires}
+	removal := u
+	removal.To, removal.Need = merkle.Digest{}, root.Tiers[0].Need
 	for _, p := range root.eligible(RoleApprove) {
 		for _, key := range p.Keys {
 			if public, err := parsePublic(key.Public); err == nil && key.Revoked == nil && root.may(&p, &key, RoleApprove) {
-				u.Counted = append(u.Counted, Approval{Principal: p.Name, Key: KeyID(public)})
+				removal.Counted = append(removal.Counted, Approval{Principal: p.Name, Key: KeyID(public)})
 				break
 			}
 		}
 	}
-	way.Revert, way.Units = false, []UnitFacts{u}
-	return root.signed(way, RoleCommit), reverts, nil
+	for n := range 14 {
+		way.Time = facts.Time.AddDate(10, 0, 26*n).Add(time.Duration(5*n) * time.Hour) // each another weekday and hour than the one before
+		way.Revert, way.Units = false, []UnitFacts{removal}
+		removals = append(removals, root.signed(way, RoleCommit)...)
+		way.Revert, way.Units = true, []UnitFacts{u}
+		reverts = append(reverts, root.signed(way, RoleRevert)...)
+	}
+	return removals, reverts, nil
 }
 
-// signed are the facts of a change under each key that may sign it, by each of two authors.
+// signed are the facts of a change under each key that may sign it, by each author that it can have.
 func (r *Root) signed(change Facts, role string) (all []Facts) {
 	for _, p := range r.Principals {
 		for _, key := range p.Keys {
@@ -116,12 +125,13 @@ func (r *Root) signed(change Facts, role string) (all []Facts) {
 			if err != nil || key.Revoked != nil || !r.may(&p, &key, role) {
 				continue
 			}
-			for _, author := range []string{p.Name, ""} {
+			authors := []string{p.Name, ""}
+			if change.Revert { // its author's line names the host, which has no address in the root
+				authors = authors[1:]
+			}
+			for _, author := range authors {
 				f, wrote := change, map[string]bool{}
-				f.Signer, f.Key, f.Class, f.Units = p.Name, KeyID(public), p.Class, slices.Clone(change.Units)
-				if !f.Revert { // whose author's line names the host, which has no address in the root
-					f.Author = author
-				}
+				f.Signer, f.Key, f.Class, f.Author, f.Units = p.Name, KeyID(public), p.Class, author, slices.Clone(change.Units)
 				if author != "" || f.Revert {
 					wrote[p.Name] = true
 				}

@@ -27,10 +27,12 @@ func Main() {
 		os.Exit(127)
 	}
 	var o Orders
-	if err := json.NewDecoder(os.NewFile(OrdersFD, "orders")).Decode(&o); err != nil {
+	orders := os.NewFile(OrdersFD, "orders")
+	if err := json.NewDecoder(orders).Decode(&o); err != nil {
 		os.Exit(127) // whoever started us is gone, and there is no record of us
 	}
 	fault := o.run()
+	runtime.KeepAlive(orders) // run reads from its descriptor, which the collector would close
 	if text, err := json.Marshal(fault); err == nil {
 		_, _ = unix.Write(ReportFD, text) // nobody may be there to read it
 	}
