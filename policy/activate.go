@@ -12,6 +12,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"time"
 
 	"github.com/open-policy-agent/opa/v1/ast"
 	"github.com/open-policy-agent/opa/v1/rego"
@@ -134,16 +135,24 @@ func (s *Set) tryAll(c *corpus, id string, patches map[string][]operation, trip 
 	return nil
 }
 
+// wayOutTime bounds all that is asked of rules that are not in force: who asks does nothing else meanwhile.
+const wayOutTime = 5 * time.Second
+
 // WayOut refuses a set whose site rules deny each of some changes, all of them ways to one end, which the set would judge once it is active: they
 // touch no unit, and what the shipped rules say of them is not asked. what names the end, and input is the change that brings the set.
 func (s *Set) WayOut(ctx context.Context, input Input, what string, ways []trust.Facts) error {
+	bounded, cancel := context.WithTimeout(ctx, wayOutTime)
+	defer cancel()
 	input.Units, input.Totals.Before, input.Totals.Removed = nil, input.Totals.After, 0
 	var denied []Denial
 	for _, way := range ways {
 		input.Commit, input.Time, input.Change = way.Commit, way.Time, way
-		decision, err := s.Decide(ctx, input)
-		if err != nil && refusal.Of(err) == nil {
-			return err
+		decision, err := s.Decide(bounded, input)
+		if ctx.Err() != nil {
+			return context.Cause(ctx)
+		}
+		if err != nil { // that no judgement comes about is one, and would be for the others, too
+			return &refusal.Error{Code: codeCompile, Subject: "policy/", Got: "no judgement of " + what + ": " + err.Error(), Want: fmt.Sprintf("rules that judge all of its forms within %v", wayOutTime)}
 		}
 		denied = slices.DeleteFunc(decision.Denied, func(d Denial) bool { return strings.HasPrefix(d.ID, "KT") })
 		if len(denied) == 0 {

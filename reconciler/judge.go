@@ -352,7 +352,7 @@ func (r *Reconciler) contents(ctx context.Context, d *desired) []error {
 }
 
 // errSilent is why an image is not waited for any longer.
-var errSilent = errors.New("its registry has not answered yet; it is waited for")
+var errSilent = errors.New("it is not here yet, and waited for")
 
 // leastWait is how long a look that has waited enough for registries still waits for what is on this host's own disk.
 const leastWait = time.Second

@@ -452,6 +452,8 @@ func TestSiteRulesCanGo(t *testing.T) {
 		{"policy without an approval of alice", "some unit in input.change.units\n\tunit.unit == \"@policy\"\n\tnot input.change.revert\n\tevery a in unit.counted { a.principal != \"alice\" }", ""},
 		{"a change of policy, from a day on", "input.change.policy\n\tnot input.change.revert\n\ttime.parse_rfc3339_ns(input.time) > time.parse_rfc3339_ns(\"2003-01-01T00:00:00Z\")", "LOCK1 denies the removal of policy/"},
 		{"a change of policy, up to a day", "input.change.base != \"\"\n\tinput.change.policy\n\ttime.parse_rfc3339_ns(input.time) < time.parse_rfc3339_ns(\"2000-02-01T00:00:00Z\")", ""},
+		{"a change of policy, but on one day of the week", "input.change.base != \"\"\n\tinput.change.policy\n\tnot input.change.revert\n\ttime.weekday(time.parse_rfc3339_ns(input.time)) != \"Wednesday\"", ""},
+		{"what cannot be judged", "some unit in input.change.units\n\tunit.to == \"\"\n\tto_number(input.change.signer) > 0", "no judgement of the removal of policy/"},
 		{"what its author signs", "input.change.base != \"\"\n\tinput.change.policy\n\tnot input.change.revert\n\tinput.change.signer == input.change.author", ""},
 		{"many units at once", "count(input.units) > 5", ""},
 		{"units with two workloads here", "some unit in input.units\n\tcount(unit.workloads) + count(unit.images) + count(input.host.labels) > 10", ""},

@@ -272,7 +272,7 @@ func (l *lazySource) referrers(ctx context.Context, hex string) ([]v1.Descriptor
 	return r.referrers(ctx, hex)
 }
 
-// atOnce is how many images are described, and how many fetched, of one registry at a time.
+// atOnce is how many images are described, and how many fetched, of one registry at a time; and how many are read again after a boot.
 const atOnce = 4
 
 // turn waits until one more image may be described or fetched. Each registry has turns of its own: no silent or slow one delays what others have.

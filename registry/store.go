@@ -461,6 +461,11 @@ func (s *Store) recall(ctx context.Context, key string) (Content, bool) {
 		return Content{}, false
 	}
 	if boot := bootID(); boot == "" || boot != r.Boot {
+		done, err := s.turn(ctx, "check", Reference{})
+		if err != nil {
+			return Content{}, false
+		}
+		defer done()
 		if s.Check(ctx, r.Content) != nil || s.remember(key, r.Content) != nil {
 			return Content{}, false
 		}

@@ -39,6 +39,7 @@ type cache struct {
 
 	mu   sync.Mutex
 	sums map[string]string // guarded by mu: of a path's state, the hex SHA-256 of what it held then
+	seen map[string]string // guarded by mu: by folder, the sum that its machine code was seen to have
 }
 
 // code is one module's machine code.
@@ -64,13 +65,13 @@ func openCache(dir, program string) (*cache, error) {
 			return nil, err
 		}
 	}
-	c := &cache{dir: dir, program: program, turn: make(chan struct{}, 1), sums: map[string]string{}}
+	c := &cache{dir: dir, program: program, turn: make(chan struct{}, 1), sums: map[string]string{}, seen: map[string]string{}}
 	c.turn <- struct{}{}
 	return c, nil
 }
 
-// ready compiles a module if that was not done before by this version of wazero, or its machine code is damaged. A module that cannot be
-// compiled is a *moduleError.
+// ready compiles a module if that was not done before by this version of wazero, or if its machine code is damaged when it is first asked for. A
+// module that cannot be compiled is a *moduleError.
 func (c *cache) ready(ctx context.Context, module string, user int) (code, error) {
 	f, err := os.Open(module)
 	if err != nil {
@@ -82,7 +83,7 @@ func (c *cache) ready(ctx context.Context, module string, user int) (code, error
 		return code{}, err
 	}
 	dir := filepath.Join(c.dir, sum+"-"+wazeroVersion())
-	whole, err := readSum(dir)
+	whole, err := c.kept(dir)
 	if errors.Is(err, os.ErrNotExist) {
 		whole, err = c.fill(ctx, f, dir, user)
 	}
@@ -108,7 +109,7 @@ func (c *cache) fill(ctx context.Context, module *os.File, dir string, user int)
 	case <-ctx.Done():
 		return "", ctx.Err()
 	}
-	if sum, err := readSum(dir); !errors.Is(err, os.ErrNotExist) {
+	if sum, err := c.kept(dir); !errors.Is(err, os.ErrNotExist) {
 		return sum, err
 	}
 	if err := os.RemoveAll(dir); err != nil { // damaged
@@ -120,7 +121,32 @@ func (c *cache) fill(ctx context.Context, module *os.File, dir string, user int)
 	if err := c.prune(dir); err != nil {
 		return "", err
 	}
-	return readSum(dir)
+	return c.kept(dir)
+}
+
+// kept is the sum of the machine code in a folder, which it has. Machine code that is not whole is as good as none.
+func (c *cache) kept(dir string) (string, error) {
+	sum, err := readSum(dir)
+	if err != nil {
+		return "", err
+	}
+	c.mu.Lock()
+	known := c.seen[dir] == sum
+	c.mu.Unlock()
+	if known {
+		return sum, nil
+	}
+	got, err := codeSum(dir)
+	if err == nil && got != sum {
+		err = fmt.Errorf("%s: its sum is %s, want %s: %w", dir, got, sum, os.ErrNotExist)
+	}
+	if err != nil {
+		return "", err
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.seen[dir] = sum
+	return sum, nil
 }
 
 // readSum is the sum beside the machine code in a folder. One that is not whole is as good as none.

@@ -84,7 +84,19 @@ func TestDamagedCodeIsMadeAnew(t *testing.T) {
 	dir := filepath.Join(t.TempDir(), "modules")
 	before := machineCodeIn(t, dir, binaries.program)
 	for what, spoil := range map[string]func() error{
-		"no sum":  func() error { return os.Remove(filepath.Join(before.dir, sumFile)) },
+		"no sum": func() error { return os.Remove(filepath.Join(before.dir, sumFile)) },
+		"a changed byte": func() error {
+			files, err := filepath.Glob(filepath.Join(before.dir, "wazero-*", "*"))
+			if err != nil || len(files) == 0 {
+				return fmt.Errorf("%q: %v", files, err)
+			}
+			text, err := os.ReadFile(files[0])
+			if err != nil {
+				return err
+			}
+			text[len(text)/2] ^= 1
+			return errors.Join(os.Chmod(files[0], 0o600), os.WriteFile(files[0], text, 0o600))
+		},
 		"no code": func() error { return os.RemoveAll(before.dir) },
 		"a sum cut short": func() error {
 			return errors.Join(os.Chmod(filepath.Join(before.dir, sumFile), 0o600), os.Truncate(filepath.Join(before.dir, sumFile), 5))

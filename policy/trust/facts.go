@@ -79,8 +79,8 @@ type Approval struct {
 // under each key that may sign that. facts are the head's. The rules can be asked of them before they are in force, and cannot tell them
 // from what will come by the id of the commit.
 //
-// Each is there at several times of a year that is ten years away: rules that wait for something let it pass at one of them, and rules that
-// close at a time from then on at none.
+// Each is there on every weekday, every six hours and around a year that is ten years away: rules that wait for a day let it pass at one of
+// them, and rules that close at a time from then on at none.
 func (v *Verifier) WaysOut(head Commit, facts Facts) (removals, reverts []Facts, err error) {
 	v.mu.Lock()
 	defer v.mu.Unlock()
@@ -107,8 +107,8 @@ func (v *Verifier) WaysOut(head Commit, facts Facts) (removals, reverts []Facts,
 			}
 		}
 	}
-	for n := range 14 {
-		way.Time = facts.Time.AddDate(10, 0, 26*n).Add(time.Duration(5*n) * time.Hour) // each another weekday and hour than the one before
+	for n := range 7 * 4 { // each weekday, at four times of the day
+		way.Time = facts.Time.AddDate(10, 0, 13*n).Add(time.Duration(n/7) * 6 * time.Hour)
 		way.Revert, way.Units = false, []UnitFacts{removal}
 		removals = append(removals, root.signed(way, RoleCommit)...)
 		way.Revert, way.Units = true, []UnitFacts{u}
