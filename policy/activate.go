@@ -151,6 +151,9 @@ func (s *Set) WayOut(ctx context.Context, input Input, what string, ways []trust
 		if ctx.Err() != nil {
 			return context.Cause(ctx)
 		}
+		if bounded.Err() != nil && len(denied) > 0 {
+			break
+		}
 		if err != nil { // that no judgement comes about is one, and would be for the others, too
 			return &refusal.Error{Code: codeCompile, Subject: "policy/", Got: "no judgement of " + what + ": " + err.Error(), Want: fmt.Sprintf("rules that judge all of its forms within %v", wayOutTime)}
 		}
@@ -163,7 +166,7 @@ func (s *Set) WayOut(ctx context.Context, input Input, what string, ways []trust
 	for i, d := range denied {
 		found, _, _ := strings.Cut(d.Msg, "; want ")
 		faults[i] = &refusal.Error{Code: codeCompile, Subject: "policy/", Got: fmt.Sprintf("%s denies %s: %s", d.ID, what, found),
-			Want: "rules that let it pass: once they are in force nobody could mend them"}
+			Want: "rules that let it pass: once they are in force they judge it too, and it was found to pass for nobody, on no day of the week at no even hour"}
 	}
 	return errors.Join(faults...)
 }

@@ -75,12 +75,12 @@ type Approval struct {
 }
 
 // WaysOut are the facts of what takes the policy away again that a head brings: the removal of policy/ alone, under each key that may sign
-// it, written by its owner or by somebody whom the root does not know, with the approvals of all who may approve that; and a host's revert,
-// under each key that may sign that. facts are the head's. The rules can be asked of them before they are in force, and cannot tell them
+// it, written by its owner or by another, with the approvals of all who may approve that; and a host's revert, under each key that may sign
+// that. facts are the head's. The rules can be asked of them before they are in force, and cannot tell them
 // from what will come by the id of the commit.
 //
-// Each is there on every weekday, every six hours and around a year that is ten years away: rules that wait for a day let it pass at one of
-// them, and rules that close at a time from then on at none.
+// Each is there on every weekday at every other hour, spread over a year that is ten years away: rules that wait for a time of the week let it
+// pass at one of them, and rules that close from a time on, before that year, at none.
 func (v *Verifier) WaysOut(head Commit, facts Facts) (removals, reverts []Facts, err error) {
 	v.mu.Lock()
 	defer v.mu.Unlock()
@@ -107,8 +107,9 @@ func (v *Verifier) WaysOut(head Commit, facts Facts) (removals, reverts []Facts,
 			}
 		}
 	}
-	for n := range 7 * 4 { // each weekday, at four times of the day
-		way.Time = facts.Time.AddDate(10, 0, 13*n).Add(time.Duration(n/7) * 6 * time.Hour)
+	year := facts.Time.UTC().Truncate(24*time.Hour).AddDate(10, 0, 0)
+	for n := range 7 * 12 {
+		way.Time = year.AddDate(0, 0, 7*(5*n%52)+n%7).Add(time.Duration(n/7) * 2 * time.Hour)
 		way.Revert, way.Units = false, []UnitFacts{removal}
 		removals = append(removals, root.signed(way, RoleCommit)...)
 		way.Revert, way.Units = true, []UnitFacts{u}
@@ -117,28 +118,38 @@ func (v *Verifier) WaysOut(head Commit, facts Facts) (removals, reverts []Facts,
 	return removals, reverts, nil
 }
 
-// signed are the facts of a change under each key that may sign it, by each author that it can have.
+// signed are the facts of a change under each key that may sign it. What somebody signs is in part their own, unless a commit below has it all:
+// of those who can have made that, one who approves nothing takes away the fewest approvals.
 func (r *Root) signed(change Facts, role string) (all []Facts) {
+	others := r.eligible(RoleCommit)
+	approves := func(p Principal) bool { return slices.Contains(r.role(RoleApprove).Members, p.Name) }
+	slices.SortStableFunc(others, func(a, b Principal) int {
+		if approves(a) == approves(b) {
+			return 0
+		}
+		return map[bool]int{true: 1, false: -1}[approves(a)]
+	})
 	for _, p := range r.Principals {
 		for _, key := range p.Keys {
 			public, err := parsePublic(key.Public)
 			if err != nil || key.Revoked != nil || !r.may(&p, &key, role) {
 				continue
 			}
-			authors := []string{p.Name, ""}
-			if change.Revert { // its author's line names the host, which has no address in the root
-				authors = authors[1:]
-			}
-			for _, author := range authors {
-				f, wrote := change, map[string]bool{}
-				f.Signer, f.Key, f.Class, f.Author, f.Units = p.Name, KeyID(public), p.Class, author, slices.Clone(change.Units)
-				if author != "" || f.Revert {
-					wrote[p.Name] = true
+			type hands struct{ author, wrote string } // whom the head names as its author, and whose the change is
+			ways := []hands{{"", p.Name}}             // an author whom the root does not know, such as a host
+			if !change.Revert {
+				ways = append(ways, hands{p.Name, p.Name})
+				if i := slices.IndexFunc(others, func(q Principal) bool { return q.Name != p.Name }); i >= 0 {
+					ways = append(ways, hands{p.Name, others[i].Name})
 				}
-				sortUnits(&f, map[string]map[string]bool{unitPolicy: wrote})
+			}
+			for _, by := range ways {
+				f := change
+				f.Signer, f.Key, f.Class, f.Author, f.Units = p.Name, KeyID(public), p.Class, by.author, slices.Clone(change.Units)
+				sortUnits(&f, map[string]map[string]bool{unitPolicy: {by.wrote: true}})
 				if r.Tiers[0].ExcludeAuthor {
 					u := &f.Units[0]
-					u.Counted = slices.DeleteFunc(u.Counted, func(a Approval) bool { return wrote[a.Principal] })
+					u.Counted = slices.DeleteFunc(u.Counted, func(a Approval) bool { return a.Principal == by.wrote })
 				}
 				all = append(all, f)
 			}

@@ -16,7 +16,7 @@ import (
 )
 
 // script answers Observe from a list of states, a letter a call: r running, b backoff, x nothing there, e the backend does not answer,
-// R running after a restart. The last letter goes on for ever.
+// R running after a restart, s starting. The last letter goes on for ever.
 func script(letters string) func(context.Context) (map[string]backends.Status, error) {
 	calls := 0
 	return func(context.Context) (map[string]backends.Status, error) {
@@ -28,6 +28,8 @@ func script(letters string) func(context.Context) (map[string]backends.Status, e
 			status.Restarts = 1
 		case 'b':
 			status.State, status.ExitCode, status.OOM = backends.Backoff, 137, true
+		case 's':
+			status.State = backends.Starting
 		case 'x':
 			return map[string]backends.Status{}, nil
 		case 'e':
@@ -49,6 +51,8 @@ func TestVerdicts(t *testing.T) {
 		{"passes at once", "r", 0, Pass, "", time.Second},
 		{"bakes", "r", 10 * time.Second, Pass, "", 11 * time.Second},
 		{"starts slowly", "bbbbr", 0, Pass, "", 0},
+		{"hooks that outlast the start time", strings.Repeat("s", 40) + "r", 0, Pass, "", 0},
+		{"never begins", "s", 0, Fail, "no verdict in time; last seen: fail: its program is starting", 100 * time.Second},
 		{"never starts", "b", 0, Fail, "3 times in a row: its program is backoff: it ended with status 137, for want of memory", 0},
 		{"P-02 applied is not running", "x", 0, Fail, "the workload is not there", 0},
 		{"fails while it bakes", "rrrrbbb", time.Minute, Fail, "3 times in a row", 0},

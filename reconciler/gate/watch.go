@@ -24,6 +24,7 @@ type answer struct {
 	verdict  Verdict
 	evidence string
 	restarts int
+	starting bool // the program has not begun
 }
 
 // observer looks at the workloads of every backend.
@@ -50,7 +51,7 @@ func (t *tally) add(target Target, a answer, now time.Time) (Verdict, string) {
 		return "", ""
 	case Fail:
 		t.successes = 0
-		if starting {
+		if starting || a.starting && t.passed.IsZero() { // one that never begins has until the deadline
 			return "", ""
 		}
 		t.failures++
@@ -190,7 +191,7 @@ func (g Gate) probe(ctx context.Context, target Target) answer {
 	if !ok {
 		return answer{verdict: Fail, evidence: "the workload is not there"}
 	}
-	a := answer{verdict: Pass, restarts: status.Restarts}
+	a := answer{verdict: Pass, restarts: status.Restarts, starting: status.State == backends.Starting}
 	if status.State != backends.Running {
 		a.verdict, a.evidence = Fail, ended(status)
 		return a
