@@ -78,12 +78,18 @@ type Feature string
 // The features a backend may have.
 const (
 	PortMap       Feature = "port-map"       // a port of the workload is published under another number of the host
+	LowPorts      Feature = "low-ports"      // ports below 1024 can be listened on
 	LimitCPU      Feature = "limit-cpu"      // Resources.CPU is enforced
 	LimitMemory   Feature = "limit-memory"   // Resources.Memory is enforced
 	LimitPIDs     Feature = "limit-pids"     // Resources.PIDs is enforced
 	LimitDisk     Feature = "limit-disk"     // Resources.Disk and Overlay.Size are enforced
-	Overlays      Feature = "overlay"        // the workload may write, beside an immutable base
+	Overlays      Feature = "overlay"        // the workload may write, beside an immutable base: at least to /tmp
+	OverlayRoot   Feature = "overlay-root"   // what may be written is all of the root; no workload asks for this
 	Keep          Feature = "keep"           // kept paths survive a change of spec
+	Files         Feature = "files"          // Files are placed
+	Secrets       Feature = "secrets"        // Files that are secret are placed, on storage that is memory
+	MemoryPool    Feature = "memory-pool"    // Doors via memory: what lies in them is shared, and can be mapped, by all who have them
+	Sockets       Feature = "sockets"        // Doors via socket: a unix socket made there by one workload can be connected to by another
 	Hooking       Feature = "hooks"          // Hooks are run
 	HostNetwork   Feature = "host-network"   // the workload shares the host's network
 	Exec          Feature = "exec"           // the backend is an Execer
@@ -137,6 +143,7 @@ type Workload struct {
 	Resources Resources     `json:"resources"`
 	Files     []File        `json:"files,omitempty"` // sorted by To
 	Mounts    []Mount       `json:"mounts,omitempty"`
+	Doors     []Door        `json:"doors,omitempty"`
 	Overlay   Overlay       `json:"overlay"`
 	Hooks     Hooks         `json:"hooks"`
 	Links     []Link        `json:"links,omitempty"`
@@ -198,7 +205,13 @@ type Resources struct {
 	Memory    int64    `json:"memory,omitempty"`    // bytes, enforced
 	PIDs      int64    `json:"pids,omitempty"`
 	Disk      int64    `json:"disk,omitempty"` // bytes the overlay may hold
-	Devices   []string `json:"devices,omitempty"`
+	Devices   []Device `json:"devices,omitempty"`
+}
+
+// Device is a device of this host, whole. A name that this host gives no nodes, or one of whose nodes is not there, is refused.
+type Device struct {
+	Name  string   `json:"name"`
+	Nodes []string `json:"nodes,omitempty"` // device nodes of this host, seen inside under the same path
 }
 
 // File is a file the unit brings. It is replaced as a whole, and a changed byte is a changed spec.
@@ -206,6 +219,17 @@ type File struct {
 	To      string `json:"to"` // clean absolute path inside the workload
 	Mode    uint32 `json:"mode"`
 	Content []byte `json:"content"`
+	// Secret says that Content must reach no disk, log, label or error: it lies on storage that is memory and is gone with this host's.
+	// A workload that is to be started again when its secrets are gone is Damaged, as Detail says, until it is applied again.
+	Secret bool `json:"secret,omitempty"`
+}
+
+// Door is a folder of this host, on storage that is memory, which several of its workloads see. The agent makes it before Apply, and
+// it outlives them.
+type Door struct {
+	From string `json:"from"`
+	To   string `json:"to"`
+	Via  string `json:"via"` // memory: files that are mapped; socket: unix sockets
 }
 
 // Mount is a folder of the host inside the workload.
@@ -215,8 +239,8 @@ type Mount struct {
 	ReadOnly bool   `json:"readOnly"`
 }
 
-// Overlay is where the workload may write; the base below it never changes. With a size, /tmp is there and anybody may write
-// in it. A kept path is a folder, made for Run.User where it is not there yet; it belongs to the unit, not to one spec of it.
+// Overlay is where the workload may write; the base below it never changes. With a size, /tmp is there, anybody may write in it, and
+// where else may be written OverlayRoot says. A kept path is a folder, made for Run.User where it is not there yet; it belongs to the unit, not to one spec of it.
 type Overlay struct {
 	Size int64    `json:"size,omitempty"` // bytes; 0 means that nothing can be written but kept paths
 	Keep []string `json:"keep,omitempty"` // clean absolute paths that outlive a change of spec

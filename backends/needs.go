@@ -1,6 +1,7 @@
 package backends
 
 import (
+	"cmp"
 	"slices"
 	"strings"
 )
@@ -9,17 +10,24 @@ import (
 func (w *Workload) Needs() []Feature {
 	host := func(namespace string) bool { return slices.Contains(w.Security.Host, namespace) }
 	mapped := func(p Port) bool { return p.Port != 0 && p.Host != 0 && p.Port != p.Host }
+	low := func(p Port) bool { n := cmp.Or(p.Host, p.Port); return n > 0 && n < 1024 }
+	door := func(via string) bool { return slices.ContainsFunc(w.Doors, func(d Door) bool { return d.Via == via }) }
 	asked := []struct {
 		feature Feature
 		asks    bool
 	}{
 		{PortMap, slices.ContainsFunc(w.Run.Ports, mapped)},
+		{LowPorts, slices.ContainsFunc(w.Run.Ports, low)},
 		{LimitCPU, w.Resources.CPU > 0},
 		{LimitMemory, w.Resources.Memory > 0},
 		{LimitPIDs, w.Resources.PIDs > 0},
 		{LimitDisk, w.Resources.Disk > 0},
 		{Overlays, w.Overlay.Size > 0},
 		{Keep, len(w.Overlay.Keep) > 0},
+		{Files, slices.ContainsFunc(w.Files, func(f File) bool { return !f.Secret })},
+		{Secrets, slices.ContainsFunc(w.Files, func(f File) bool { return f.Secret })},
+		{MemoryPool, door("memory")},
+		{Sockets, door("socket")},
 		{Hooking, len(w.Hooks.PreInit)+len(w.Hooks.PostInit)+len(w.Hooks.Exit) > 0},
 		{HostNetwork, host("network")},
 		{Mounts, len(w.Mounts) > 0},

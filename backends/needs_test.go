@@ -9,8 +9,10 @@ import (
 func TestAdmit(t *testing.T) {
 	all := Workload{
 		Format:    Native,
-		Run:       Run{Ports: []Port{{Name: "http", Port: 80, Host: 8080}}},
-		Resources: Resources{CPU: 1, Memory: 1, PIDs: 1, Disk: 1, Devices: []string{"camera"}},
+		Run:       Run{Ports: []Port{{Name: "http", Port: 80, Host: 8080}, {Name: "low", Host: 81}}},
+		Resources: Resources{CPU: 1, Memory: 1, PIDs: 1, Disk: 1, Devices: []Device{{Name: "camera"}}},
+		Files:     []File{{To: "/c"}, {To: "/d", Secret: true}},
+		Doors:     []Door{{Via: "memory"}, {Via: "socket"}},
 		Mounts:    []Mount{{From: "/a", To: "/b"}},
 		Overlay:   Overlay{Size: 1, Keep: []string{"/k"}},
 		Hooks:     Hooks{Exit: [][]string{{"/app"}}},
@@ -19,8 +21,8 @@ func TestAdmit(t *testing.T) {
 		},
 	}
 	needs := all.Needs()
-	if len(needs) != 16 {
-		t.Errorf("a workload that asks for everything needs %d features, want 16: %v", len(needs), needs)
+	if len(needs) != 21 {
+		t.Errorf("a workload that asks for everything needs %d features, want 21: %v", len(needs), needs)
 	}
 	able := Fingerprint{Backend: "some", Formats: []Format{Native}, Features: needs}
 	if err := able.Admit(all); err != nil {
@@ -35,7 +37,7 @@ func TestAdmit(t *testing.T) {
 			t.Errorf("without %s: error %v, want %v", feature, err, &want)
 		}
 	}
-	modest := Workload{Format: Native, Run: Run{Ports: []Port{{Name: "a"}, {Name: "b", Port: 80}, {Name: "c", Port: 80, Host: 80}}}}
+	modest := Workload{Format: Native, Run: Run{Ports: []Port{{Name: "a"}, {Name: "b", Port: 8080}, {Name: "c", Port: 8080, Host: 8080}}}}
 	if needs := modest.Needs(); len(needs) != 0 {
 		t.Errorf("a workload that asks for nothing needs %v", needs)
 	}

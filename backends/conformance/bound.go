@@ -57,12 +57,15 @@ func nothingWritten(b *bench) {
 
 func baseImmutable(b *bench) {
 	before := contentSum(b)
-	w := b.unit("relay", "append /app text", "cat /tmp/x", "write /tmp/x text", "cat /tmp/x", "wait")
+	w := b.unit("relay", "append /app text", "cat /tmp/x", "write /tmp/x text", "write /new text", "cat /tmp/x", "wait")
 	if b.has(backends.Overlays) {
 		w.Overlay.Size = 16 << 20
 	}
 	w = b.apply(w)
 	b.line(w.Name, "waiting")
+	if got := b.line(w.Name, "write /new:"); b.able.Has(backends.Overlays) && b.has(backends.OverlayRoot) && got != "ok" {
+		b.Errorf("writing above the base: %s", got)
+	}
 	if got := b.line(w.Name, "cat /tmp/x:"); b.able.Has(backends.Overlays) && got != `"text"` {
 		b.Errorf("what was written to the overlay reads as %s", got)
 	}
@@ -216,17 +219,24 @@ func cpuBites(b *bench) {
 // lackedRefused asks for each feature the fingerprint does not have.
 func lackedRefused(b *bench) {
 	asks := map[backends.Feature]func(w *backends.Workload){
-		backends.PortMap:       func(w *backends.Workload) { w.Run.Ports = []backends.Port{{Name: "http", Port: 80, Host: freePort(b)}} },
-		backends.LimitCPU:      func(w *backends.Workload) { w.Resources.CPU = 100 },
-		backends.LimitMemory:   func(w *backends.Workload) { w.Resources.Memory = 64 << 20 },
-		backends.LimitPIDs:     func(w *backends.Workload) { w.Resources.PIDs = 64 },
-		backends.LimitDisk:     func(w *backends.Workload) { w.Resources.Disk = 1 << 20 },
-		backends.Overlays:      func(w *backends.Workload) { w.Overlay.Size = 1 << 20 },
-		backends.Keep:          func(w *backends.Workload) { w.Overlay.Keep = []string{"/keep"} },
-		backends.Hooking:       func(w *backends.Workload) { w.Hooks.PostInit = [][]string{{"/app"}} },
-		backends.HostNetwork:   func(w *backends.Workload) { w.Security.Host = []string{"network"} },
-		backends.Mounts:        func(w *backends.Workload) { w.Mounts = []backends.Mount{{From: "/tmp", To: "/host", ReadOnly: true}} },
-		backends.Devices:       func(w *backends.Workload) { w.Resources.Devices = []string{"camera"} },
+		backends.PortMap:     func(w *backends.Workload) { w.Run.Ports = []backends.Port{{Name: "http", Port: 80, Host: freePort(b)}} },
+		backends.LowPorts:    func(w *backends.Workload) { w.Run.Ports = []backends.Port{{Name: "http", Port: 1}} },
+		backends.LimitCPU:    func(w *backends.Workload) { w.Resources.CPU = 100 },
+		backends.LimitMemory: func(w *backends.Workload) { w.Resources.Memory = 64 << 20 },
+		backends.LimitPIDs:   func(w *backends.Workload) { w.Resources.PIDs = 64 },
+		backends.LimitDisk:   func(w *backends.Workload) { w.Resources.Disk = 1 << 20 },
+		backends.Overlays:    func(w *backends.Workload) { w.Overlay.Size = 1 << 20 },
+		backends.Keep:        func(w *backends.Workload) { w.Overlay.Keep = []string{"/keep"} },
+		backends.Files:       func(w *backends.Workload) { w.Files = []backends.File{{To: "/etc/x", Mode: 0o444}} },
+		backends.Secrets:     func(w *backends.Workload) { w.Files = []backends.File{{To: "/etc/x", Mode: 0o400, Secret: true}} },
+		backends.MemoryPool:  func(w *backends.Workload) { w.Doors = []backends.Door{{From: "/tmp", To: "/door", Via: "memory"}} },
+		backends.Sockets:     func(w *backends.Workload) { w.Doors = []backends.Door{{From: "/tmp", To: "/door", Via: "socket"}} },
+		backends.Hooking:     func(w *backends.Workload) { w.Hooks.PostInit = [][]string{{"/app"}} },
+		backends.HostNetwork: func(w *backends.Workload) { w.Security.Host = []string{"network"} },
+		backends.Mounts:      func(w *backends.Workload) { w.Mounts = []backends.Mount{{From: "/tmp", To: "/host", ReadOnly: true}} },
+		backends.Devices: func(w *backends.Workload) {
+			w.Resources.Devices = []backends.Device{{Name: "tun", Nodes: []string{tun}}}
+		},
 		backends.Capabilities:  func(w *backends.Workload) { w.Security.Capabilities = []string{"CAP_NET_ADMIN"} },
 		backends.HostNamespace: func(w *backends.Workload) { w.Security.Host = []string{"pid"} },
 		backends.Privileged:    func(w *backends.Workload) { w.Security.Privileged = true },
@@ -267,7 +277,10 @@ func unknownRefused(b *bench) {
 	for _, ask := range []func(w *backends.Workload){
 		func(w *backends.Workload) { w.Security.Host = []string{"moon"} },
 		func(w *backends.Workload) { w.Security.Capabilities = []string{"CAP_MOON"} },
-		func(w *backends.Workload) { w.Resources.Devices = []string{"kmo-moon"} },
+		func(w *backends.Workload) { w.Resources.Devices = []backends.Device{{Name: "moon"}} },
+		func(w *backends.Workload) {
+			w.Resources.Devices = []backends.Device{{Name: "moon", Nodes: []string{"/dev/kmo-moon"}}}
+		},
 	} {
 		w := b.unit("relay", "wait")
 		ask(&w)

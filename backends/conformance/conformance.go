@@ -30,6 +30,7 @@ import (
 	"path/filepath"
 	"slices"
 	"testing"
+	"time"
 
 	"github.com/kindos/kmo/backends"
 )
@@ -47,6 +48,10 @@ type Subject struct {
 	// Inert says that the backend runs nothing and only knows what it was asked for. Then the checks that look at a program are left
 	// out, and named in the test's log.
 	Inert bool
+	// Patience is how long what the contract promises without a time may take; 0 means 20 s.
+	Patience time.Duration
+	// Disk lists folders on disk in which the backend and its runtime keep things. No secret may be found there.
+	Disk []string
 	// Leaks names what is left of workloads on this host: processes, mounts, cgroups, folders. It is called when all are
 	// removed, and must return nothing then. Kept paths are no leak.
 	Leaks func(t *testing.T) []string

@@ -233,8 +233,8 @@ func (b *bench) within(after time.Duration, call func(context.Context) error) {
 	}()
 	select {
 	case <-returned:
-	case <-time.After(after + patience):
-		b.Fatalf("a call has not returned %v after its context ended", patience)
+	case <-time.After(after + b.patience):
+		b.Fatalf("a call has not returned %v after its context ended", b.patience)
 	}
 }
 

@@ -21,9 +21,14 @@ func seenChecks() []check {
 		{"the environment holds nothing of the host's", cleanEnv},
 		{"arguments, folder and user are those asked for", askedIdentity},
 		{"files arrive with mode and content", filesArrive},
+		{"secrets arrive, outlive a process, and lie on no disk", secretsArrive},
+		{"a memory pool is shared", poolShared},
+		{"a unix socket of one unit is reached by another", socketReached},
+		{"a device is given to the workload's user", deviceGiven},
 		{"a chosen port is told and stays the same", chosenPort},
 		{"a fixed port is the one asked for", fixedPort},
 		{"a mapped port is published", mappedPort},
+		{"a low port is listened on", lowPort},
 		{"a port of the host's network is the program's own", hostNetwork},
 		{"only ours are seen", onlyOurs},
 		{"exec runs inside and tells status and output", execInside},
@@ -76,7 +81,7 @@ func logsFollow(b *bench) {
 	}()
 	b.kill(b.until(w.Name, "running", running))
 	var seen strings.Builder
-	deadline := time.After(patience)
+	deadline := time.After(b.patience)
 	for strings.Count(seen.String(), "waiting\n") < 2 {
 		select {
 		case piece := <-pieces:
@@ -143,6 +148,9 @@ func askedIdentity(b *bench) {
 }
 
 func filesArrive(b *bench) {
+	if !b.has(backends.Files) {
+		return // the refusal of it is checked with the others
+	}
 	w := b.unit("relay", "cat /etc/relay/relay.toml", "mode /etc/relay/relay.toml", "cat /relay.bin", "wait")
 	w.Files = []backends.File{
 		{To: "/etc/relay/relay.toml", Mode: 0o440, Content: []byte("key = 1\n")},
@@ -211,6 +219,15 @@ func mappedPort(b *bench) {
 	if s := b.answers(w.Name); !strings.HasSuffix(s.Addresses[0].Address, fmt.Sprint(":", outside)) {
 		b.Errorf("address is %s, want port %d", s.Addresses[0].Address, outside)
 	}
+}
+
+func lowPort(b *bench) {
+	if !b.has(backends.LowPorts) {
+		return // the refusal of it is checked with the others
+	}
+	w := b.unit("relay", "serve http", "wait")
+	w.Run.Ports = []backends.Port{{Name: "http", Port: 81}}
+	b.answers(b.apply(w).Name)
 }
 
 func hostNetwork(b *bench) {
@@ -305,7 +322,7 @@ func execInside(b *bench) {
 	if _, _, err := execer.Exec(ctx, w.Name, []string{"/app", "wait"}); err == nil {
 		b.Error("exec of a command that goes on for ever: no error when its context ended")
 	}
-	if took := time.Since(begun); took > patience/2 {
+	if took := time.Since(begun); took > b.patience/2 {
 		b.Errorf("exec went on for %v after its context ended", took)
 	}
 }

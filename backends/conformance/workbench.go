@@ -2,6 +2,7 @@ package conformance
 
 import (
 	"bufio"
+	"cmp"
 	"crypto/sha3"
 	"encoding/json"
 	"fmt"
@@ -15,9 +16,6 @@ import (
 	"github.com/kindos/kmo/backends"
 	"github.com/kindos/kmo/registry/merkle"
 )
-
-// patience is how long a check waits for what the contract promises without a time.
-const patience = 20 * time.Second
 
 // route is a way to reach a backend: the value itself, or the same over gRPC.
 type route struct {
@@ -35,11 +33,13 @@ type bench struct {
 	backend backends.Backend
 	end     func() // of the present process
 	names   []string
-	proven  map[backends.Feature]bool // what the checks of this format have exercised
+
+	patience time.Duration
+	proven   map[backends.Feature]bool // what the checks of this format have exercised
 }
 
 func newBench(t *testing.T, subject Subject, route route, format backends.Format) *bench {
-	b := &bench{T: t, subject: subject, route: route, format: format}
+	b := &bench{T: t, subject: subject, route: route, format: format, patience: cmp.Or(subject.Patience, 20*time.Second)}
 	b.reopen()
 	able, err := b.backend.Fingerprint(t.Context())
 	if err != nil {
@@ -201,14 +201,14 @@ func (b *bench) up(name string) backends.Status {
 // poll asks until it is answered true, or fails with what was seen last.
 func (b *bench) poll(wanted string, ask func() (seen string, ok bool)) {
 	b.Helper()
-	deadline := time.Now().Add(patience)
+	deadline := time.Now().Add(b.patience)
 	for pause := time.Millisecond; ; pause = min(2*pause, 100*time.Millisecond) {
 		seen, ok := ask()
 		if ok {
 			return
 		}
 		if time.Now().After(deadline) {
-			b.Fatalf("%s: not within %v; last seen: %s", wanted, patience, seen)
+			b.Fatalf("%s: not within %v; last seen: %s", wanted, b.patience, seen)
 		}
 		time.Sleep(pause)
 	}
@@ -256,7 +256,7 @@ func (b *bench) follow(name string) (end func() string) {
 		b.Helper()
 		select {
 		case text = <-said:
-		case <-time.After(patience):
+		case <-time.After(b.patience):
 			b.Fatalf("the log of %s goes on although the workload is removed", name)
 		}
 		return text

@@ -77,8 +77,8 @@ func Able() backends.Fingerprint {
 		Formats:   []backends.Format{backends.OCI, backends.LXC, backends.WASM, backends.AppImage, backends.Native},
 		Platforms: []string{runtime.GOOS + "/" + runtime.GOARCH},
 		Features: []backends.Feature{
-			backends.Exec, backends.Hooking, backends.Keep, backends.LimitCPU, backends.LimitDisk, backends.LimitMemory,
-			backends.LimitPIDs, backends.Overlays,
+			backends.Exec, backends.Files, backends.Hooking, backends.Keep, backends.LimitCPU, backends.LimitDisk, backends.LimitMemory,
+			backends.LimitPIDs, backends.Overlays, backends.OverlayRoot,
 		},
 	}
 }

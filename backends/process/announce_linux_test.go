@@ -17,8 +17,8 @@ func announcing(t *testing.T, state string) *Keeper {
 	t.Helper()
 	o := options(state)
 	o.Backoff = func(int) time.Duration { return time.Hour }
-	o.Plan = func(ctx context.Context, w backends.Workload) (Program, error) {
-		p, err := plan(ctx, w)
+	o.Plan = func(ctx context.Context, w backends.Workload, _ Place) (Program, error) {
+		p, err := plan(ctx, w, Place{})
 		p.Announces = true
 		return p, err
 	}

@@ -5,13 +5,10 @@ import (
 	"crypto/sha256"
 	"errors"
 	"fmt"
-	"hash/fnv"
 	"math"
-	"net"
 	"os"
 	"path/filepath"
 	"regexp"
-	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -41,7 +38,15 @@ func (k *Keeper) Apply(ctx context.Context, w backends.Workload) error {
 	defer release()
 	known := e.record.Workload.Name != ""
 	removing := e.removing()
+	if err := k.secrets.Hide(w); err != nil {
+		return err
+	}
 	same := known && !removing && e.record.Workload.Spec == w.Spec && e.record.Workload.Image.Content == w.Image.Content
+	if same {
+		e.mu.Lock()
+		e.record.Workload.Files = w.Files // with their secrets
+		e.mu.Unlock()
+	}
 	if same && e.now() != nil {
 		return k.postInit(ctx, e)
 	}
@@ -198,7 +203,7 @@ func (k *Keeper) clear(e *entry) error {
 	if err := os.Remove(filepath.Join(e.dir, recordFile)); err != nil && !errors.Is(err, os.ErrNotExist) {
 		return err
 	}
-	if err := os.RemoveAll(e.dir); err != nil {
+	if err := errors.Join(os.RemoveAll(e.dir), k.secrets.Forget(e.name)); err != nil {
 		return err
 	}
 	k.mu.Lock()
@@ -257,6 +262,27 @@ func (k *Keeper) runHook(ctx context.Context, e *entry, moment string, argv []st
 	})
 }
 
+// kept makes the kept folders of a workload for its user.
+func (k *Keeper) kept(w backends.Workload) (list []string, err error) {
+	for _, keep := range w.Overlay.Keep {
+		at := k.keptPath(w.Unit, keep)
+		if err := errors.Join(os.MkdirAll(at, 0o750), os.Chown(at, w.Run.User, w.Run.User)); err != nil {
+			return nil, err
+		}
+		list = append(list, at)
+	}
+	return list, nil
+}
+
+// place is where a monitor finds what belongs to a workload.
+func (k *Keeper) place(w *backends.Workload) Place {
+	p := Place{Dir: filepath.Join(k.options.State, "work", w.Name, "own"), Memory: k.secrets.Folder(w.Name)}
+	for _, keep := range w.Overlay.Keep {
+		p.Kept = append(p.Kept, k.keptPath(w.Unit, keep))
+	}
+	return p
+}
+
 // keptPath is where a kept path of a unit lies: readable, and as different as the paths are.
 func (k *Keeper) keptPath(unit, to string) string {
 	name := strings.ReplaceAll(strings.Trim(to, "/"), "/", "-")
@@ -275,20 +301,43 @@ func (k *Keeper) check(w backends.Workload) error {
 	if !k.Confines() {
 		return &backends.FeatureError{Backend: k.options.Backend, Feature: backends.Feature(w.Format), Detail: "without root a program needs landlock and seccomp to be kept from what is its user's"}
 	}
-	if err := lacks(w, k.options.Backend, k.Features()); err != nil {
+	// The bounds are among it: what is to be bounded never runs unbounded. The format is the plan's to look at.
+	able := backends.Fingerprint{Backend: k.options.Backend, Formats: []backends.Format{w.Format}, Features: k.Features(), Missing: k.Missing()}
+	if err := able.Admit(w); err != nil {
 		return err
 	}
 	if err := checkPaths(w, k.options.State); err != nil {
 		return err
 	}
-	if len(w.Files) > 0 && !k.support.Mounts {
-		return &backends.FeatureError{Backend: k.options.Backend, Feature: backends.Mounts, Detail: "files need a root of their own, and that needs root"}
+	for _, d := range w.Resources.Devices {
+		if err := there(d); err != nil {
+			return &backends.FeatureError{Backend: k.options.Backend, Feature: backends.Devices, Detail: err.Error()}
+		}
 	}
-	free := freePorts()
+	free := k.freePorts()
 	for _, p := range w.Run.Ports {
 		if port := max(p.Port, p.Host); port != 0 && port < free {
-			return &backends.FeatureError{Backend: k.options.Backend, Feature: backends.Capabilities,
+			return &backends.FeatureError{Backend: k.options.Backend, Feature: backends.LowPorts,
 				Detail: fmt.Sprintf("port %s: numbers below %d need a capability; a program here has none", p.Name, free)}
+		}
+	}
+	return nil
+}
+
+// there says why a device cannot be given.
+func there(d backends.Device) error {
+	if len(d.Nodes) == 0 {
+		return fmt.Errorf("device %s: this host gives it no nodes", d.Name)
+	}
+	for _, node := range d.Nodes {
+		found, err := os.Stat(node)
+		switch {
+		case !clean(node) || !within(node, "/dev") || node == "/dev":
+			return fmt.Errorf("device %s: %s; want a path below /dev", d.Name, node)
+		case err != nil:
+			return fmt.Errorf("device %s: %v", d.Name, err)
+		case found.Mode()&os.ModeDevice == 0:
+			return fmt.Errorf("device %s: %s is no device", d.Name, node)
 		}
 	}
 	return nil
@@ -296,7 +345,7 @@ func (k *Keeper) check(w backends.Workload) error {
 
 // plan asks for the program of a workload, and refuses one that cannot be run here.
 func (k *Keeper) plan(ctx context.Context, r *record) (*Program, error) {
-	p, err := k.options.Plan(ctx, r.resolved())
+	p, err := k.options.Plan(ctx, k.resolved(r), k.place(&r.Workload))
 	switch {
 	case err != nil:
 		return nil, err
@@ -366,6 +415,12 @@ func checkPaths(w backends.Workload, state string) error {
 		}
 		open = append(open, m.To)
 	}
+	for _, d := range w.Doors {
+		if !clean(d.To) || !clean(d.From) {
+			return refuse("doors", d.From+" at "+d.To, "clean absolute paths")
+		}
+		open = append(open, d.To)
+	}
 	for _, f := range w.Files {
 		if !clean(f.To) {
 			return refuse("files", f.To, "a clean absolute path")
@@ -389,96 +444,4 @@ func checkPaths(w backends.Workload, state string) error {
 
 func within(inner, outer string) bool {
 	return inner == outer || strings.HasPrefix(inner, strings.TrimSuffix(outer, "/")+"/")
-}
-
-// freePorts is the first port number that needs no capability.
-func freePorts() int {
-	text, err := os.ReadFile("/proc/sys/net/ipv4/ip_unprivileged_port_start")
-	if err != nil {
-		return 1024
-	}
-	n, err := strconv.Atoi(strings.TrimSpace(string(text)))
-	if err != nil {
-		return 1024
-	}
-	return n
-}
-
-// choosePorts gives every port of a workload its number. Those that are free to choose lie below the range from which the kernel
-// takes its own, and begin at a place that depends on the name alone, so that they seldom change.
-func (k *Keeper) choosePorts(w backends.Workload) (ports []int, err error) {
-	const first, count = 20000, 12000
-	k.mu.Lock()
-	defer k.mu.Unlock()
-	for _, p := range w.Run.Ports {
-		port := max(p.Port, p.Host)
-		if port == 0 {
-			hash := fnv.New32a()
-			_, _ = hash.Write([]byte(w.Name + "/" + p.Name))
-			for i := range count {
-				candidate := first + int((hash.Sum32()+uint32(i))%uint32(count))
-				mine := k.ports[candidate] == w.Name && !slices.Contains(ports, candidate)
-				if (k.ports[candidate] == "" || mine) && freePort(candidate) == nil {
-					port = candidate
-					break
-				}
-			}
-			if port == 0 {
-				return nil, fmt.Errorf("%s: port %s: none of %d numbers from %d on is free", w.Name, p.Name, count, first)
-			}
-			k.ports[port] = w.Name
-		}
-		ports = append(ports, port)
-	}
-	return ports, nil
-}
-
-// settlePorts sees that every port of a workload is the program's to have: what answered there would pass for it. One that is taken
-// is asked for a little longer, as what held it may just have ended. For one that the unit names there is nothing to do then but wait,
-// and who holds it is no fault of the unit's. When all of those are free, the others are chosen anew if one of them is taken.
-func (k *Keeper) settlePorts(ctx context.Context, e *entry) (changed bool, err error) {
-	r := &e.record
-	for i, p := range r.Workload.Run.Ports {
-		port, chosen := r.Ports[i], max(p.Port, p.Host) == 0
-		if chosen && changed {
-			continue // looked at when it is chosen
-		}
-		err := freePort(port)
-		for deadline := time.Now().Add(portTime); errors.Is(err, unix.EADDRINUSE) && time.Now().Before(deadline) && ctx.Err() == nil; err = freePort(port) {
-			time.Sleep(portTime / 10)
-		}
-		switch {
-		case errors.Is(err, unix.EADDRINUSE) && chosen:
-			changed = true
-		case errors.Is(err, unix.EADDRINUSE):
-			return false, fmt.Errorf("%s: port %s: port %d is taken by another program of this host", e.name, p.Name, port)
-		case err != nil:
-			return false, fmt.Errorf("%s: port %s: %v", e.name, p.Name, err)
-		}
-	}
-	if !changed {
-		return false, nil
-	}
-	ports, err := k.choosePorts(r.Workload)
-	if err != nil {
-		return false, err
-	}
-	e.mu.Lock()
-	e.record.Ports = ports
-	e.mu.Unlock()
-	return true, nil
-}
-
-// freePort returns EADDRINUSE for a port on which anybody listens, on whatever address.
-func freePort(port int) error {
-	for _, address := range []net.IP{net.IPv4(127, 0, 0, 1), nil} {
-		listener, err := net.ListenTCP("tcp", &net.TCPAddr{IP: address, Port: port})
-		if err != nil {
-			return err
-		}
-		if err := listener.Close(); err != nil {
-			return err
-		}
-	}
-	return nil
 }

@@ -16,6 +16,7 @@ import (
 
 	"github.com/kindos/kmo/backends"
 	"github.com/kindos/kmo/backends/process/cgroup"
+	"github.com/kindos/kmo/backends/process/secret"
 	"github.com/kindos/kmo/backends/process/stage"
 	"golang.org/x/sys/unix"
 )
@@ -26,6 +27,7 @@ type Keeper struct {
 	support stage.Support
 	groups  cgroup.Groups
 	boot    string
+	secrets secret.Store
 	lock    *os.File     // held on the state folder: one keeper at a time
 	step    func(string) // called at each step of a start; a test ends this process there
 
@@ -98,7 +100,8 @@ func Open(o Options) (*Keeper, error) {
 		return nil, errors.Join(err, k.lock.Close())
 	}
 	if k.support.Mounts {
-		k.groups = cgroup.Find("/sys/fs/cgroup", fmt.Sprintf("kmo/%s-%x", o.Backend, sha256.Sum256([]byte(state)))[:len(o.Backend)+13])
+		own := fmt.Sprintf("%s-%x", o.Backend, sha256.Sum256([]byte(state)))[:len(o.Backend)+9]
+		k.groups, k.secrets = cgroup.Find("/sys/fs/cgroup", "kmo/"+own), secret.Open(o.Memory, own)
 	}
 	k.ctx, k.cancel = context.WithCancel(context.Background())
 	if err := k.find(); err != nil {
@@ -184,6 +187,9 @@ func (k *Keeper) Confines() bool {
 	return k.support.Mounts || k.support.Landlock > 0 && k.support.Seccomp
 }
 
+// Bounds says whether this host bounds "memory", "cpu" or "pids".
+func (k *Keeper) Bounds(kind string) bool { return k.groups.Has(kind) }
+
 // Kernel is the release of the kernel, which is the runtime.
 func (k *Keeper) Kernel() string {
 	var name unix.Utsname
@@ -197,10 +203,16 @@ func (k *Keeper) Kernel() string {
 func (k *Keeper) Features() []backends.Feature {
 	list := []backends.Feature{backends.Exec, backends.Hooking, backends.HostNetwork}
 	if k.support.Mounts {
-		list = append(list, backends.Keep, backends.Mounts)
+		list = append(list, backends.Keep, backends.Mounts, backends.Files, backends.MemoryPool, backends.Sockets, backends.Devices)
+	}
+	if k.secrets.Has() {
+		list = append(list, backends.Secrets)
 	}
 	if k.support.Overlay {
-		list = append(list, backends.Overlays, backends.LimitDisk)
+		list = append(list, backends.Overlays, backends.OverlayRoot, backends.LimitDisk)
+	}
+	if k.freePorts() < 1024 {
+		list = append(list, backends.LowPorts)
 	}
 	for name, feature := range map[string]backends.Feature{
 		"cpu": backends.LimitCPU, "memory": backends.LimitMemory, "pids": backends.LimitPIDs,
@@ -209,8 +221,11 @@ func (k *Keeper) Features() []backends.Feature {
 			list = append(list, feature)
 		}
 	}
+	if k.options.Features != nil {
+		list = k.options.Features(list)
+	}
 	slices.Sort(list)
-	return list
+	return slices.Compact(list)
 }
 
 // Missing says in words what this host does not let the keeper apply.
@@ -229,6 +244,8 @@ func (k *Keeper) Missing() []string {
 		{k.support.HoldsPorts(), "network: the host's is shared: a program reaches what listens on it, and may use any UDP port; TCP ports it binds are its own only"},
 		{!k.support.HoldsPorts(), "network: the host's is shared: a program reaches what listens on it, and may use any port, a neighbour's too; landlock 4 and seccomp would hold TCP ports"},
 		{!k.support.Seccomp, "seccomp: the kernel or this architecture has none"},
+		{k.freePorts() > 1, fmt.Sprintf("low-ports: numbers below %d need a capability, and a program here has none", k.freePorts())},
+		{k.support.Mounts && !k.secrets.Has(), "secrets: neither /run/kmo nor /dev/shm/kmo is on storage that is memory, and this user's own"},
 		{!k.groups.Has("memory"), "limit-memory: no memory cgroup takes a bound on this host"},
 		{!k.groups.Has("cpu"), "limit-cpu: no cpu cgroup takes a bound on this host"},
 		{!k.groups.Has("pids"), "limit-pids: no pids cgroup takes a bound on this host"},

@@ -415,7 +415,7 @@ func TestRecordForm(t *testing.T) {
 	if string(one) != string(two) {
 		t.Errorf("got %s, want %s", two, one)
 	}
-	if p := got.resolved().Run.Ports[0]; p.Port != 20001 || p.Host != 20001 || got.Workload.Run.Ports[0].Port != 0 {
+	if p := got.resolved(false).Run.Ports[0]; p.Port != 20001 || p.Host != 20001 || got.Workload.Run.Ports[0].Port != 0 {
 		t.Errorf("resolved port %+v", p)
 	}
 }

@@ -33,6 +33,9 @@ func (*Keeper) Mounts() bool { return false }
 // Confines is false.
 func (*Keeper) Confines() bool { return false }
 
+// Bounds is false.
+func (*Keeper) Bounds(string) bool { return false }
+
 // Kernel is empty.
 func (*Keeper) Kernel() string { return "" }
 

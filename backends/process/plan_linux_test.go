@@ -15,14 +15,14 @@ func TestPlannedOnce(t *testing.T) {
 	var mu sync.Mutex
 	asked := 0
 	o := options(t.TempDir())
-	o.Plan = func(ctx context.Context, w backends.Workload) (Program, error) {
+	o.Plan = func(ctx context.Context, w backends.Workload, _ Place) (Program, error) {
 		mu.Lock()
 		defer mu.Unlock()
 		asked++
 		if w.Run.Ports[0].Port == 0 {
 			t.Error("asked for a plan without ports")
 		}
-		return plan(ctx, w)
+		return plan(ctx, w, Place{})
 	}
 	count := func() int {
 		mu.Lock()
@@ -65,7 +65,7 @@ func TestPlanRefuses(t *testing.T) {
 	apply(t, k, w)
 	before := status(t, k, w.Name)
 	lacking := &backends.FeatureError{Backend: "probe", Feature: "floppy"}
-	k.options.Plan = func(ctx context.Context, w backends.Workload) (Program, error) {
+	k.options.Plan = func(ctx context.Context, w backends.Workload, _ Place) (Program, error) {
 		if err := ctx.Err(); err != nil {
 			t.Errorf("the plan's context: %v", err)
 		}

@@ -24,7 +24,11 @@
 //	work/<workload>/record.json   what was asked, and proof of the process that answers it
 //	work/<workload>/log, log.1    stdout and stderr, appended by the program itself; log.1 is the older part
 //	work/<workload>/root          where the stage mounts, in a namespace of its own: empty for everyone else
+//	work/<workload>/own           what a monitor makes for itself, new at each start
 //	kept/<unit>/<path>            kept paths, which outlive their workloads
+//
+// Secret files lie in Options.Memory, one folder a workload, and in no record. When they are gone, because the host was started
+// again, a workload is damaged until it is applied again.
 //
 // A program is found again by its boot id, pid, start time and cgroup together and held by a pidfd from then on. A process
 // that differs in any of them is a stranger and gets no signal.
@@ -62,6 +66,7 @@ import (
 	"time"
 
 	"github.com/kindos/kmo/backends"
+	"github.com/kindos/kmo/backends/process/monitor"
 	"github.com/kindos/kmo/backends/process/stage"
 )
 
@@ -78,12 +83,22 @@ type Options struct {
 	// Plan turns a workload into the program to run, and is asked once for each start; hooks and Exec go by the same answer. The
 	// ports of the workload it is given are resolved: Port is the number the program listens on. It must return a
 	// *backends.FeatureError for what it cannot give, soon after its context ends, and change nothing of a workload.
-	Plan   func(context.Context, backends.Workload) (Program, error)
+	Plan   func(context.Context, backends.Workload, Place) (Program, error)
 	Logger *slog.Logger // nil is silent
+	// Features adds to what the keeper itself can do here, or takes from it; nil changes nothing.
+	Features func([]backends.Feature) []backends.Feature
+	// Publishes says that the plan gives a workload a network of its own, unless it asks for the host's: Port is then the number inside,
+	// Host the one at which the plan's program publishes it.
+	Publishes bool
+	// Memory is a folder on storage that is memory, for secrets; "" is the first of /run/kmo and /dev/shm/kmo that can be that.
+	Memory string
 
 	Backoff func(restarts int) time.Duration // pause before the next start; nil is 1 s doubling to 1 min
 	LogSize int64                            // bytes of log and of log.1 each; 0 is 8 MiB
 }
+
+// Place is where a workload's things lie on this host.
+type Place = monitor.Place
 
 // Program is what a workload comes down to.
 type Program struct {
@@ -95,6 +110,11 @@ type Program struct {
 	Dir   string // "" is /
 	// Announces says that the program calls [Announce] once it has begun. Until then the workload is starting, and its postInit hooks wait.
 	Announces bool
+	// Monitor says that Argv is this very binary as a [monitor.Monitor], Argv[1:] its arguments, the last of which is to be the place. It is
+	// given this host's root and the keeper's rights, and places the workload's files, mounts and paths itself: none of the above counts
+	// but Env. Command then turns a hook, or what Exec is to run, into arguments of this binary, which are run beside it in the same way.
+	Monitor bool
+	Command func(argv []string) []string
 }
 
 // Bind makes From of this host visible at To inside. Without mounts (a keeper that is not root) the path inside is From.
@@ -125,16 +145,6 @@ func Env(w backends.Workload) map[string]string {
 		env[p.Variable()] = strconv.Itoa(p.Port)
 	}
 	return env
-}
-
-// lacks refuses what w asks for and have does not hold, bounds among it: what is to be bounded never runs unbounded.
-func lacks(w backends.Workload, backend string, have []backends.Feature) error {
-	for _, f := range w.Needs() {
-		if !slices.Contains(have, f) {
-			return &backends.FeatureError{Backend: backend, Feature: f, Detail: "its programs are never given it, or this host does not let it"}
-		}
-	}
-	return nil
 }
 
 // clean says whether p is an absolute path with one spelling and no way out.

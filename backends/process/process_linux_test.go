@@ -80,7 +80,7 @@ func options(state string) Options {
 	return Options{Backend: "probe", State: state, LogSize: testLog, Plan: plan, Backoff: func(n int) time.Duration { return 5 * time.Millisecond << min(n, 5) }}
 }
 
-func plan(_ context.Context, w backends.Workload) (Program, error) {
+func plan(_ context.Context, w backends.Workload, _ Place) (Program, error) {
 	p := Program{Argv: Argv(w), Env: Env(w), Dir: w.Run.Dir}
 	if w.Format == backends.OCI {
 		p.Root = w.Image.Content

@@ -1,51 +1,11 @@
 package process
 
 import (
-	"errors"
 	"slices"
 	"testing"
 
 	"github.com/kindos/kmo/backends"
 )
-
-func TestLacks(t *testing.T) {
-	all := []backends.Feature{backends.Overlays, backends.Keep, backends.Mounts, backends.Hooking, backends.HostNetwork}
-	for _, test := range []struct {
-		name   string
-		change func(*backends.Workload)
-		have   []backends.Feature
-		want   backends.Feature
-	}{
-		{"nothing", func(*backends.Workload) {}, nil, ""},
-		{"privileged", func(w *backends.Workload) { w.Security.Privileged = true }, all, backends.Privileged},
-		{"escalation", func(w *backends.Workload) { w.Security.Escalation = true }, all, backends.Capabilities},
-		{"capability", func(w *backends.Workload) { w.Security.Capabilities = []string{"CAP_NET_RAW"} }, all, backends.Capabilities},
-		{"writable base", func(w *backends.Workload) { w.Security.WritableBase = true }, all, backends.WritableBase},
-		{"unconfined", func(w *backends.Workload) { w.Security.Unconfined = true }, all, backends.Unconfined},
-		{"host pids", func(w *backends.Workload) { w.Security.Host = []string{"network", "pid"} }, all, backends.HostNamespace},
-		{"host network", func(w *backends.Workload) { w.Security.Host = []string{"network"} }, all, ""},
-		{"device", func(w *backends.Workload) { w.Resources.Devices = []string{"camera"} }, all, backends.Devices},
-		{"overlay", func(w *backends.Workload) { w.Overlay.Size = 1 }, nil, backends.Overlays},
-		{"overlay had", func(w *backends.Workload) { w.Overlay.Size = 1 }, all, ""},
-		{"cpu", func(w *backends.Workload) { w.Resources.CPU = 1 }, all, backends.LimitCPU},
-		{"memory", func(w *backends.Workload) { w.Resources.Memory = 1 }, all, backends.LimitMemory},
-		{"pids", func(w *backends.Workload) { w.Resources.PIDs = 1 }, all, backends.LimitPIDs},
-		{"disk", func(w *backends.Workload) { w.Resources.Disk = 1 }, all, backends.LimitDisk},
-		{"keep", func(w *backends.Workload) { w.Overlay.Keep = []string{"/a"} }, nil, backends.Keep},
-		{"mounts", func(w *backends.Workload) { w.Mounts = make([]backends.Mount, 1) }, nil, backends.Mounts},
-		{"hooks", func(w *backends.Workload) { w.Hooks.Exit = [][]string{{"x"}} }, nil, backends.Hooking},
-		{"port map", func(w *backends.Workload) { w.Run.Ports = []backends.Port{{Port: 80, Host: 81}} }, all, backends.PortMap},
-		{"port", func(w *backends.Workload) { w.Run.Ports = []backends.Port{{Port: 81, Host: 81}, {Host: 82}, {}} }, all, ""},
-	} {
-		var w backends.Workload
-		test.change(&w)
-		err := lacks(w, "native", test.have)
-		var lacking *backends.FeatureError
-		if errors.As(err, &lacking); test.want == "" && err != nil || test.want != "" && (lacking == nil || lacking.Feature != test.want || lacking.Detail == "") {
-			t.Errorf("%s: %v, want feature %q", test.name, err, test.want)
-		}
-	}
-}
 
 func TestArgvAndEnv(t *testing.T) {
 	w := backends.Workload{

@@ -15,6 +15,7 @@ import (
 	"time"
 
 	"github.com/kindos/kmo/backends"
+	"github.com/kindos/kmo/backends/process/secret"
 	"github.com/kindos/kmo/backends/process/stage"
 	"github.com/kindos/kmo/policy/refusal"
 	"golang.org/x/sys/unix"
@@ -29,6 +30,9 @@ func (k *Keeper) start(ctx context.Context, e *entry, p *Program) (err error) {
 		if err != nil {
 			e.mu.Lock()
 			e.state, e.detail = backends.Backoff, refusal.Clip(err.Error(), 400)
+			if errors.Is(err, secret.ErrGone) {
+				e.state = backends.Damaged
+			}
 			e.mu.Unlock()
 		}
 	}()
@@ -36,12 +40,25 @@ func (k *Keeper) start(ctx context.Context, e *entry, p *Program) (err error) {
 	if p, err = k.settle(ctx, e, p); err != nil {
 		return err
 	}
-	orders, hooks, err := k.orders(r.resolved(), *p, e.dir)
+	files, err := k.secrets.Reveal(r.Workload)
+	if err != nil {
+		return err
+	}
+	e.mu.Lock()
+	r.Workload.Files = files
+	e.mu.Unlock()
+	orders, hooks, err := k.orders(k.resolved(r), *p, e.dir)
 	if err != nil {
 		return err
 	}
 	if err := os.MkdirAll(filepath.Join(e.dir, "root"), 0o700); err != nil {
 		return err
+	}
+	if p.Monitor {
+		t, err := k.task(r)
+		if err = errors.Join(err, t.Write()); err != nil {
+			return err
+		}
 	}
 	log, err := openLog(e.dir)
 	if err != nil {
@@ -92,7 +109,7 @@ func (k *Keeper) preInit(ctx context.Context, e *entry, stage *program, hooks []
 	return func() error {
 		for _, argv := range hooks {
 			if err := k.hook(ctx, e, "preInit", argv, log, func(ctx context.Context) (int, error) {
-				status, _, err := k.inside(ctx, e, e.record.resolved(), stage, argv, log)
+				status, _, err := k.inside(ctx, e, k.resolved(&e.record), stage, argv, log)
 				return status, err
 			}); err != nil {
 				return err
@@ -129,39 +146,6 @@ func (k *Keeper) hook(ctx context.Context, e *entry, moment string, argv []strin
 	return fault
 }
 
-func (k *Keeper) recordStart(e *entry, c *child, unapplied []string) error {
-	started, err := startTime(c.pid)
-	if err != nil {
-		return err
-	}
-	return e.change(func(r *record) {
-		r.Process = identity{Boot: k.boot, PID: c.pid, Start: started}
-		r.Started, r.Unapplied = time.Now(), unapplied
-		e.state, e.detail = backends.Starting, ""
-		e.usage, e.read = backends.Usage{}, time.Time{}
-	})
-}
-
-// unapplied says what this host and this keeper leave out of a workload's bounds and confinement.
-func (k *Keeper) unapplied(w backends.Workload, o stage.Orders) (list []string) {
-	if !k.support.Mounts {
-		list = append(list, "namespaces, a root and a user of its own: this keeper is not root")
-	}
-	if k.support.Landlock == 0 {
-		list = append(list, "landlock: the kernel has none")
-	}
-	if !k.support.Seccomp {
-		list = append(list, "seccomp: the kernel or this architecture has none")
-	}
-	if w.Resources.Disk > 0 && len(w.Overlay.Keep) > 0 {
-		list = append(list, "disk bound of kept paths: they share the file system of the state folder")
-	}
-	if o.Confine.FileSize == 0 {
-		list = append(list, "log bound without the agent: where kept paths or mounts may be written, a log is bounded only while the agent runs")
-	}
-	return list
-}
-
 // orders is what the stage is told. The kept folders are made here.
 func (k *Keeper) orders(w backends.Workload, p Program, dir string) (o stage.Orders, preInit [][]string, err error) {
 	o = stage.Orders{Argv: slices.Clone(p.Argv), Dir: p.Dir, Confine: stage.Confine{User: w.Run.User}}
@@ -171,6 +155,10 @@ func (k *Keeper) orders(w backends.Workload, p Program, dir string) (o stage.Ord
 	o.Announce = p.Announces
 	for _, name := range slices.Sorted(maps.Keys(p.Env)) {
 		o.Env = append(o.Env, name+"="+p.Env[name])
+	}
+	if p.Monitor {
+		o.Monitor, o.Argv = true, append([]string{"kmo"}, p.Argv...)
+		return o, w.Hooks.PreInit, nil
 	}
 	for _, p := range w.Run.Ports {
 		o.Confine.Ports = append(o.Confine.Ports, p.Port)
@@ -193,19 +181,26 @@ func (k *Keeper) orders(w backends.Workload, p Program, dir string) (o stage.Ord
 	for _, b := range p.Binds {
 		root.Binds = append(root.Binds, stage.Bind{From: b.From, To: b.To, Writable: b.Writable})
 	}
-	for _, keep := range w.Overlay.Keep {
-		at := k.keptPath(w.Unit, keep)
-		if err := errors.Join(os.MkdirAll(at, 0o750), os.Chown(at, w.Run.User, w.Run.User)); err != nil {
-			return o, nil, err
-		}
-		root.Binds = append(root.Binds, stage.Bind{From: at, To: keep, Writable: true})
+	kept, err := k.kept(w)
+	if err != nil {
+		return o, nil, err
+	}
+	for i, keep := range w.Overlay.Keep {
+		root.Binds = append(root.Binds, stage.Bind{From: kept[i], To: keep, Writable: true})
+	}
+	for _, d := range w.Doors {
+		root.Binds = append(root.Binds, stage.Bind{From: d.From, To: d.To, Writable: true})
 	}
 	for _, m := range w.Mounts {
 		root.Binds = append(root.Binds, stage.Bind{From: m.From, To: m.To, Writable: !m.ReadOnly, Strict: true})
 	}
 	for _, f := range w.Files {
-		root.Files = append(root.Files, stage.File(f))
+		root.Files = append(root.Files, stage.File{To: f.To, Mode: f.Mode, Content: f.Content})
 	}
+	for _, d := range w.Resources.Devices {
+		root.Nodes = append(root.Nodes, d.Nodes...)
+	}
+	o.Confine.Write = append(o.Confine.Write, root.Nodes...)
 	o.Root = root
 	o.Confine.Execute = []string{"/"}
 	for _, b := range root.Binds {
@@ -318,8 +313,10 @@ func spawn(orders stage.Orders, joins []string, out *os.File, in int, how kin) (
 // instruct sends the orders, runs hooks when the stage has built what they need, if there are any, and waits until the program is
 // executed, or is not.
 func (c *child) instruct(ctx context.Context, sent func(), hooks func() error) (*stage.Failure, error) {
-	defer context.AfterFunc(ctx, func() { c.signal(unix.SIGKILL) })()
-	c.orders.Pause = hooks != nil
+	if !c.orders.Join {
+		defer context.AfterFunc(ctx, func() { c.signal(unix.SIGKILL) })()
+	}
+	c.orders.Pause = hooks != nil || c.orders.Monitor && !c.orders.Join
 	text, err := json.Marshal(c.orders)
 	if err == nil {
 		_, err = io.Copy(c.to, bytes.NewReader(text))
@@ -330,8 +327,10 @@ func (c *child) instruct(ctx context.Context, sent func(), hooks func() error) (
 	sent()
 	var first [1]byte
 	if n, err := c.from.Read(first[:]); c.orders.Pause && err == nil && n == 1 && first[0] == stage.Built {
-		if err := hooks(); err != nil {
-			return nil, err
+		if hooks != nil {
+			if err := hooks(); err != nil {
+				return nil, err
+			}
 		}
 		if _, err := c.to.Write([]byte{'.'}); err != nil {
 			return nil, errors.Join(ctx.Err(), err)
@@ -375,7 +374,7 @@ func (k *Keeper) join(ctx context.Context, e *entry, argv []string, log *os.File
 	e.mu.Lock()
 	p, w := e.program, e.record.Workload
 	if p != nil {
-		w = e.record.resolved()
+		w = k.resolved(&e.record)
 	}
 	e.mu.Unlock()
 	if p == nil {
@@ -401,6 +400,9 @@ func (k *Keeper) inside(ctx context.Context, e *entry, w backends.Workload, p *p
 		return 0, nil, err
 	}
 	orders.Root, orders.Argv, orders.Announce = nil, hooks[0], false
+	if plan.Monitor {
+		orders.Argv = append([]string{"kmo"}, plan.Command(argv)...)
+	}
 	var output *os.File
 	if log == nil {
 		if output, log, err = os.Pipe(); err != nil {
@@ -433,7 +435,13 @@ func spawnInside(in int, orders stage.Orders, joins []string, out *os.File) (c *
 
 // finish waits for a command and reads its output, of which the first 64 KiB count.
 func (c *child) finish(ctx context.Context, name string, output *os.File) (int, []byte, error) {
-	defer context.AfterFunc(ctx, func() { c.signal(unix.SIGKILL) })()
+	defer context.AfterFunc(ctx, func() {
+		if c.orders.Monitor { // it has to end what it runs inside
+			c.signal(unix.SIGTERM)
+			time.Sleep(commandGrace)
+		}
+		c.signal(unix.SIGKILL)
+	})()
 	text := make(chan []byte, 1)
 	if output != nil {
 		go func() {
@@ -468,6 +476,9 @@ func (c *child) finish(ctx context.Context, name string, output *os.File) (int, 
 	}
 	return code(status), said, nil
 }
+
+// commandGrace is how long a command beside a monitor has to end what it runs.
+const commandGrace = time.Second
 
 func code(status unix.WaitStatus) int {
 	if status.Signaled() {

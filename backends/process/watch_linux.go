@@ -231,8 +231,11 @@ func (k *Keeper) ended(e *entry, p *program) time.Duration {
 		how.Known, how.Code = collect(fd, p.pid)
 		return nil
 	})
+	if said, ok := k.place(&e.record.Workload).Ended(); ok {
+		how = end{Known: true, Code: said.Code, OOM: said.OOM}
+	}
 	short := k.groups.OOMs(e.name) > 0 // of a cgroup as old as the program: it may have been a child
-	how.OOM = short && how.Known && how.Code == 128+int(unix.SIGKILL)
+	how.OOM = how.OOM || short && how.Known && how.Code == 128+int(unix.SIGKILL)
 	p.release()
 
 	e.mu.Lock()
@@ -352,12 +355,13 @@ func (k *Keeper) find() error {
 		}
 		k.entries[e.name] = e
 		for i, p := range e.record.Workload.Run.Ports {
-			if p.Port == 0 && p.Host == 0 && i < len(e.record.Ports) {
+			if k.hostPort(e.record.Workload, p) == 0 && i < len(e.record.Ports) {
 				k.ports[e.record.Ports[i]] = e.name
 			}
 		}
 	}
 	known := k.list()
+	k.secrets.Keep(func(name string) bool { return k.entry(name) != nil })
 	for _, name := range k.groups.Names() {
 		if k.entries[name] == nil {
 			k.undo(name)

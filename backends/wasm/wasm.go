@@ -141,7 +141,7 @@ func Open(o Options) (*Backend, error) {
 	}
 	defer close(b.opened) // guests that are to be started again are planned meanwhile
 	b.keeper, err = process.Open(process.Options{
-		Backend: Name, State: filepath.Join(state, "guests"), Plan: b.plan, Logger: o.Logger, Backoff: o.Backoff,
+		Backend: Name, State: filepath.Join(state, "guests"), Plan: b.plan, Features: features, Logger: o.Logger, Backoff: o.Backoff,
 	})
 	if err != nil {
 		return nil, err
@@ -149,13 +149,17 @@ func Open(o Options) (*Backend, error) {
 	return b, nil
 }
 
+// features adds what a guest needs no host for, and leaves out what WASI has no words for.
+func features(have []backends.Feature) []backends.Feature {
+	have = slices.DeleteFunc(have, func(f backends.Feature) bool { return f == backends.Devices || f == backends.Sockets })
+	return append(have, backends.PortMap, backends.LimitPIDs)
+}
+
 // Close ends this process's part. No guest notices.
 func (b *Backend) Close() error { return b.keeper.Close() }
 
 // Fingerprint says what the host lets the keeper do, and what a guest needs no host for.
 func (b *Backend) Fingerprint(context.Context) (backends.Fingerprint, error) {
-	features := append(slices.Clone(b.keeper.Features()), backends.PortMap, backends.LimitPIDs)
-	slices.Sort(features)
 	var formats []backends.Format
 	if b.keeper.Confines() {
 		formats = []backends.Format{backends.WASM}
@@ -163,7 +167,7 @@ func (b *Backend) Fingerprint(context.Context) (backends.Fingerprint, error) {
 	return backends.Fingerprint{
 		Backend: Name, Version: "wazero " + wazeroVersion(), Formats: formats,
 		Platforms: []string{"wasip1/wasm"}, Isolation: backends.IsolationSandbox,
-		Features: slices.Compact(features), Missing: b.keeper.Missing(),
+		Features: b.keeper.Features(), Missing: b.keeper.Missing(),
 	}, nil
 }
 
@@ -241,16 +245,19 @@ func (b *Backend) inner(ctx context.Context, w backends.Workload) (backends.Work
 	}
 	if w.Resources.PIDs > 0 {
 		w.Resources.PIDs = max(w.Resources.PIDs, runnerPIDs)
-		if !slices.Contains(b.keeper.Features(), backends.LimitPIDs) {
+		if !b.keeper.Bounds("pids") {
 			w.Resources.PIDs = 0 // kept all the same: a guest has one thread
 		}
 	}
-	w.Files, w.Mounts, w.Overlay.Keep = slices.Clone(w.Files), slices.Clone(w.Mounts), slices.Clone(w.Overlay.Keep)
+	w.Files, w.Mounts, w.Doors, w.Overlay.Keep = slices.Clone(w.Files), slices.Clone(w.Mounts), slices.Clone(w.Doors), slices.Clone(w.Overlay.Keep)
 	for i := range w.Files {
 		w.Files[i].To = inTree(w.Files[i].To)
 	}
 	for i := range w.Mounts {
 		w.Mounts[i].To = inTree(w.Mounts[i].To)
+	}
+	for i := range w.Doors {
+		w.Doors[i].To = inTree(w.Doors[i].To)
 	}
 	for i := range w.Overlay.Keep {
 		w.Overlay.Keep[i] = inTree(w.Overlay.Keep[i])
@@ -293,7 +300,7 @@ func (b *Backend) hook(argv []string) []string {
 }
 
 // plan is what package process runs for a workload of inner's, with its ports resolved.
-func (b *Backend) plan(ctx context.Context, w backends.Workload) (process.Program, error) {
+func (b *Backend) plan(ctx context.Context, w backends.Workload, _ process.Place) (process.Program, error) {
 	select {
 	case <-b.opened:
 	case <-ctx.Done():

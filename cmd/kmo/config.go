@@ -26,6 +26,7 @@ type Config struct {
 	Host     template.Name                     `json:"host,omitempty" doc:"this host's name, the machine's if not given"`
 	Zone     template.Name                     `json:"zone" need:"yes" doc:"the zone of site.yaml this host is in"`
 	Labels   map[template.Label]template.Label `json:"labels,omitempty" doc:"labels that units may ask for"`
+	Devices  map[template.Name][]template.Path `json:"devices,omitempty" doc:"devices that units may ask for: for each name its nodes, such as /dev/video0"`
 	Key      string                            `json:"key" need:"yes" max:"4096" doc:"this host's private SSH key, which signs reverts; mode 0600"`
 	Poll     template.Duration                 `json:"poll,omitzero" doc:"how often the branch is looked at when nothing else says so, 30s if not given"`
 	Check    template.Duration                 `json:"check,omitzero" doc:"how often the bytes of one running base are read again, 1m if not given"`

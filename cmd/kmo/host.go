@@ -342,6 +342,14 @@ func hostFacts(config Config, dir string) (template.Host, error) {
 	for name, value := range config.Labels {
 		facts.Labels[string(name)] = string(value)
 	}
+	for name, nodes := range config.Devices {
+		if facts.Devices == nil {
+			facts.Devices = map[string][]string{}
+		}
+		for _, node := range nodes {
+			facts.Devices[string(name)] = append(facts.Devices[string(name)], string(node))
+		}
+	}
 	return facts, measure(&facts, dir)
 }
 

@@ -32,11 +32,12 @@ type Host struct {
 	OS           string                          `json:"os"`
 	Arch         string                          `json:"arch"` // as Go names it
 	Labels       map[string]string               `json:"labels"`
-	CPU          int64                           `json:"cpu"`          // thousandths of a core
-	Memory       int64                           `json:"memory"`       // bytes
-	PIDs         int64                           `json:"-"`            // for the rules; nothing is placed by it
-	Disk         int64                           `json:"-"`            // bytes, for the rules; nothing is placed by it
-	Fingerprints map[string]backends.Fingerprint `json:"fingerprints"` // by backend
+	CPU          int64                           `json:"cpu"`               // thousandths of a core
+	Memory       int64                           `json:"memory"`            // bytes
+	PIDs         int64                           `json:"-"`                 // for the rules; nothing is placed by it
+	Disk         int64                           `json:"-"`                 // bytes, for the rules; nothing is placed by it
+	Devices      map[string][]string             `json:"devices,omitempty"` // device nodes by the name that units know
+	Fingerprints map[string]backends.Fingerprint `json:"fingerprints"`      // by backend
 }
 
 // Plan is what a site asks of one host.
@@ -121,7 +122,7 @@ func (e *entry) render(host Host) *render {
 	if why := e.unit.misplaced(host); why != "" {
 		return &render{skip: why}
 	}
-	w := e.unit.workload(e.files)
+	w := e.unit.workload(e.files, host)
 	r := &render{check: Check{Unit: w.Unit, Needs: texts(e.unit.Needs), Health: e.unit.Health, Gate: e.unit.Gate}}
 	if r.err = e.unit.choose(&w, host, r); r.err != nil {
 		return r
@@ -161,14 +162,14 @@ func (u *Unit) misplaced(host Host) string {
 }
 
 // workload is the unit without what depends on the variant.
-func (u *Unit) workload(files []backends.File) backends.Workload {
+func (u *Unit) workload(files []backends.File, host Host) backends.Workload {
 	w := backends.Workload{
 		Unit: string(u.Unit), Tier: u.Tier, Files: files,
 		Run: backends.Run{Args: u.Run.Args, Dir: string(u.Run.Dir), User: u.Run.User, Grace: time.Duration(u.Run.Grace)},
 		Resources: backends.Resources{
 			CPUMin: int64(u.Resources.CPU.Min), CPU: int64(u.Resources.CPU.Max),
 			MemoryMin: int64(u.Resources.Memory.Min), Memory: int64(u.Resources.Memory.Max),
-			PIDs: u.Resources.PIDs.Max, Disk: int64(u.Resources.Disk.Max), Devices: texts(u.Resources.Devices),
+			PIDs: u.Resources.PIDs.Max, Disk: int64(u.Resources.Disk.Max),
 		},
 		Overlay: backends.Overlay{Size: int64(u.Overlay.Size), Keep: texts(u.Overlay.Keep)},
 		Hooks:   backends.Hooks{PreInit: u.Hooks.PreInit, PostInit: u.Hooks.PostInit, Exit: u.Hooks.Exit},
@@ -182,6 +183,9 @@ func (u *Unit) workload(files []backends.File) backends.Workload {
 			w.Run.Env = make(map[string]string, len(u.Run.Env))
 		}
 		w.Run.Env[string(name)] = value
+	}
+	for _, name := range u.Resources.Devices {
+		w.Resources.Devices = append(w.Resources.Devices, backends.Device{Name: string(name), Nodes: host.Devices[string(name)]})
 	}
 	for _, p := range u.Run.Ports {
 		w.Run.Ports = append(w.Run.Ports, backends.Port{Name: string(p.Name), Port: p.Port, Host: p.Host})
@@ -365,8 +369,8 @@ func Exclusive(a, b backends.Workload, prints map[string]backends.Fingerprint) [
 		}
 	}
 	for _, device := range a.Resources.Devices {
-		if slices.Contains(b.Resources.Devices, device) {
-			shared = append(shared, "device "+device)
+		if slices.ContainsFunc(b.Resources.Devices, func(d backends.Device) bool { return d.Name == device.Name }) {
+			shared = append(shared, "device "+device.Name)
 		}
 	}
 	for _, mount := range a.Mounts {

@@ -219,10 +219,10 @@ func TestVariants(t *testing.T) {
 			"variant 2 (wasm): wasm is not on this host", "variant 3 (appimage): appimage is not on this host", "variant 4 (native): native is not on this host"}},
 		{"every reason", "run: {ports: [{name: a, port: 80, host: 81}]}\noverlay: {size: 1Mi, keep: [/x]}\nhooks: {exit: [[x]]}\nhealth: {exec: {argv: [x]}}\nresources: {cpu: {max: 1}, memory: {max: 1Mi}, pids: {max: 1}}\n",
 			only(print("docker", backends.OCI, "linux/amd64"), print("podman", backends.OCI, "linux/arm64")), "", "",
-			[]string{"podman runs nothing for amd64", "docker has no port-map, limit-cpu, limit-memory, limit-pids, limit-disk, overlay, keep, hooks or exec",
+			[]string{"podman runs nothing for amd64", "docker has no port-map, low-ports, limit-cpu, limit-memory, limit-pids, limit-disk, overlay, keep, hooks or exec",
 				"variant 2 (wasm): docker runs no wasm", "variant 4 (native): podman runs no native"}},
 		{"same port on both sides needs no mapping", "run: {ports: [{name: a, port: 80, host: 80}, {name: b, host: 81}, {name: c, port: 82}, {name: d}]}\n",
-			only(print("docker", backends.OCI, "linux/amd64")), "docker", backends.OCI, nil},
+			only(print("docker", backends.OCI, "linux/amd64", backends.LowPorts)), "docker", backends.OCI, nil},
 	}
 	for _, test := range tests {
 		t.Run(test.name, func(t *testing.T) {
@@ -327,8 +327,8 @@ func TestExclusive(t *testing.T) {
 		{"P-04 one's host port is the other's port", with("own", port(80, 8080)), with("shared", port(8080, 0)), []string{"host port 8080"}},
 		{"P-04 kept path", with("own", func(w *backends.Workload) { w.Overlay.Keep = []string{"/a", "/var/lib/relay"} }),
 			with("own", func(w *backends.Workload) { w.Overlay.Keep = []string{"/var/lib/relay", "/b"} }), []string{"kept path /var/lib/relay"}},
-		{"P-04 device", with("own", func(w *backends.Workload) { w.Resources.Devices = []string{"camera"} }),
-			with("own", func(w *backends.Workload) { w.Resources.Devices = []string{"camera"} }), []string{"device camera"}},
+		{"P-04 device", with("own", func(w *backends.Workload) { w.Resources.Devices = []backends.Device{{Name: "camera"}} }),
+			with("own", func(w *backends.Workload) { w.Resources.Devices = []backends.Device{{Name: "camera"}} }), []string{"device camera"}},
 		{"P-04 mount that both write", with("own", func(w *backends.Workload) {
 			w.Mounts = []backends.Mount{{From: "/srv/a"}, {From: "/srv/b", ReadOnly: true}}
 		}),

@@ -13,6 +13,24 @@ import (
 
 func listen(port string) (net.Listener, error) { return net.Listen("tcp", ":"+port) }
 
+// share writes through a mapping that others share.
+func share(path, text string) error {
+	f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE, 0o666)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	if err := f.Truncate(4096); err != nil {
+		return err
+	}
+	page, err := syscall.Mmap(int(f.Fd()), 0, 4096, syscall.PROT_READ|syscall.PROT_WRITE, syscall.MAP_SHARED)
+	if err != nil {
+		return err
+	}
+	copy(page, text)
+	return syscall.Munmap(page)
+}
+
 func fork(n int) {
 	self, err := os.Executable()
 	for i := range n {

@@ -12,6 +12,10 @@
 //	write PATH TEXT       "write PATH: ok", or the error; folders are made
 //	append PATH TEXT      "append PATH: ok", or the error
 //	fill PATH BYTES       "fill PATH: ok", or the error
+//	open PATH             "open PATH: ok" when it was opened to read and write, or the error
+//	map PATH TEXT         "map PATH: ok", or the error: a file of one page is made and TEXT written to its shared mapping
+//	listen PATH           "listening PATH", and answers "welcome" on that unix socket; goes on to the next step
+//	dial PATH             "dial PATH: " and the quoted answer of that unix socket, or the error
 //	eat BYTES             "ate BYTES", with every page touched
 //	fork N                "forked N", or "fork: M of N: " and the error; the children wait
 //	burn                  uses all the CPU there is, for ever
@@ -26,6 +30,7 @@ package main
 import (
 	"bufio"
 	"fmt"
+	"io"
 	"net"
 	"os"
 	"path/filepath"
@@ -82,6 +87,8 @@ func run(verb, rest string) {
 		}
 	case "serve":
 		serve(first)
+	case "listen":
+		welcome(first)
 	case "wait":
 		wait()
 	default:
@@ -102,6 +109,17 @@ func file(verb, path, text string) {
 		if found, err = os.Stat(path); err == nil {
 			said = fmt.Sprintf("%#o", found.Mode().Perm())
 		}
+	case "open":
+		var f *os.File
+		if f, err = os.OpenFile(path, os.O_RDWR, 0); err == nil {
+			err = f.Close()
+		}
+	case "map":
+		err = share(path, text)
+	case "dial":
+		var answer []byte
+		answer, err = dial(path)
+		said = strconv.Quote(string(answer))
 	case "write":
 		if err = os.MkdirAll(filepath.Dir(path), 0o755); err == nil {
 			err = os.WriteFile(path, []byte(text), 0o644)
@@ -156,6 +174,38 @@ func burn() {
 	if x == 0 {
 		fmt.Println("never")
 	}
+}
+
+// welcome answers everybody on a unix socket.
+func welcome(path string) {
+	listener, err := net.Listen("unix", path)
+	if err == nil {
+		err = os.Chmod(path, 0o777) // whoever sees the door may use it
+	}
+	if err != nil {
+		fmt.Println("listening", path, "error:", err)
+		return
+	}
+	fmt.Println("listening", path)
+	go func() {
+		for {
+			conn, err := listener.Accept()
+			if err != nil {
+				return
+			}
+			_, _ = conn.Write([]byte("welcome"))
+			_ = conn.Close()
+		}
+	}()
+}
+
+func dial(path string) ([]byte, error) {
+	conn, err := net.Dial("unix", path)
+	if err != nil {
+		return nil, err
+	}
+	defer conn.Close()
+	return io.ReadAll(conn)
 }
 
 // serve answers every request with its own path and the first argument.

@@ -66,18 +66,50 @@ func (o *Orders) run() Failure {
 			return Failure{Step: "building the root", Cause: err.Error(), Blames: errors.As(err, &blame)}
 		}
 	}
+	if o.Monitor {
+		return o.monitor()
+	}
 	if o.Pause && !o.pause() {
 		os.Exit(127)
 	}
 	return o.exec()
 }
 
-func (o *Orders) exec() Failure {
-	// Only now, so that neither the memory nor the threads of this stage count as the workload's.
+// monitor executes this binary again, with all our rights.
+func (o *Orders) monitor() Failure {
+	if !o.Join {
+		if err := errors.Join(unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, ""), unix.Mount("proc", "/proc", "proc", safe|unix.MS_NOEXEC, "")); err != nil {
+			return Failure{Step: "mounting proc", Cause: err.Error()}
+		}
+	}
+	if err := o.count(); err != nil {
+		return Failure{Step: "joining the cgroup", Cause: err.Error()}
+	}
+	if o.Join {
+		if _, err := unix.Write(ReportFD, []byte{Ready}); err != nil && !errors.Is(err, unix.EPIPE) {
+			return Failure{Step: "reporting", Cause: err.Error()}
+		}
+	} else {
+		for _, fd := range []uintptr{OrdersFD, ReportFD} {
+			_, _ = unix.FcntlInt(fd, unix.F_SETFD, 0) // they are open
+		}
+	}
+	return Failure{Step: "exec", Cause: errno(syscall.Exec("/proc/self/exe", o.Argv, o.Env))}
+}
+
+// count makes this process the workload's, as late as can be: neither the memory nor the threads of the stage are the workload's.
+func (o *Orders) count() error {
 	for fd := firstFD; fd < firstFD+o.Cgroups; fd++ {
 		if _, err := unix.Write(fd, []byte("0")); err != nil {
-			return Failure{Step: "joining the cgroup", Cause: err.Error()}
+			return err
 		}
+	}
+	return nil
+}
+
+func (o *Orders) exec() Failure {
+	if err := o.count(); err != nil {
+		return Failure{Step: "joining the cgroup", Cause: err.Error()}
 	}
 	if o.Root != nil {
 		_ = unix.Unshare(unix.CLONE_NEWCGROUP) // hides names only; old kernels have none

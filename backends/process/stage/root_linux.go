@@ -145,6 +145,11 @@ func (r *Root) own(top *os.Root) error {
 			return err
 		}
 	}
+	for _, node := range r.Nodes {
+		if err := r.make(top, node, false); err != nil {
+			return err
+		}
+	}
 	if r.Size == 0 {
 		return nil
 	}
@@ -308,6 +313,9 @@ func (r *Root) populate(layer, merged string, sources []source) error {
 			return fmt.Errorf("binding /dev/%s: %v", device, err)
 		}
 	}
+	if err := r.nodes(merged); err != nil {
+		return err
+	}
 	if r.Size > 0 { // without, the whole layer is read-only already
 		for _, f := range r.Files {
 			if err := bind(filepath.Join(layer, f.To), merged, f.To, safe|unix.MS_RDONLY); err != nil {
@@ -322,6 +330,34 @@ func (r *Root) populate(layer, merged string, sources []source) error {
 		}
 		if err := bind("/proc/self/fd/"+strconv.Itoa(s.fd), merged, s.to, flags); err != nil {
 			return fmt.Errorf("%s: %v", s.bind.From, err)
+		}
+	}
+	return nil
+}
+
+// nodes makes nodes of the host's devices, on a file system of their own, since what else is mounted here takes none.
+func (r *Root) nodes(merged string) error {
+	if len(r.Nodes) == 0 {
+		return nil
+	}
+	dir := filepath.Join(r.Scratch, "nodes")
+	if err := os.Mkdir(dir, 0o700); err != nil {
+		return err
+	}
+	if err := unix.Mount("tmpfs", dir, "tmpfs", safe&^unix.MS_NODEV|unix.MS_NOEXEC, "mode=0700"); err != nil {
+		return fmt.Errorf("mounting a tmpfs for devices: %v", err)
+	}
+	for i, node := range r.Nodes {
+		var found unix.Stat_t
+		if err := unix.Stat(node, &found); err != nil {
+			return fmt.Errorf("device %s: %v", node, err)
+		}
+		own := filepath.Join(dir, strconv.Itoa(i))
+		if err := errors.Join(unix.Mknod(own, found.Mode&unix.S_IFMT|0o600, int(found.Rdev)), os.Chown(own, r.Owner, r.Owner)); err != nil {
+			return fmt.Errorf("device %s: %v", node, err)
+		}
+		if err := mount(own, merged, node, "", unix.MS_BIND); err != nil {
+			return fmt.Errorf("binding device %s: %v", node, err)
 		}
 	}
 	return nil

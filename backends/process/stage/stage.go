@@ -43,6 +43,9 @@ type Orders struct {
 	Dir     string   `json:"dir"`
 
 	Announce bool `json:"announce,omitempty"`
+	// Monitor: no root, nothing given up; the program is package monitor's, goes on with the orders and the report, and sees this binary
+	// as Argv[0]. A command that joins one gets neither.
+	Monitor bool `json:"monitor,omitempty"`
 }
 
 // Root is what the program will see as /.
@@ -54,6 +57,8 @@ type Root struct {
 	Owner    int    `json:"owner"`             // uid and gid of Files
 	Files    []File `json:"files,omitempty"`
 	Binds    []Bind `json:"binds,omitempty"`
+	// Nodes are device nodes of the host. The program gets nodes of the same devices, which are its own.
+	Nodes []string `json:"nodes,omitempty"`
 }
 
 // File is a file made in the root, read-only.

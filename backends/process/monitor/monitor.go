@@ -1,0 +1,171 @@
+// Package monitor is the inside of a program that keeps a workload in something of its own: a sandbox, a container, a virtual
+// machine. The keeper of package process starts it as this very binary, with this host's root and rights, as process 1 of a pid
+// namespace, in mount, ipc and uts namespaces of its own and in the workload's cgroup: whatever it starts or mounts ends with it.
+//
+// A command's main calls [Run] for it. Its order of things:
+//
+//	func keep(m *monitor.Monitor) (monitor.End, error) {
+//		… make what the workload runs in        an error says that there will be no program, and whose fault it is
+//		if err := m.Built(); err != nil {       meanwhile the keeper runs the preInit hooks, by Program.Command
+//			return monitor.End{}, err
+//		}
+//		… start the program
+//		m.Started()                             Apply returns now
+//		… wait for it; SIGTERM is to be passed on
+//		return monitor.End{Code: code}, nil
+//	}
+package monitor
+
+import (
+	"encoding/json"
+	"errors"
+	"io"
+	"os"
+	"path/filepath"
+
+	"github.com/google/renameio/v2"
+
+	"github.com/kindos/kmo/backends"
+	"github.com/kindos/kmo/backends/process/stage"
+)
+
+// Place is where a workload's things lie on this host. All of it is trusted and of mode 0700, but for the kept folders.
+type Place struct {
+	Dir    string   `json:"dir"`            // a folder for the monitor's own, new at each start, cleared with the workload
+	Memory string   `json:"memory"`         // the same on storage that is memory, for secrets; "" where this host has none
+	Kept   []string `json:"kept,omitempty"` // kept folders, in the order of Overlay.Keep, made for Run.User
+}
+
+// Task is what a monitor is to keep.
+type Task struct {
+	Place
+	// Workload has its ports resolved: Port is the number inside, Host the one on this host; where they differ the monitor publishes.
+	// A port is to be published on every address if Public names it, otherwise on the loopback.
+	Workload backends.Workload `json:"workload"`
+	Public   []string          `json:"public,omitempty"`
+}
+
+const (
+	taskFile = "task.json"
+	endFile  = "end.json"
+)
+
+// Write puts a task where Run finds it: in memory, as its files may be secret.
+func (t Task) Write() error {
+	text, err := json.Marshal(t)
+	if err != nil {
+		return err
+	}
+	return os.WriteFile(t.file(), text, 0o600)
+}
+
+func (p Place) file() string {
+	if p.Memory != "" {
+		return filepath.Join(p.Memory, taskFile)
+	}
+	return filepath.Join(p.Dir, taskFile)
+}
+
+// Read reads the task of a place, from within a monitor or from a command beside it.
+func (p Place) Read() (t Task, err error) {
+	text, err := os.ReadFile(p.file())
+	if err != nil {
+		return t, err
+	}
+	return t, json.Unmarshal(text, &t)
+}
+
+// End is how a workload's program ended.
+type End struct {
+	Code int  `json:"code"` // 128 + signal
+	OOM  bool `json:"oom,omitempty"`
+}
+
+// Ended reads how a monitor's workload ended, if it has said so.
+func (p Place) Ended() (end End, ok bool) {
+	text, err := os.ReadFile(filepath.Join(p.Dir, endFile))
+	return end, err == nil && json.Unmarshal(text, &end) == nil
+}
+
+// Blame makes an error the workload's fault, at a step such as "exec /app". Every other error of a monitor is the host's.
+type Blame struct {
+	Step  string
+	Cause error
+}
+
+// Error is the cause.
+func (b Blame) Error() string { return b.Cause.Error() }
+
+// Monitor is this process, as its keeper sees it.
+type Monitor struct {
+	Task
+	report, orders *os.File // nil once the program has been started
+}
+
+// Run is the main of a monitor, of which place is the JSON it was given. It returns the exit status.
+func Run(place string, keep func(*Monitor) (End, error)) int {
+	m := &Monitor{orders: os.NewFile(stage.OrdersFD, "orders"), report: os.NewFile(stage.ReportFD, "report")}
+	var where Place
+	err := json.Unmarshal([]byte(place), &where)
+	if err == nil {
+		m.Task, err = where.Read()
+	}
+	var end End
+	if err == nil {
+		end, err = keep(m)
+	}
+	if err != nil {
+		m.fail(err)
+		return 127
+	}
+	text, err := json.Marshal(end)
+	if err == nil {
+		err = renameio.WriteFile(filepath.Join(m.Dir, endFile), text, 0o600)
+	}
+	if err != nil {
+		_, _ = io.WriteString(os.Stderr, "recording how it ended: "+err.Error()+"\n")
+	}
+	return end.Code
+}
+
+// errGone says that the keeper is gone, or will not have the program started.
+var errGone = errors.New("the keeper is gone")
+
+// Built tells the keeper that what the workload runs in is there, and returns when the hooks before the program have been run.
+func (m *Monitor) Built() error {
+	if _, err := m.report.Write([]byte{stage.Built}); err != nil {
+		return errGone
+	}
+	if n, err := m.orders.Read(make([]byte, 1)); err != nil || n != 1 {
+		return errGone
+	}
+	return nil
+}
+
+// Started tells the keeper that the program has been started.
+func (m *Monitor) Started() {
+	_, _ = m.report.Write([]byte{stage.Ready}) // nobody may be there to read it
+	m.close()
+}
+
+func (m *Monitor) close() {
+	_, _ = m.report.Close(), m.orders.Close()
+	m.report, m.orders = nil, nil
+}
+
+// fail reports why there is no program, or no longer one.
+func (m *Monitor) fail(err error) {
+	if m.report == nil {
+		_, _ = io.WriteString(os.Stderr, err.Error()+"\n") // the workload's log
+		return
+	}
+	f := stage.Failure{Step: "keeping the workload", Cause: err.Error()}
+	var blame Blame
+	if errors.As(err, &blame) {
+		f = stage.Failure{Step: blame.Step, Cause: blame.Cause.Error(), Blames: true}
+	}
+	if text, err := json.Marshal(f); err == nil {
+		_, _ = m.report.Write(text)
+	}
+	m.close()
+}

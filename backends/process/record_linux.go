@@ -1,0 +1,276 @@
+package process
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"hash/fnv"
+	"net"
+	"os"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/kindos/kmo/backends"
+	"github.com/kindos/kmo/backends/process/monitor"
+	"github.com/kindos/kmo/backends/process/secret"
+	"github.com/kindos/kmo/backends/process/stage"
+	"golang.org/x/sys/unix"
+)
+
+// record is what is known of a workload beyond the life of this process. It is trusted: nobody else can write it.
+type record struct {
+	Workload  backends.Workload `json:"workload"`
+	Ports     []int             `json:"ports,omitempty"` // as chosen, in the order of Run.Ports
+	Process   identity          `json:"process,omitzero"`
+	Started   time.Time         `json:"started,omitzero"`
+	Restarts  int               `json:"restarts"`
+	Quick     int               `json:"quick"` // ends in a row that came soon after the start
+	Ended     *end              `json:"ended,omitempty"`
+	Pending   bool              `json:"pending,omitempty"`  // the postInit hooks have not all ended 0
+	Removing  bool              `json:"removing,omitempty"` // Remove has begun: never start it again
+	Unapplied []string          `json:"unapplied,omitempty"`
+}
+
+// identity is one process of one boot. No other ever has the same three.
+type identity struct {
+	Boot  string `json:"boot"`
+	PID   int    `json:"pid"`
+	Start uint64 `json:"start"` // ticks since boot: field 22 of /proc/PID/stat
+}
+
+// end is how the last program ended.
+type end struct {
+	Known bool `json:"known"` // whether Code was to be had
+	Code  int  `json:"code"`  // 128 + signal
+	OOM   bool `json:"oom"`
+}
+
+const recordFile = "record.json"
+
+// save replaces the record as a whole: a process killed at any instruction leaves the old or the new one.
+func (r *record) save(dir string) error {
+	open := *r
+	open.Workload.Files = secret.Veil(r.Workload.Files)
+	text, err := json.Marshal(open)
+	if err != nil {
+		return err
+	}
+	next := filepath.Join(dir, recordFile+".next")
+	if err := os.WriteFile(next, text, 0o600); err != nil {
+		return err
+	}
+	return os.Rename(next, filepath.Join(dir, recordFile))
+}
+
+func loadRecord(dir string) (r record, err error) {
+	text, err := os.ReadFile(filepath.Join(dir, recordFile))
+	if err != nil {
+		return r, err
+	}
+	if err := json.Unmarshal(text, &r); err != nil {
+		return r, fmt.Errorf("reading %s: %v", filepath.Join(dir, recordFile), err)
+	}
+	if r.Workload.Name != filepath.Base(dir) {
+		return r, fmt.Errorf("reading %s: it speaks of %q", filepath.Join(dir, recordFile), r.Workload.Name)
+	}
+	if len(r.Ports) != len(r.Workload.Run.Ports) {
+		return r, fmt.Errorf("reading %s: %d ports, want %d", filepath.Join(dir, recordFile), len(r.Ports), len(r.Workload.Run.Ports))
+	}
+	return r, nil
+}
+
+// resolved is the workload with its ports filled in. If they are published, the number inside stays what the unit says.
+func (r *record) resolved(publishes bool) backends.Workload {
+	w := r.Workload
+	w.Run.Ports = slices.Clone(w.Run.Ports)
+	for i := range w.Run.Ports {
+		p := &w.Run.Ports[i]
+		p.Host = r.Ports[i]
+		if !publishes || p.Port == 0 {
+			p.Port = r.Ports[i]
+		}
+	}
+	return w
+}
+
+func bootID() (string, error) {
+	text, err := os.ReadFile("/proc/sys/kernel/random/boot_id")
+	return strings.TrimSpace(string(text)), err
+}
+
+// startTime is when a process was started, in ticks since boot.
+func startTime(pid int) (uint64, error) {
+	text, err := os.ReadFile("/proc/" + strconv.Itoa(pid) + "/stat")
+	if err != nil {
+		return 0, err
+	}
+	// The second field is the program's name in parentheses, and may hold anything.
+	fields := strings.Fields(string(text[strings.LastIndexByte(string(text), ')')+1:]))
+	if len(fields) < 20 {
+		return 0, fmt.Errorf("/proc/%d/stat has %d fields after the name, want 20", pid, len(fields))
+	}
+	return strconv.ParseUint(fields[19], 10, 64)
+}
+
+// task is what a monitor of a workload is told, and makes its folders anew.
+func (k *Keeper) task(r *record) (monitor.Task, error) {
+	t := monitor.Task{Place: k.place(&r.Workload), Workload: k.resolved(r)}
+	for _, p := range r.Workload.Run.Ports {
+		if p.Host != 0 {
+			t.Public = append(t.Public, p.Name)
+		}
+	}
+	_, err := k.kept(r.Workload)
+	err = errors.Join(err, os.RemoveAll(t.Dir), os.Mkdir(t.Dir, 0o700))
+	if t.Memory != "" {
+		err = errors.Join(err, os.MkdirAll(t.Memory, 0o700))
+	}
+	return t, err
+}
+
+func (k *Keeper) recordStart(e *entry, c *child, unapplied []string) error {
+	started, err := startTime(c.pid)
+	if err != nil {
+		return err
+	}
+	return e.change(func(r *record) {
+		r.Process = identity{Boot: k.boot, PID: c.pid, Start: started}
+		r.Started, r.Unapplied = time.Now(), unapplied
+		e.state, e.detail = backends.Starting, ""
+		e.usage, e.read = backends.Usage{}, time.Time{}
+	})
+}
+
+// unapplied says what this host and this keeper leave out of a workload's bounds and confinement.
+func (k *Keeper) unapplied(w backends.Workload, o stage.Orders) (list []string) {
+	if !k.support.Mounts {
+		list = append(list, "namespaces, a root and a user of its own: this keeper is not root")
+	}
+	if k.support.Landlock == 0 && !o.Monitor {
+		list = append(list, "landlock: the kernel has none")
+	}
+	if !k.support.Seccomp && !o.Monitor {
+		list = append(list, "seccomp: the kernel or this architecture has none")
+	}
+	if w.Resources.Disk > 0 && len(w.Overlay.Keep) > 0 {
+		list = append(list, "disk bound of kept paths: they share the file system of the state folder")
+	}
+	if o.Confine.FileSize == 0 {
+		list = append(list, "log bound without the agent: where kept paths or mounts may be written, a log is bounded only while the agent runs")
+	}
+	return list
+}
+
+// freePorts is the first port number that a program may listen on.
+func (k *Keeper) freePorts() int {
+	if k.options.Publishes {
+		return 0
+	}
+	text, err := os.ReadFile("/proc/sys/net/ipv4/ip_unprivileged_port_start")
+	if err != nil {
+		return 1024
+	}
+	n, err := strconv.Atoi(strings.TrimSpace(string(text)))
+	if err != nil {
+		return 1024
+	}
+	return n
+}
+
+// choosePorts gives every port of a workload its number. Those that are free to choose lie below the range from which the kernel
+// takes its own, and begin at a place that depends on the name alone, so that they seldom change.
+func (k *Keeper) choosePorts(w backends.Workload) (ports []int, err error) {
+	const first, count = 20000, 12000
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	for _, p := range w.Run.Ports {
+		port := k.hostPort(w, p)
+		if port == 0 {
+			hash := fnv.New32a()
+			_, _ = hash.Write([]byte(w.Name + "/" + p.Name))
+			for i := range count {
+				candidate := first + int((hash.Sum32()+uint32(i))%uint32(count))
+				mine := k.ports[candidate] == w.Name && !slices.Contains(ports, candidate)
+				if (k.ports[candidate] == "" || mine) && freePort(candidate) == nil {
+					port = candidate
+					break
+				}
+			}
+			if port == 0 {
+				return nil, fmt.Errorf("%s: port %s: none of %d numbers from %d on is free", w.Name, p.Name, count, first)
+			}
+			k.ports[port] = w.Name
+		}
+		ports = append(ports, port)
+	}
+	return ports, nil
+}
+
+// hostPort is the number that a port has on this host, or 0 if it is to be chosen.
+func (k *Keeper) hostPort(w backends.Workload, p backends.Port) int {
+	if k.publishes(w) {
+		return p.Host
+	}
+	return max(p.Port, p.Host)
+}
+
+// publishes says whether a workload has a network of its own.
+func (k *Keeper) publishes(w backends.Workload) bool {
+	return k.options.Publishes && !slices.Contains(w.Security.Host, "network")
+}
+
+func (k *Keeper) resolved(r *record) backends.Workload { return r.resolved(k.publishes(r.Workload)) }
+
+// settlePorts sees that every port of a workload is the program's to have: what answered there would pass for it. One that is taken
+// is asked for a little longer, as what held it may just have ended. For one that the unit names there is nothing to do then but wait,
+// and who holds it is no fault of the unit's. When all of those are free, the others are chosen anew if one of them is taken.
+func (k *Keeper) settlePorts(ctx context.Context, e *entry) (changed bool, err error) {
+	r := &e.record
+	for i, p := range r.Workload.Run.Ports {
+		port, chosen := r.Ports[i], k.hostPort(r.Workload, p) == 0
+		if chosen && changed {
+			continue // looked at when it is chosen
+		}
+		err := freePort(port)
+		for deadline := time.Now().Add(portTime); errors.Is(err, unix.EADDRINUSE) && time.Now().Before(deadline) && ctx.Err() == nil; err = freePort(port) {
+			time.Sleep(portTime / 10)
+		}
+		switch {
+		case errors.Is(err, unix.EADDRINUSE) && chosen:
+			changed = true
+		case errors.Is(err, unix.EADDRINUSE):
+			return false, fmt.Errorf("%s: port %s: port %d is taken by another program of this host", e.name, p.Name, port)
+		case err != nil:
+			return false, fmt.Errorf("%s: port %s: %v", e.name, p.Name, err)
+		}
+	}
+	if !changed {
+		return false, nil
+	}
+	ports, err := k.choosePorts(r.Workload)
+	if err != nil {
+		return false, err
+	}
+	e.mu.Lock()
+	e.record.Ports = ports
+	e.mu.Unlock()
+	return true, nil
+}
+
+// freePort returns EADDRINUSE for a port on which anybody listens, on whatever address.
+func freePort(port int) error {
+	for _, address := range []net.IP{net.IPv4(127, 0, 0, 1), nil} {
+		listener, err := net.ListenTCP("tcp", &net.TCPAddr{IP: address, Port: port})
+		if err != nil {
+			return err
+		}
+		if err := listener.Close(); err != nil {
+			return err
+		}
+	}
+	return nil
+}
