@@ -211,7 +211,7 @@ func TestPortsOfOthers(t *testing.T) {
 	if code, output, err := k.Exec(t.Context(), w.Name, []string{"/app", "listen 127.0.0.1:23456"}); err != nil || !strings.Contains(string(output), "permission denied") {
 		t.Errorf("exec: %d, %q, %v", code, output, err)
 	}
-	if list := k.Missing(); len(list) != 1 || !strings.HasPrefix(list[0], "network: ") {
-		t.Errorf("missing is %q, want the network", list)
+	if list := k.Missing(); len(list) != 2 || !strings.HasPrefix(list[0], "network: ") || !strings.HasPrefix(list[1], "low-ports: ") {
+		t.Errorf("missing is %q, want the network and the low ports", list)
 	}
 }

@@ -24,6 +24,9 @@ func TestMain(m *testing.M) {
 	if len(os.Args) > 1 && os.Args[1] == StageArg {
 		Stage()
 	}
+	if len(os.Args) > 3 && os.Args[1] == monitorArg {
+		os.Exit(monitored(os.Args[2], os.Args[3], os.Args[4:]))
+	}
 	if len(os.Args) > 1 && os.Args[1] == keeperArg {
 		keeper(os.Args[2:])
 	}

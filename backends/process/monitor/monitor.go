@@ -24,6 +24,7 @@ import (
 	"path/filepath"
 
 	"github.com/google/renameio/v2"
+	"golang.org/x/sys/unix"
 
 	"github.com/kindos/kmo/backends"
 	"github.com/kindos/kmo/backends/process/stage"
@@ -104,6 +105,8 @@ type Monitor struct {
 
 // Run is the main of a monitor, of which place is the JSON it was given. It returns the exit status.
 func Run(place string, keep func(*Monitor) (End, error)) int {
+	unix.CloseOnExec(stage.OrdersFD) // what the monitor starts must not hold them
+	unix.CloseOnExec(stage.ReportFD)
 	m := &Monitor{orders: os.NewFile(stage.OrdersFD, "orders"), report: os.NewFile(stage.ReportFD, "report")}
 	var where Place
 	err := json.Unmarshal([]byte(place), &where)
