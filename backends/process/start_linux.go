@@ -11,6 +11,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strings"
 	"syscall"
 	"time"
 
@@ -237,6 +238,9 @@ func bare(o *stage.Orders, p Program) {
 // outside is where a path of the program lies on this host.
 func outside(p Program, path string) string {
 	for _, b := range p.Binds {
+		if rest, below := strings.CutPrefix(path, b.To+"/"); below {
+			return filepath.Join(b.From, rest)
+		}
 		if b.To == path {
 			return b.From
 		}
