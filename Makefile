@@ -14,6 +14,9 @@ build: ## the one binary, and the programs of the demo
 	CGO_ENABLED=0 $(GO) build -trimpath -ldflags '-s -w' -o bin/programs/relay-1 ./fixtures/programs/relay
 	CGO_ENABLED=0 $(GO) build -trimpath -ldflags '-s -w -X main.version=2 -X main.health=500' -o bin/programs/relay-2 ./fixtures/programs/relay
 	GOOS=wasip1 GOARCH=wasm $(GO) build -trimpath -ldflags '-s -w' -o bin/programs/bus.wasm ./fixtures/programs/bus
+	GOOS=wasip1 GOARCH=wasm $(GO) build -trimpath -ldflags '-s -w' -o bin/programs/relay-1.wasm ./fixtures/programs/relay
+	GOOS=wasip1 GOARCH=wasm $(GO) build -trimpath -ldflags '-s -w -X main.version=2 -X main.health=500' -o bin/programs/relay-2.wasm ./fixtures/programs/relay
+	for n in 1 2; do $(GO) run ./fixtures/programs/appimage bin/programs/relay-$$n bin/programs/relay-$$n.AppImage || exit 1; done
 
 demo: build ## the whole story on this machine, in a temporary folder; git signs with ssh-keygen
 	.ci/need git ssh-keygen

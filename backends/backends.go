@@ -10,6 +10,7 @@ import (
 	"errors"
 	"io"
 	"slices"
+	"strconv"
 	"strings"
 	"time"
 
@@ -72,36 +73,6 @@ const (
 	Native   Format = "native"   // one static program: Content is a file
 )
 
-// Feature is something a workload may ask for and a backend may lack.
-type Feature string
-
-// The features a backend may have.
-const (
-	PortMap       Feature = "port-map"       // a port of the workload is published under another number of the host
-	LowPorts      Feature = "low-ports"      // ports below 1024 can be listened on
-	LimitCPU      Feature = "limit-cpu"      // Resources.CPU is enforced
-	LimitMemory   Feature = "limit-memory"   // Resources.Memory is enforced
-	LimitPIDs     Feature = "limit-pids"     // Resources.PIDs is enforced
-	LimitDisk     Feature = "limit-disk"     // Resources.Disk and Overlay.Size are enforced
-	Overlays      Feature = "overlay"        // the workload may write, beside an immutable base: at least to /tmp
-	OverlayRoot   Feature = "overlay-root"   // what may be written is all of the root; no workload asks for this
-	Keep          Feature = "keep"           // kept paths survive a change of spec
-	Files         Feature = "files"          // Files are placed
-	Secrets       Feature = "secrets"        // Files that are secret are placed, on storage that is memory
-	MemoryPool    Feature = "memory-pool"    // Doors via memory: what lies in them is shared, and can be mapped, by all who have them
-	Sockets       Feature = "sockets"        // Doors via socket: a unix socket made there by one workload can be connected to by another
-	Hooking       Feature = "hooks"          // Hooks are run
-	HostNetwork   Feature = "host-network"   // the workload shares the host's network
-	Exec          Feature = "exec"           // the backend is an Execer
-	Mounts        Feature = "mounts"         // folders of the host can be mounted
-	Devices       Feature = "devices"        // named devices can be given
-	Capabilities  Feature = "capabilities"   // single capabilities can be given, and Escalation
-	HostNamespace Feature = "host-namespace" // namespaces can be shared with the host
-	Privileged    Feature = "privileged"     // all of the host can be given
-	WritableBase  Feature = "writable-base"  // the base can be made writable
-	Unconfined    Feature = "unconfined"     // seccomp can be switched off
-)
-
 // Fingerprint is what a backend can do on this host, now.
 type Fingerprint struct {
 	Backend   string    `json:"backend"`
@@ -129,6 +100,15 @@ const (
 	IsolationSandbox                    // the workload never talks to the host's kernel itself: WASM, gVisor
 	IsolationMachine                    // its own kernel
 )
+
+// String is the word for it.
+func (i Isolation) String() string {
+	words := []string{"none", "process", "container", "sandbox", "machine"}
+	if i < 0 || int(i) >= len(words) {
+		return strconv.Itoa(int(i))
+	}
+	return words[i]
+}
 
 // Workload is a unit's chosen variant, rendered for one host: everything a backend needs, and nothing it must look up.
 type Workload struct {

@@ -1,10 +1,12 @@
 package registry
 
 import (
+	"archive/tar"
 	"bytes"
 	"context"
 	"crypto"
 	"crypto/sha256"
+	"debug/elf"
 	"encoding/hex"
 	"encoding/json"
 	"errors"
@@ -169,8 +171,18 @@ func (s *Store) envelope(ctx context.Context, place source, subject string, desc
 }
 
 // PushFile puts a single file into a registry or layout as an artifact of one layer, and returns its reference and the root to pin. to has no digest.
-// A WASM module gets the CNCF's media types.
+// A WASM module gets the CNCF's media types. As an OCI image it is a static program at /app, the image's entrypoint, in a root with nothing
+// else but empty folders.
 func (s *Store) PushFile(ctx context.Context, path string, to Reference, as Format) (Reference, merkle.Digest, error) {
+	var machine string
+	if as == OCI {
+		layer, arch, err := programLayer(path)
+		if err != nil {
+			return Reference{}, merkle.Digest{}, fmt.Errorf("pushing %s: %w", path, err)
+		}
+		defer os.Remove(layer) //nolint:errcheck // it lies in the folder for temporary files
+		path, machine = layer, arch
+	}
 	sha, blobRoot, err := DigestFile(path)
 	if err != nil {
 		return Reference{}, merkle.Digest{}, err
@@ -186,12 +198,15 @@ func (s *Store) PushFile(ctx context.Context, path string, to Reference, as Form
 	case WASM:
 		layer.desc.MediaType = wasmLayer
 		config = memory(wasmConfig, fmt.Appendf(nil, `{"created":"1970-01-01T00:00:00Z","architecture":"wasm","os":"wasip1","layerDigests":["sha256:%s"]}`, sha))
+	case OCI:
+		layer.desc.MediaType = types.OCIUncompressedLayer
+		config = memory(types.OCIConfigJSON, fmt.Appendf(nil, `{"architecture":%q,"os":"linux","config":{"Entrypoint":["/app"]},"rootfs":{"type":"layers","diff_ids":["sha256:%s"]}}`, machine, sha))
 	case Native:
 		layer.desc.MediaType, m.ArtifactType = nativeMedia, nativeMedia
 	case AppImage:
 		layer.desc.MediaType, m.ArtifactType = appImageMedia, appImageMedia
 	default:
-		return Reference{}, merkle.Digest{}, fmt.Errorf("pushing %s: a file can be wasm, native or appimage, not %q", path, as)
+		return Reference{}, merkle.Digest{}, fmt.Errorf("pushing %s: a file can be image, wasm, native or appimage, not %q", path, as)
 	}
 	raw, err := s.push(ctx, to, m, config, layer)
 	if err != nil {
@@ -204,6 +219,49 @@ func (s *Store) PushFile(ctx context.Context, path string, to Reference, as Form
 	}
 	root, err := d.root(roots{blobs: map[string]merkle.Digest{config.desc.Digest.Hex: merkle.BlobRoot(config.data), sha: blobRoot}})
 	return to, root, err
+}
+
+// programLayer writes the one layer of an image that holds a program, and tells for which architecture that was built. The same program is
+// always the same bytes.
+func programLayer(program string) (layer, arch string, err error) {
+	machines := map[elf.Machine]string{elf.EM_X86_64: "amd64", elf.EM_AARCH64: "arm64", elf.EM_386: "386", elf.EM_ARM: "arm", elf.EM_RISCV: "riscv64"}
+	f, err := os.Open(program)
+	if err != nil {
+		return "", "", err
+	}
+	defer f.Close()
+	binary, err := elf.NewFile(f)
+	if err != nil {
+		return "", "", fmt.Errorf("%w; want a program for Linux", err)
+	}
+	arch, known := machines[binary.Machine]
+	if !known {
+		return "", "", fmt.Errorf("a program for %v; want one of amd64, arm64, 386, arm and riscv64", binary.Machine)
+	}
+	stat, err := f.Stat()
+	if err != nil {
+		return "", "", err
+	}
+	out, err := os.CreateTemp("", "kmo-layer-")
+	if err != nil {
+		return "", "", err
+	}
+	w := tar.NewWriter(out)
+	for _, folder := range []string{"dev", "etc", "proc", "run", "sys", "tmp"} {
+		mode := int64(0o755)
+		if folder == "tmp" {
+			mode = 0o1777
+		}
+		err = errors.Join(err, w.WriteHeader(&tar.Header{Typeflag: tar.TypeDir, Name: folder + "/", Mode: mode, Format: tar.FormatUSTAR}))
+	}
+	err = errors.Join(err, w.WriteHeader(&tar.Header{Typeflag: tar.TypeReg, Name: "app", Mode: 0o755, Size: stat.Size(), Format: tar.FormatUSTAR}))
+	if err == nil {
+		_, err = io.Copy(w, io.NewSectionReader(f, 0, stat.Size()))
+	}
+	if err = errors.Join(err, w.Close(), out.Close()); err != nil {
+		return "", "", errors.Join(err, os.Remove(out.Name()))
+	}
+	return out.Name(), arch, nil
 }
 
 // DigestFile returns a file's sha256, in hex, and its kmo1 blobRoot, in one pass.

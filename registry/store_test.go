@@ -1,6 +1,7 @@
 package registry
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"net/http"
@@ -147,6 +148,38 @@ func TestFetchFile(t *testing.T) {
 				}
 			})
 		}
+	}
+}
+
+// A program pushed as an image is a root with the program at /app, and the same one twice.
+func TestPushProgram(t *testing.T) {
+	w := newWorld(t)
+	s := newStore(t)
+	ref, root, err := s.PushFile(t.Context(), "/bin/true", w.place("program"), OCI)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if again, same, err := s.PushFile(t.Context(), "/bin/true", w.place("program"), OCI); err != nil || again != ref || same != root {
+		t.Errorf("pushed again it is %v %v, %v; was %v %v", again, same, err, ref, root)
+	}
+	got, err := s.Fetch(t.Context(), ref, root, OCI)
+	if err != nil {
+		t.Fatal(err)
+	}
+	want, err := os.ReadFile("/bin/true")
+	if err != nil {
+		t.Fatal(err)
+	}
+	body, err := os.ReadFile(filepath.Join(got.Path, "app"))
+	if err != nil || !bytes.Equal(body, want) || !slices.Equal(got.Config.Entrypoint, []string{"/app"}) {
+		t.Errorf("got %d bytes, entrypoint %q, %v", len(body), got.Config.Entrypoint, err)
+	}
+	text := filepath.Join(t.TempDir(), "text")
+	if err := os.WriteFile(text, []byte("#!/bin/sh"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if _, _, err := s.PushFile(t.Context(), text, w.place("text"), OCI); err == nil || !strings.Contains(err.Error(), "want a program for Linux") {
+		t.Errorf("a text as an image: %v", err)
 	}
 }
 

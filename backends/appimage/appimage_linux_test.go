@@ -111,6 +111,7 @@ func TestConformance(t *testing.T) {
 			Open:   func(t *testing.T) backends.Backend { return open(t, dir) },
 			Images: map[backends.Format]backends.Image{backends.AppImage: {Content: image}},
 			Disk:   []string{dir},
+			Table:  "testdata/features",
 			Leaks: func(t *testing.T) []string {
 				left, _ := filepath.Glob(filepath.Join(dir, "*", "work", "*"))
 				unpacked, _ := filepath.Glob(filepath.Join(dir, "apps", "*"))

@@ -22,6 +22,7 @@ package conformance
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"io"
 	"maps"
@@ -48,6 +49,9 @@ type Subject struct {
 	// Inert says that the backend runs nothing and only knows what it was asked for. Then the checks that look at a program are left
 	// out, and named in the test's log.
 	Inert bool
+	// Table is a folder with a file for each format that says what the suite found to be true: documents are made of them. They are
+	// compared, and with KMO_UPDATE=1 written. "" is none.
+	Table string
 	// Patience is how long what the contract promises without a time may take; 0 means 20 s.
 	Patience time.Duration
 	// Disk lists folders on disk in which the backend and its runtime keep things. No secret may be found there.
@@ -76,11 +80,11 @@ func Test(t *testing.T, newSubject func(t *testing.T) Subject) {
 
 func testFormat(t *testing.T, newSubject func(t *testing.T) Subject, route route, format backends.Format) {
 	asked, left := checks(newSubject(t).Inert)
-	made, promised, proven := 0, []backends.Feature(nil), map[backends.Feature]bool{}
+	made, able, proven := 0, backends.Fingerprint{}, map[backends.Feature]bool{}
 	for _, check := range asked {
 		t.Run(check.name, func(t *testing.T) {
 			b := newBench(t, newSubject(t), route, format)
-			made, promised, b.proven = made+1, b.able.Features, proven
+			made, able, b.proven = made+1, b.able, proven
 			check.run(b)
 			b.clear()
 		})
@@ -89,10 +93,64 @@ func testFormat(t *testing.T, newSubject func(t *testing.T) Subject, route route
 		t.Logf("not asked of what runs nothing: %s", check.name)
 	}
 	t.Logf("exercised: %v", slices.Sorted(maps.Keys(proven)))
-	for _, feature := range promised {
-		if made == len(asked) && !proven[feature] { // all of them were to be run
+	if made < len(asked) {
+		return // not all of them were to be run
+	}
+	for _, feature := range able.Features {
+		if !proven[feature] {
 			t.Errorf("the fingerprint has %s, which no check exercises", feature)
 		}
+	}
+	if table := newSubject(t).Table; table != "" && !t.Failed() {
+		compare(t, table, Found{Backend: able.Backend, Format: format, Isolation: able.Isolation.String(), Features: slices.Sorted(maps.Keys(proven))})
+	}
+}
+
+// Found is what the suite found to be true of a backend and a format: a file of Subject.Table.
+type Found struct {
+	Backend   string             `json:"backend"`
+	Format    backends.Format    `json:"format"`
+	Isolation string             `json:"isolation"`
+	Features  []backends.Feature `json:"features"` // that were promised and exercised; every other was refused
+}
+
+// compare holds what was found against the table. A host that has less than the table is told so, and is a failure only where CI is set.
+func compare(t *testing.T, folder string, found Found) {
+	t.Helper()
+	path := filepath.Join(folder, string(found.Format)+".json")
+	text, err := json.MarshalIndent(found, "", "  ")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if os.Getenv("KMO_UPDATE") != "" {
+		if err := errors.Join(os.MkdirAll(folder, 0o755), os.WriteFile(path, append(text, '\n'), 0o644)); err != nil { // to be committed
+			t.Fatal(err)
+		}
+	}
+	var table Found
+	written, err := os.ReadFile(path)
+	if err == nil {
+		err = json.Unmarshal(written, &table)
+	}
+	if err != nil {
+		t.Fatalf("%v; KMO_UPDATE=1 writes it", err)
+	}
+	for _, feature := range found.Features {
+		if !slices.Contains(table.Features, feature) {
+			t.Errorf("%s is true, and not in %s; KMO_UPDATE=1 writes it", feature, path)
+		}
+	}
+	for _, feature := range table.Features {
+		if !slices.Contains(found.Features, feature) {
+			say := t.Logf
+			if os.Getenv("CI") != "" {
+				say = t.Errorf
+			}
+			say("%s says %s, which this host does not have", path, feature)
+		}
+	}
+	if table.Backend != found.Backend || table.Isolation != found.Isolation {
+		t.Errorf("%s says %s, %s; it is %s, %s", path, table.Backend, table.Isolation, found.Backend, found.Isolation)
 	}
 }
 

@@ -57,6 +57,8 @@ func TestConformance(t *testing.T) {
 		return conformance.Subject{
 			Open:     func(t *testing.T) backends.Backend { return open(t, dir) },
 			Images:   images,
+			Table:    "testdata/features",
+			Disk:     []string{dir},
 			Leaks:    func(t *testing.T) []string { return leaks(dir) },
 			Stranger: func(t *testing.T) func(*testing.T) { return stranger(t, images[backends.Native]) },
 		}

@@ -44,6 +44,8 @@ func TestConformance(t *testing.T) {
 				return present
 			},
 			Images: map[backends.Format]backends.Image{backends.WASM: {Content: binaries.program}},
+			Table:  "testdata/features",
+			Disk:   []string{state},
 			Leaks:  func(t *testing.T) []string { return leaks(t, state) },
 			Damage: func(t *testing.T, _ backends.Workload) { damage(t, present) },
 		}

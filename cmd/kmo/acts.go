@@ -21,11 +21,19 @@ variants:
 %s`, name, tier, d.pins[program], rest)
 }
 
+// serving is the rest of a unit that answers HTTP. One with a network of its own listens on all of that, or nobody reaches it.
+func (d *demo) serving() string {
+	run, start := "run: {ports: [{name: http}], user: 65532}\n", "2s"
+	switch d.format() {
+	case registry.OCI:
+		run, start = "run: {ports: [{name: http}], user: 65532, env: {ADDRESS: 0.0.0.0}}\n", "30s"
+	case registry.WASM:
+		start = "30s"
+	}
+	return run + "health: {http: {port: http, path: /healthz}, every: 200ms, start: " + start + ", failures: 3}\ngate: {bake: 300ms}\n"
+}
+
 const (
-	serving = `run: {ports: [{name: http}], user: 65532}
-health: {http: {port: http, path: /healthz}, every: 200ms, start: 2s, failures: 3}
-gate: {bake: 300ms}
-`
 	ticking = `run: {user: 65532}
 health: {process: {}, every: 200ms, start: 2s, failures: 3}
 gate: {bake: 300ms}
@@ -43,13 +51,14 @@ func files(pairs ...string) map[string]string {
 
 // acts is the story.
 func (d *demo) acts() []act {
-	bus, busText := d.unit("bus", "bus.wasm", 3, ticking)
+	bus, busText := d.unit("bus", "bus", 3, ticking)
+	serving := d.serving()
 	relay, relayText := d.unit("relay", "relay-1", 3, "needs: [bus]\n"+serving)
 	_, privileged := d.unit("relay", "relay-1", 3, "needs: [bus]\nsecurity: {privileged: true}\n"+serving)
 	_, broken := d.unit("relay", "relay-2", 3, "needs: [bus]\n"+serving)
 	ledger, ledgerText := d.unit("ledger", "relay-1", 1, serving)
 	return []act{
-		{"v1: a native program that needs a WASM module", func(ctx context.Context) error {
+		{"v1: a program on " + d.backend + " that needs a WASM module", func(ctx context.Context) error {
 			if err := d.commit(ctx, "bus and relay", true, files(bus, busText, relay, relayText)); err != nil {
 				return err
 			}
@@ -83,7 +92,7 @@ func (d *demo) acts() []act {
 // tampered changes a byte of relay-1 in the registry, makes its manifest fit, and returns the pins of a commit that follows the registry:
 // the sha256 that it has now, with the root of what was reviewed. Whoever can do both cannot find other bytes with that root.
 func (d *demo) tampered(ctx context.Context) (pins string, err error) {
-	program, err := os.ReadFile(filepath.Join(d.programs, "relay-1"))
+	program, err := os.ReadFile(d.program("relay-1"))
 	if err != nil {
 		return "", err
 	}
@@ -93,11 +102,11 @@ func (d *demo) tampered(ctx context.Context) (pins string, err error) {
 		return "", err
 	}
 	err = withStore(func(store *registry.Store) error {
-		pins, err = d.pushImage(ctx, store, path, "relay-1", registry.Native)
+		pins, err = d.pushImage(ctx, store, path, "relay-1", d.format())
 		return err
 	})
 	now, reviewed := strings.SplitAfter(pins, "\n"), strings.SplitAfter(d.pins["relay-1"], "\n")
-	return now[0] + reviewed[1], err
+	return now[0] + reviewed[1] + reviewed[2], err
 }
 
 // good is the commit that the host runs.

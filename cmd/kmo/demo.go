@@ -29,20 +29,25 @@ func demoCommand() *cobra.Command {
 		Use:   "demo",
 		Short: "Play the whole story on this machine, in a temporary folder",
 		Long: `Play the whole story on this machine, in a temporary folder: a site with three units, a registry on the loopback, an agent, and pushes
-by real git. Nothing is installed and nothing is left, unless --keep leaves it running for play.
+by real git. Nothing is installed and nothing is left, unless --keep leaves it running for play. With --backend two of the units run on that
+backend, whose engine has to be there.
 
 Exit statuses: 0 each act ended as it must, 1 one did not.`,
-		Example: "  kmo demo\n  kmo demo --keep",
+		Example: "  kmo demo\n  kmo demo --backend podman\n  kmo demo --keep",
 		Args:    cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			if runtime.GOOS == "linux" && os.Geteuid() != 0 {
 				return errors.New("the demo runs programs within bounds, for which native needs root: run it as root, or in a container of your own")
+			}
+			if err := d.engine(cmd); err != nil {
+				return err
 			}
 			d.out = cmd.OutOrStdout()
 			return d.play(cmd.Context())
 		},
 	}
 	cmd.Flags().BoolVar(&d.keep, "keep", false, "leave everything running, and say where it is; Ctrl-C ends it")
+	cmd.Flags().StringVar(&d.backend, "backend", "native", "what the units relay and ledger run on")
 	cmd.Flags().StringVar(&d.programs, "programs", "", "folder with relay-1, relay-2 and bus.wasm, as make builds them; beside this binary if not given")
 	return cmd
 }
@@ -57,6 +62,7 @@ type demo struct {
 	out      io.Writer
 	keep     bool
 	programs string
+	backend  string
 	dir      string
 	self     string
 	agent    *exec.Cmd
@@ -118,6 +124,38 @@ func (d *demo) build(ctx context.Context) error {
 	return d.startAgent(ctx)
 }
 
+// engine sees that the backend can run the demo's units here.
+func (d *demo) engine(cmd *cobra.Command) error {
+	b, err := findBuiltIn(d.backend)
+	if err != nil {
+		return err
+	}
+	all, err := look(cmd, []builtIn{b})
+	if err != nil {
+		return err
+	}
+	if f := all[0]; f.Trouble != "" && f.Install != "" {
+		return fmt.Errorf("%s: %s; on Debian: %s", f.Backend, f.Trouble, f.Install)
+	} else if f.Trouble != "" {
+		return fmt.Errorf("%s: %s", f.Backend, f.Trouble)
+	}
+	return nil
+}
+
+// format is what relay is on the demo's backend.
+func (d *demo) format() registry.Format {
+	switch format := registry.Format(d.backend); format {
+	case registry.Native, registry.WASM, registry.AppImage:
+		return format
+	}
+	return registry.OCI
+}
+
+// program is the file of a program in the format of the demo's backend.
+func (d *demo) program(name string) string {
+	return filepath.Join(d.programs, name+map[registry.Format]string{registry.WASM: ".wasm", registry.AppImage: ".AppImage"}[d.format()])
+}
+
 func people() []string { return []string{"alice", "bob", "carol", "dave"} }
 
 func (d *demo) key(name string) string { return filepath.Join(d.dir, "keys", name) }
@@ -134,14 +172,18 @@ func (d *demo) serveImages(ctx context.Context) error {
 	go func() { _ = server.Serve(listener) }() // ends with the process
 	d.pins = map[string]string{}
 	return withStore(func(store *registry.Store) error {
-		for program, as := range map[string]registry.Format{"relay-1": registry.Native, "relay-2": registry.Native, "bus.wasm": registry.WASM} {
-			path := filepath.Join(d.programs, program)
+		for name, path := range map[string]string{"relay-1": d.program("relay-1"), "relay-2": d.program("relay-2"), "bus": filepath.Join(d.programs, "bus.wasm")} {
 			if _, err := os.Stat(path); err != nil {
 				return fmt.Errorf("the demo's programs are not built: %w; 'make demo' builds them", err)
 			}
-			if d.pins[program], err = d.pushImage(ctx, store, path, strings.TrimSuffix(program, ".wasm"), as); err != nil {
+			as, backend := d.format(), d.backend
+			if name == "bus" {
+				as, backend = registry.WASM, string(registry.WASM)
+			}
+			if d.pins[name], err = d.pushImage(ctx, store, path, name, as); err != nil {
 				return err
 			}
+			d.pins[name] += "    backends: [" + backend + "]\n"
 		}
 		return nil
 	})
@@ -174,6 +216,9 @@ func (d *demo) buildSite(ctx context.Context) error {
 		return err
 	}
 	config := fmt.Sprintf("site: north-sea\nremote: %s\nhost: edge-1\nzone: edge\nkey: %s\n%s", bare, d.key("edge-1"), pin)
+	if d.backend != "native" && d.backend != "wasm" {
+		config += "backends: [wasm, " + d.backend + "]\n"
+	}
 	return os.WriteFile(filepath.Join(d.dir, "agent.yaml"), []byte(config), 0o600)
 }
 
@@ -338,9 +383,9 @@ func (d *demo) takenBack(ctx context.Context) (string, error) {
 	return "git log:\n" + log + page, err
 }
 
-// wait asks the agent until done is content, for at most half a minute.
+// wait asks the agent until done is content, for at most two minutes.
 func (d *demo) wait(ctx context.Context, done func(reconciler.Record) bool) (reconciler.Record, error) {
-	ctx, cancel := context.WithTimeoutCause(ctx, 30*time.Second, errors.New("half a minute has gone by"))
+	ctx, cancel := context.WithTimeoutCause(ctx, 2*time.Minute, errors.New("two minutes have gone by"))
 	defer cancel()
 	journal := reconciler.FileJournal{Path: filepath.Join(d.state(), "journal.json")}
 	for {

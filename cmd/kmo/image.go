@@ -67,8 +67,8 @@ Exit statuses: 0 pushed, 1 error, 2 usage, 3 refused.`,
 			return nil
 		},
 		RunE: func(cmd *cobra.Command, args []string) error {
-			if !slices.Contains([]string{"native", "wasm", "appimage"}, as) {
-				return usageError{fmt.Errorf("--as %s: want native, wasm or appimage", as)}
+			if !slices.Contains([]string{"native", "wasm", "appimage", "image"}, as) {
+				return usageError{fmt.Errorf("--as %s: want native, wasm, appimage or image", as)}
 			}
 			place, err := registry.ParsePlace(args[1])
 			if err != nil {
@@ -83,7 +83,7 @@ Exit statuses: 0 pushed, 1 error, 2 usage, 3 refused.`,
 			})
 		},
 	}
-	cmd.Flags().StringVar(&as, "as", "native", "what it is: native, wasm or appimage")
+	cmd.Flags().StringVar(&as, "as", "native", "what it is: native, wasm, appimage, or image (a static program, as the /app of an image)")
 	out.add(cmd)
 	return cmd
 }

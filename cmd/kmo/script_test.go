@@ -132,7 +132,7 @@ func clear(b built, state string) error {
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), patience)
 	defer cancel()
-	for _, name := range builtIns() {
+	for _, name := range builtInNames() {
 		folder := filepath.Join(state, "backends", name)
 		if _, err := os.Stat(folder); err != nil {
 			continue

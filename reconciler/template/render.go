@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"iter"
 	"slices"
 	"strings"
 	"sync/atomic"
@@ -217,40 +218,66 @@ func (v Variant) format() (backends.Format, Ref) {
 // choose sets the workload's format, image and backend: the first variant and backend that fit, else, with a lack, the first that
 // would if the unit asked for no more than the default confinement.
 func (u *Unit) choose(w *backends.Workload, host Host, r *render) error {
-	asked, guarded := u.features(w)
-	near := -1
-	var nearBackend string
-	var nearLack []string
-	for i, v := range u.Variants {
-		format, _ := v.format()
-		for _, name := range v.candidates(format, host) {
-			why := unfit(name, format, asked, host)
-			var lack []string
-			if why == "" {
-				lack = missing(host.Fingerprints[name], guarded)
-			}
-			switch {
-			case why == "" && len(lack) == 0:
-				u.Variants[i].take(w, name)
-				return nil
-			case why == "" && near < 0:
-				near, nearBackend, nearLack = i, name, lack
-			}
-			if why == "" {
-				why = name + " has no " + words(lack)
-			}
-			r.check.Passed = append(r.check.Passed, fmt.Sprintf("variant %d (%s): %s", i+1, format, why))
+	var near *Fit
+	for fit := range u.fits(w, host) {
+		switch {
+		case fit.Why == "":
+			u.Variants[fit.Variant-1].take(w, fit.Backend)
+			return nil
+		case near == nil && len(fit.guarded) > 0:
+			near = &fit
 		}
+		r.check.Passed = append(r.check.Passed, fmt.Sprintf("variant %d (%s): %s", fit.Variant, fit.Format, fit.Why))
 	}
 	misfit := &refusal.Error{Code: "E_FIT", Subject: "unit " + string(u.Unit) + " on " + refusal.Clip(host.Name, maxShown),
 		Got: strings.Join(r.check.Passed, "; "), Want: "a variant with a backend that has all of it"}
-	if near < 0 {
+	if near == nil {
 		return misfit
 	}
-	misfit.Want = "a unit that does not ask for " + words(nearLack) + ", or a backend that has it"
-	u.Variants[near].take(w, nearBackend)
+	misfit.Want = "a unit that does not ask for " + words(near.guarded) + ", or a backend that has it"
+	u.Variants[near.Variant-1].take(w, near.Backend)
 	r.lack = misfit
 	return nil
+}
+
+// Fit is one way in which a unit may run on a host: one of its variants on one backend.
+type Fit struct {
+	Variant int             `json:"variant"` // counted from 1
+	Format  backends.Format `json:"format"`
+	Backend string          `json:"backend"`
+	Why     string          `json:"why,omitempty"` // why it cannot; "" if it can
+	guarded []string        // what is all that it lacks: features that weaken the confinement
+}
+
+// Fits lists the ways in which a unit may run on a host, the preferred first. The first that can is the one that is taken.
+func (s *Site) Fits(unit string, host Host) ([]Fit, error) {
+	i := slices.IndexFunc(s.units, func(e *entry) bool { return string(e.unit.Unit) == unit })
+	if i < 0 {
+		return nil, fmt.Errorf("the site has no unit %s", show(unit))
+	}
+	u := s.units[i].unit
+	w := u.workload(s.units[i].files, host)
+	return slices.Collect(u.fits(&w, host)), nil
+}
+
+func (u *Unit) fits(w *backends.Workload, host Host) iter.Seq[Fit] {
+	asked, guarded := u.features(w)
+	return func(yield func(Fit) bool) {
+		for i, v := range u.Variants {
+			format, _ := v.format()
+			for _, name := range v.candidates(format, host) {
+				fit := Fit{Variant: i + 1, Format: format, Backend: name, Why: unfit(name, format, asked, host)}
+				if fit.Why == "" {
+					if fit.guarded = missing(host.Fingerprints[name], guarded); len(fit.guarded) > 0 {
+						fit.Why = name + " has no " + words(fit.guarded)
+					}
+				}
+				if !yield(fit) {
+					return
+				}
+			}
+		}
+	}
 }
 
 // take makes the workload one of a variant on a backend.

@@ -1,0 +1,306 @@
+package main
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"runtime"
+	"slices"
+	"strings"
+	"text/tabwriter"
+
+	"github.com/spf13/cobra"
+
+	"github.com/kindos/kmo/backends"
+	"github.com/kindos/kmo/backends/appimage"
+	"github.com/kindos/kmo/backends/native"
+	"github.com/kindos/kmo/backends/plugin"
+	"github.com/kindos/kmo/backends/wasm"
+	"github.com/kindos/kmo/reconciler/template"
+)
+
+// builtIn is a backend in this binary.
+type builtIn struct {
+	name    string
+	runs    string // what, in a few words
+	install string // what the runtime needs on Debian; "" is nothing
+	open    func(state string, logger *slog.Logger) (backends.Backend, error)
+}
+
+// builtIns lists every backend in this binary.
+func builtIns() []builtIn {
+	return []builtIn{
+		{native.Name, "programs and images, as processes", "", func(state string, logger *slog.Logger) (backends.Backend, error) {
+			return native.Open(native.Options{State: state, Logger: logger})
+		}},
+		{wasm.Name, "WASI modules", "", func(state string, logger *slog.Logger) (backends.Backend, error) {
+			return wasm.Open(wasm.Options{State: state, Logger: logger})
+		}},
+		{appimage.Name, "AppImages", "", func(state string, logger *slog.Logger) (backends.Backend, error) {
+			return appimage.Open(appimage.Options{State: state, Logger: logger})
+		}},
+	}
+}
+
+func builtInNames() (names []string) {
+	for _, b := range builtIns() {
+		names = append(names, b.name)
+	}
+	return names
+}
+
+func findBuiltIn(name string) (builtIn, error) {
+	all := builtIns()
+	i := slices.IndexFunc(all, func(b builtIn) bool { return b.name == name })
+	if i < 0 {
+		return builtIn{}, usageError{fmt.Errorf("no built-in backend %q; there are %s", name, strings.Join(builtInNames(), ", "))}
+	}
+	return all[i], nil
+}
+
+func backendCommand() *cobra.Command {
+	return group("backend", "What this host can run things with", backendList(), backendCheck(), backendFit(), backendServe())
+}
+
+func backendServe() *cobra.Command {
+	var state string
+	serve := &cobra.Command{
+		Use:    "serve NAME",
+		Short:  "Be the plugin process of a built-in backend; the agent starts this",
+		Hidden: true,
+		Args:   oneArg("a built-in backend"),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			b, err := findBuiltIn(args[0])
+			if err != nil {
+				return err
+			}
+			logger := newLogger(cmd.ErrOrStderr())
+			backend, err := b.open(state, logger)
+			if err != nil {
+				return err
+			}
+			plugin.Serve(backend, logger)
+			return closed(backend)
+		},
+	}
+	serve.Flags().StringVar(&state, "state", "", "the backend's state folder")
+	return serve
+}
+
+func closed(backend backends.Backend) error {
+	if closer, ok := backend.(io.Closer); ok {
+		return closer.Close()
+	}
+	return nil
+}
+
+// found is what was found out about a built-in backend on this host.
+type found struct {
+	backends.Fingerprint
+	Runs    string `json:"runs"`
+	Trouble string `json:"trouble,omitempty"` // why it runs nothing here
+	Install string `json:"install,omitempty"` // what would help, on Debian
+}
+
+// look asks built-in backends, each over a state folder of its own that is gone afterwards.
+func look(cmd *cobra.Command, all []builtIn) (list []found, err error) {
+	folder, err := os.MkdirTemp("", "kmo-backend-")
+	if err != nil {
+		return nil, err
+	}
+	defer func() { err = errors.Join(err, os.RemoveAll(folder)) }()
+	logger := newLogger(cmd.ErrOrStderr())
+	for _, b := range all {
+		f := found{Runs: b.runs, Fingerprint: backends.Fingerprint{Backend: b.name}}
+		backend, err := b.open(filepath.Join(folder, b.name), logger)
+		if err == nil {
+			f.Fingerprint, err = backend.Fingerprint(cmd.Context())
+			err = errors.Join(err, closed(backend))
+		}
+		switch {
+		case cmd.Context().Err() != nil:
+			return nil, cmd.Context().Err()
+		case err != nil:
+			f.Backend, f.Trouble, f.Install = b.name, err.Error(), b.install
+		case len(f.Formats) == 0:
+			f.Trouble, f.Install = "it runs nothing on this host; see what is missing", b.install
+		}
+		list = append(list, f)
+	}
+	return list, nil
+}
+
+func backendList() *cobra.Command {
+	out := &output{}
+	list := &cobra.Command{
+		Use:   "list",
+		Short: "List the built-in backends and what they can run on this host",
+		Long: `List the built-in backends and what they can run on this host, measured now. What one can do in full, and what it cannot and why, is
+for 'kmo backend check'.
+
+Exit statuses: 0 good, 1 error, 2 usage.`,
+		Example: "  kmo backend list\n  kmo backend list -o json",
+		Args:    cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			all, err := look(cmd, builtIns())
+			if err != nil {
+				return err
+			}
+			return out.print(cmd.OutOrStdout(), all, func(w io.Writer) { printBackends(w, all) })
+		},
+	}
+	out.add(list)
+	return list
+}
+
+func printBackends(w io.Writer, all []found) {
+	table := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
+	_, _ = fmt.Fprintln(table, "BACKEND\tRUNS\tISOLATION\tHERE")
+	for _, f := range all {
+		here := f.Version
+		if f.Trouble != "" {
+			here = "no: " + f.Trouble
+			if f.Install != "" {
+				here += "; on Debian: " + f.Install
+			}
+		}
+		_, _ = fmt.Fprintf(table, "%s\t%s\t%s\t%s\n", f.Backend, f.Runs, f.Isolation, here)
+	}
+	_ = table.Flush()
+}
+
+func backendCheck() *cobra.Command {
+	out := &output{}
+	check := &cobra.Command{
+		Use:   "check NAME",
+		Short: "Say all that a built-in backend can do on this host, and what it cannot and why",
+		Long: `Say all that a built-in backend can do on this host, measured now, and what it cannot do and why. A unit that asks for a feature which
+its backend lacks is refused when it is planned, or runs by its next variant.
+
+Exit statuses: 0 it can run something, 1 it cannot, or an error, 2 usage.`,
+		Example: "  kmo backend check native",
+		Args:    oneArg("a built-in backend"),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			b, err := findBuiltIn(args[0])
+			if err != nil {
+				return err
+			}
+			all, err := look(cmd, []builtIn{b})
+			if err != nil {
+				return err
+			}
+			if err := out.print(cmd.OutOrStdout(), all[0], func(w io.Writer) { printBackend(w, all[0]) }); err != nil {
+				return err
+			}
+			if all[0].Trouble != "" {
+				return status(exitError)
+			}
+			return nil
+		},
+	}
+	out.add(check)
+	return check
+}
+
+func printBackend(w io.Writer, f found) {
+	table := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
+	row := func(name string, value any) { _, _ = fmt.Fprintf(table, "%s\t%v\n", name, value) }
+	row("backend", f.Backend+", "+f.Runs)
+	if f.Trouble != "" {
+		row("trouble", f.Trouble)
+	}
+	if f.Install != "" {
+		row("on Debian", f.Install)
+	}
+	if f.Version != "" {
+		row("version", f.Version)
+		row("formats", f.Formats)
+		row("platforms", f.Platforms)
+		row("isolation", f.Isolation)
+	}
+	for _, feature := range backends.Features() {
+		if f.Version != "" {
+			row(string(feature.Feature), map[bool]string{true: "yes", false: "no"}[f.Has(feature.Feature)]+"\t"+feature.Meaning)
+		}
+	}
+	_ = table.Flush()
+	for _, missing := range f.Missing {
+		_, _ = fmt.Fprintln(w, "not on this host:", missing)
+	}
+}
+
+func backendFit() *cobra.Command {
+	var folder string
+	out := &output{}
+	fit := &cobra.Command{
+		Use:   "fit UNIT",
+		Short: "Say by which variant and backend a unit of a site folder would run on this host, and why not by the others",
+		Long: `Say by which variant and which built-in backend a unit of a site folder would run on this host, and why not by the others. Where the unit is
+to be placed (place.on) is not looked at, nor what the rules say: for that there is 'kmo plan'.
+
+Exit statuses: 0 it would run, 1 error, 2 usage, 3 it would not, or the folder is refused.`,
+		Example: "  kmo backend fit relay\n  kmo backend fit relay --site ../north-sea -o json",
+		Args:    oneArg("a unit"),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			root, err := os.OpenRoot(folder)
+			if err != nil {
+				return err
+			}
+			defer root.Close()
+			site, err := template.Load(root.FS())
+			if err != nil {
+				return err
+			}
+			all, err := look(cmd, builtIns())
+			if err != nil {
+				return err
+			}
+			fits, err := site.Fits(args[0], thisHost(all))
+			if err != nil {
+				return err
+			}
+			if err := out.print(cmd.OutOrStdout(), fits, func(w io.Writer) { printFits(w, fits) }); err != nil {
+				return err
+			}
+			if !slices.ContainsFunc(fits, func(f template.Fit) bool { return f.Why == "" }) {
+				return status(exitRefused)
+			}
+			return nil
+		},
+	}
+	fit.Flags().StringVar(&folder, "site", ".", "the site's folder")
+	out.add(fit)
+	return fit
+}
+
+// thisHost is what is known of this machine without an agent.
+func thisHost(all []found) template.Host {
+	host := template.Host{Name: "this host", OS: runtime.GOOS, Arch: runtime.GOARCH, Fingerprints: map[string]backends.Fingerprint{}}
+	for _, f := range all {
+		if f.Trouble == "" {
+			host.Fingerprints[f.Backend] = f.Fingerprint
+		}
+	}
+	return host
+}
+
+func printFits(w io.Writer, fits []template.Fit) {
+	table := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
+	_, _ = fmt.Fprintln(table, "VARIANT\tFORMAT\tBACKEND\tFITS")
+	taken := false
+	for _, f := range fits {
+		says := "no: " + f.Why
+		if f.Why == "" {
+			says = "yes"
+			if !taken {
+				says = "yes, and is the one that runs"
+			}
+			taken = true
+		}
+		_, _ = fmt.Fprintf(table, "%d\t%s\t%s\t%s\n", f.Variant, f.Format, f.Backend, says)
+	}
+	_ = table.Flush()
+}
