@@ -126,7 +126,6 @@ type Workload struct {
 	Doors     []Door        `json:"doors,omitempty"`
 	Overlay   Overlay       `json:"overlay"`
 	Hooks     Hooks         `json:"hooks"`
-	Links     []Link        `json:"links,omitempty"`
 	Security  Security      `json:"security"`
 }
 
@@ -204,9 +203,10 @@ type File struct {
 	Secret bool `json:"secret,omitempty"`
 }
 
-// Door is a folder of this host, on storage that is memory, which several of its workloads see. The agent makes it before Apply, and
-// it outlives them.
+// Door is a folder of this host, on storage that is memory, which the workloads of a unit and of those that link to it see. The agent makes
+// it before Apply, and it outlives them.
 type Door struct {
+	Unit string `json:"unit"` // whose it is
 	From string `json:"from"`
 	To   string `json:"to"`
 	Via  string `json:"via"` // memory: files that are mapped; socket: unix sockets
@@ -233,12 +233,6 @@ type Hooks struct {
 	PreInit  [][]string `json:"preInit,omitempty"`  // before the program, same image and mounts; each must end 0
 	PostInit [][]string `json:"postInit,omitempty"` // once the program has been started; each must end 0
 	Exit     [][]string `json:"exit,omitempty"`     // before it is stopped
-}
-
-// Link is a wanted connection to another unit of the site.
-type Link struct {
-	To  string `json:"to"`
-	Via string `json:"via"` // rpc, memory, bus
 }
 
 // Security is what a workload asks for beyond the default confinement. The zero value asks for nothing.

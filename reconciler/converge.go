@@ -4,6 +4,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"os"
+	"path/filepath"
 	"slices"
 	"sort"
 	"strings"
@@ -80,7 +82,47 @@ func (r *Reconciler) converge(ctx context.Context, want *desired, steps []Step, 
 			err = errors.Join(err, r.remove(ctx, step.Backend, step.Name, step.Reason))
 		}
 	}
+	if err == nil && ctx.Err() == nil {
+		err = closeDoors(r.Host.Doors, want.plan.Workloads)
+	}
 	return finding, err
+}
+
+// openDoors makes the folders that a workload shares with others. Only they see them: the folder above is this agent's alone.
+func openDoors(w backends.Workload) error {
+	for _, door := range w.Doors {
+		if err := os.MkdirAll(door.From, 0o700); err != nil {
+			return err
+		}
+		if err := os.Chmod(door.From, 0o777|os.ModeSticky); err != nil { // each of them is another user
+			return err
+		}
+	}
+	return nil
+}
+
+// closeDoors removes the doors of units that no workload sees any more.
+func closeDoors(folder string, workloads []backends.Workload) error {
+	if folder == "" {
+		return nil
+	}
+	open := map[string]bool{}
+	for _, w := range workloads {
+		for _, door := range w.Doors {
+			open[door.Unit] = true
+		}
+	}
+	found, err := os.ReadDir(folder)
+	if errors.Is(err, os.ErrNotExist) {
+		return nil
+	}
+	for _, unit := range found {
+		if !open[unit.Name()] {
+			err = errors.Join(err, os.RemoveAll(filepath.Join(folder, unit.Name())))
+		}
+	}
+	_ = os.Remove(folder) // if it is empty
+	return err
 }
 
 // start does the Apply steps, in order, and watches what they started. Going forward the first that does not pass ends it; going back
@@ -169,7 +211,10 @@ func (r *Reconciler) apply(ctx context.Context, step Step) error {
 		}
 	}
 	begun := time.Now()
-	err := backend.Apply(ctx, step.Workload)
+	err := openDoors(step.Workload)
+	if err == nil {
+		err = backend.Apply(ctx, step.Workload)
+	}
 	r.Logger.Debug("apply", "unit", step.Name, "backend", step.Backend, "stage", "apply", "took", time.Since(begun), "reason", step.Reason, "err", err)
 	return err
 }

@@ -2,12 +2,14 @@ package main
 
 import (
 	"bytes"
+	"crypto/sha256"
 	"fmt"
 	"os"
 	"strconv"
 
 	"golang.org/x/sys/unix"
 
+	"github.com/kindos/kmo/backends/process/secret"
 	"github.com/kindos/kmo/reconciler/template"
 )
 
@@ -32,6 +34,7 @@ func measure(facts *template.Host, dir string) error {
 	if err := unix.Statfs(dir, &disk); err != nil {
 		return fmt.Errorf("measuring disk: %w", err)
 	}
+	facts.Doors = secret.Open("", fmt.Sprintf("doors-%.4x", sha256.Sum256([]byte(dir)))).Dir()
 	facts.Disk = int64(disk.Blocks) * disk.Bsize
 	return nil
 }

@@ -260,13 +260,11 @@ func TestU39TextFromOutsideIsClipped(t *testing.T) {
 
 func TestNotYet(t *testing.T) {
 	unit := map[string]string{
-		"place.count":       "place: {count: 3}\n",
-		"place.prefer":      "place: {prefer: [{label: {sensor: cam-1}, weight: 50}]}\n",
-		"place.spread":      "place: {spread: zone}\n",
-		"secrets":           "secrets: [{from: token.sops.yaml, key: token, to: /run/secrets/token}]\n",
-		"links":             "links: [{to: message-bus, via: bus}]\n",
-		"resources.devices": "resources: {devices: [camera]}\n",
-		"gate.metrics":      "gate: {metrics: [{name: p99_ms, scrape: {port: http, path: /metrics, query: p99}, worse: 20%}]}\n",
+		"place.count":  "place: {count: 3}\n",
+		"place.prefer": "place: {prefer: [{label: {sensor: cam-1}, weight: 50}]}\n",
+		"place.spread": "place: {spread: zone}\n",
+		"secrets":      "secrets: [{from: token.sops.yaml, key: token, to: /run/secrets/token}]\n",
+		"gate.metrics": "gate: {metrics: [{name: p99_ms, scrape: {port: http, path: /metrics, query: p99}, worse: 20%}]}\n",
 	}
 	site := map[string]string{
 		"rollout":   "rollout: {bake: 5m, maxUnavailable: 10%, missing: 20%}\n",
@@ -294,6 +292,10 @@ func TestNotYet(t *testing.T) {
 			}
 		})
 	}
+	t.Run("the bus", func(t *testing.T) {
+		_, err := loadUnit(smallUnit("links: [{to: other, via: rpc}, {to: other, via: bus}]\n"))
+		wantRefusal(t, err, "E_UNSUPPORTED", "links.via: this build does not act on it: there is no bus yet")
+	})
 	t.Run("in a profile", func(t *testing.T) {
 		_, err := Load(northSea("profiles/edge-small.yaml", edgeSmall+"place: {spread: zone}\n"))
 		wantRefusal(t, err, "E_UNSUPPORTED", "profiles/edge-small.yaml:7:17 place.spread")

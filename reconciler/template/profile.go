@@ -25,8 +25,6 @@ func notYet() []struct{ file, path, but, why string } {
 		{"unit", "place.prefer", "", "every host that fits runs one copy"},
 		{"unit", "place.spread", "", "every host that fits runs one copy"},
 		{"unit", "secrets", "", "secrets are not decrypted yet"},
-		{"unit", "links", "", "links are not made yet"},
-		{"unit", "resources.devices", "", "devices are not handed out yet"},
 		{"unit", "gate.metrics", "", "metrics are not scraped yet"},
 	}
 }
@@ -50,6 +48,13 @@ func refuseNotYet(file string, top *node) error {
 			want = row.but + ", or no such key"
 		}
 		found.add(n, row.path, "this build does not act on it: "+row.why, want)
+	}
+	if links := top.get("links"); file == "unit" && links != nil {
+		for _, link := range links.values {
+			if via := link.get("via"); via != nil && via.text == "bus" {
+				found.add(via, "links.via", "this build does not act on it: there is no bus yet", "rpc or memory")
+			}
+		}
 	}
 	for _, one := range found.list {
 		one.Code = "E_UNSUPPORTED"

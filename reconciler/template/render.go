@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"iter"
+	"path"
 	"slices"
 	"strings"
 	"sync/atomic"
@@ -38,6 +39,7 @@ type Host struct {
 	PIDs         int64                           `json:"-"`                 // for the rules; nothing is placed by it
 	Disk         int64                           `json:"-"`                 // bytes, for the rules; nothing is placed by it
 	Devices      map[string][]string             `json:"devices,omitempty"` // device nodes by the name that units know
+	Doors        string                          `json:"doors"`             // folder on storage that is memory, below which doors are; "" is none
 	Fingerprints map[string]backends.Fingerprint `json:"fingerprints"`      // by backend
 }
 
@@ -70,6 +72,7 @@ type Skip struct {
 // render is a unit rendered for one host.
 type render struct {
 	host     [sha256.Size]byte
+	offers   []string
 	skip     string
 	workload backends.Workload
 	check    Check
@@ -93,10 +96,10 @@ func (s *Site) Render(host Host) (Plan, error) {
 	var errs []error
 	taken := make(map[int]string) // host ports, by the unit that has them
 	for _, e := range s.units {
-		r := e.rendered.Load()
-		if r == nil || r.host != key {
-			r = e.render(host)
-			r.host = key
+		r, offers := e.rendered.Load(), s.offers[string(e.unit.Unit)]
+		if r == nil || r.host != key || !slices.Equal(r.offers, offers) {
+			r = e.render(host, offers)
+			r.host, r.offers = key, offers
 			e.rendered.Store(r)
 		}
 		switch {
@@ -118,12 +121,13 @@ func (s *Site) Render(host Host) (Plan, error) {
 	return plan, nil
 }
 
-// render renders one unit.
-func (e *entry) render(host Host) *render {
+// render renders one unit, to which others link by what it offers.
+func (e *entry) render(host Host, offers []string) *render {
 	if why := e.unit.misplaced(host); why != "" {
 		return &render{skip: why}
 	}
 	w := e.unit.workload(e.files, host)
+	w.Doors = append(w.Doors, doors(w.Unit, offers, host)...)
 	r := &render{check: Check{Unit: w.Unit, Needs: texts(e.unit.Needs), Health: e.unit.Health, Gate: e.unit.Gate}}
 	if r.err = e.unit.choose(&w, host, r); r.err != nil {
 		return r
@@ -152,6 +156,9 @@ func (u *Unit) misplaced(host Host) string {
 	}
 	if len(labels) > 0 {
 		return slices.Min(labels)
+	}
+	if host.Doors == "" && slices.ContainsFunc(u.Links, func(l Link) bool { return l.Via != "bus" }) {
+		return "no storage that is memory for its links; want /run/kmo or /dev/shm/kmo on a tmpfs"
 	}
 	if need := u.Resources.CPU.Min; int64(need) > host.CPU {
 		return fmt.Sprintf("%s cores; want %s", CPU(host.CPU), need)
@@ -195,9 +202,21 @@ func (u *Unit) workload(files []backends.File, host Host) backends.Workload {
 		w.Mounts = append(w.Mounts, backends.Mount{From: m.From.clean(), To: string(m.To), ReadOnly: m.ReadOnly})
 	}
 	for _, link := range u.Links {
-		w.Links = append(w.Links, backends.Link{To: string(link.To), Via: link.Via})
+		if link.To != u.Unit { // what others see of it is its own, too
+			w.Doors = append(w.Doors, doors(string(link.To), []string{link.Via}, host)...)
+		}
 	}
 	return w
+}
+
+// doors are the doors of a unit for what others link to it by. The bus has none: it is no matter of one host.
+func doors(unit string, vias []string, host Host) (list []backends.Door) {
+	for _, via := range vias {
+		if kind := map[string]string{"memory": "memory", "rpc": "socket"}[via]; kind != "" {
+			list = append(list, backends.Door{Unit: unit, Via: kind, From: path.Join(host.Doors, unit, kind), To: path.Join("/run/kmo", unit, kind)})
+		}
+	}
+	return list
 }
 
 // format is what a variant's bytes are and where they are.

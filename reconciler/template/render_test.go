@@ -452,3 +452,42 @@ func BenchmarkRenderUnchanged1000(b *testing.B) {
 		}
 	}
 }
+
+// A unit and those that link to it see the same doors; who else links to it changes nothing of the others.
+func TestDoors(t *testing.T) {
+	unit := func(name, rest string) string {
+		return "unit: " + name + "\ntier: 3\nvariants: [{native: r.example/u}]\n" + rest
+	}
+	relay := unit("relay", "links: [{to: bus, via: memory}, {to: bus, via: rpc}]\n")
+	render := func(more ...string) map[string]backends.Workload {
+		site := mustLoad(t, files(append([]string{"site.yaml", siteFile, "units/bus/unit.yaml", unit("bus", ""), "units/hub/unit.yaml", unit("hub", "")}, more...)...))
+		host := edge()
+		host.Doors = "/run/kmo/doors"
+		plan, err := site.Render(host)
+		if err != nil {
+			t.Fatal(err)
+		}
+		all := map[string]backends.Workload{}
+		for _, w := range plan.Workloads {
+			all[w.Unit] = w
+		}
+		return all
+	}
+	alone, one := render(), render("units/relay/unit.yaml", relay)
+	two := render("units/relay/unit.yaml", relay, "units/other/unit.yaml", strings.Replace(relay, "relay", "other", 1))
+	want := []backends.Door{
+		{Unit: "bus", From: "/run/kmo/doors/bus/memory", To: "/run/kmo/bus/memory", Via: "memory"},
+		{Unit: "bus", From: "/run/kmo/doors/bus/socket", To: "/run/kmo/bus/socket", Via: "socket"},
+	}
+	if !slices.Equal(one["bus"].Doors, want) || !slices.Equal(one["relay"].Doors, want) || len(one["hub"].Doors)+len(alone["bus"].Doors) > 0 {
+		t.Errorf("doors are %+v of bus, %+v of relay, want %+v; %+v of hub, %+v of bus alone", one["bus"].Doors, one["relay"].Doors, want, one["hub"].Doors, alone["bus"].Doors)
+	}
+	if two["bus"].Spec != one["bus"].Spec || alone["bus"].Spec == one["bus"].Spec {
+		t.Errorf("specs of bus are %v alone, %v with one that links to it, %v with two", alone["bus"].Spec, one["bus"].Spec, two["bus"].Spec)
+	}
+	site := mustLoad(t, files("site.yaml", siteFile, "units/bus/unit.yaml", unit("bus", ""), "units/hub/unit.yaml", unit("hub", ""), "units/relay/unit.yaml", relay))
+	plan, err := site.Render(edge())
+	if err != nil || len(plan.Skipped) != 1 || !strings.Contains(plan.Skipped[0].Why, "on a tmpfs") {
+		t.Errorf("without memory for doors: %+v, %v", plan.Skipped, err)
+	}
+}

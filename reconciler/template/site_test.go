@@ -78,7 +78,7 @@ func northSea(more ...string) fstest.MapFS {
 // everything is what a backend that lacks nothing has.
 func everything() []backends.Feature {
 	return []backends.Feature{backends.PortMap, backends.LimitCPU, backends.LimitMemory, backends.LimitPIDs, backends.LimitDisk,
-		backends.Overlays, backends.Keep, backends.Files, backends.LowPorts, backends.Hooking, backends.Exec}
+		backends.Overlays, backends.Keep, backends.Files, backends.LowPorts, backends.MemoryPool, backends.Sockets, backends.Devices, backends.Hooking, backends.Exec}
 }
 
 // edge is a host that has a native backend and one for WASM.

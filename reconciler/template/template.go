@@ -55,9 +55,10 @@ const (
 // Site is a site as its files say. It is read-only: commits that share files share what was decoded from them.
 type Site struct {
 	Config Config
-	Units  []*Unit  // after their profiles, sorted by name
-	Order  []string // the units' names, dependencies first
-	units  []*entry // in Order
+	Units  []*Unit             // after their profiles, sorted by name
+	Order  []string            // the units' names, dependencies first
+	units  []*entry            // in Order
+	offers map[string][]string // by what others link to a unit, sorted
 }
 
 // Unit returns the unit of that name, nil if there is none.
@@ -136,7 +137,7 @@ func (l *Loader) Load(tree fs.FS) (*Site, error) {
 	if err != nil {
 		return nil, err
 	}
-	site := &Site{Config: run.config, units: ordered}
+	site := &Site{Config: run.config, units: ordered, offers: offers(ordered)}
 	l.last = make(map[string]*entry, len(entries))
 	for i, e := range entries {
 		site.Units = append(site.Units, e.unit)
@@ -299,4 +300,18 @@ func (l *loading) oneProfile(item fs.DirEntry) error {
 // isName says whether a text is a name.
 func (l *loading) isName(text string) bool {
 	return l.decoder.fits(Name(text))
+}
+
+// offers is by what the units are linked to.
+func offers(units []*entry) map[string][]string {
+	all := make(map[string][]string)
+	for _, e := range units {
+		for _, link := range e.unit.Links {
+			if to := string(link.To); !slices.Contains(all[to], link.Via) {
+				all[to] = append(all[to], link.Via)
+				slices.Sort(all[to])
+			}
+		}
+	}
+	return all
 }

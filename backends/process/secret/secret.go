@@ -48,6 +48,9 @@ func private(dir string) bool {
 	return memory && found.Mode&unix.S_IFMT == unix.S_IFDIR && int(found.Uid) == os.Geteuid() && found.Mode&0o022 == 0
 }
 
+// Dir is the backend's folder, or "" without memory. It need not be there.
+func (s Store) Dir() string { return s.dir }
+
 // Has says whether there is memory.
 func (s Store) Has() bool { return s.dir != "" }
 
