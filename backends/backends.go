@@ -203,6 +203,17 @@ type File struct {
 	Secret bool `json:"secret,omitempty"`
 }
 
+// Veil returns files without the contents of those that are secret: what may be recorded and shown.
+func Veil(files []File) []File {
+	files = slices.Clone(files)
+	for i := range files {
+		if files[i].Secret {
+			files[i].Content = nil
+		}
+	}
+	return files
+}
+
 // Door is a folder of this host, on storage that is memory, which the workloads of a unit and of those that link to it see. The agent makes
 // it before Apply, and it outlives them.
 type Door struct {

@@ -76,7 +76,8 @@ func workloadShape() *shape {
 	return &shape{kind: object, must: true, fields: map[string]*shape{
 		"image": {kind: object, must: true, fields: map[string]*shape{"ref": needed(text), "root": needed(text)}},
 		"resources": {kind: object, must: true, fields: map[string]*shape{
-			"cpu": of(integer), "memory": of(integer), "pids": of(integer), "disk": of(integer), "devices": listOf(needed(text))}},
+			"cpu": of(integer), "memory": of(integer), "pids": of(integer), "disk": of(integer),
+			"devices": listOf(&shape{kind: object, must: true, fields: map[string]*shape{"name": needed(text), "nodes": listOf(needed(text))}})}},
 		"run": runShape(needed(integer)),
 		"files": listOf(&shape{kind: object, must: true, fields: map[string]*shape{
 			"to": needed(text), "mode": needed(integer), "content": of(text)}}),

@@ -255,6 +255,7 @@ func (r *Reconciler) input(ctx context.Context, rec Record, good, next *desired)
 		}
 		for i, workload := range next.plan.Workloads {
 			if workload.Unit == name {
+				workload.Files = backends.Veil(workload.Files)
 				unit.Workloads, unit.Images = append(unit.Workloads, workload), append(unit.Images, described[i])
 			}
 		}

@@ -33,7 +33,8 @@ deny contains plan.finding("KT001", i, "resources.devices", msg) if {
 	some i, unit in input.units
 	some workload in unit.workloads
 	some device in workload.resources.devices
-	msg := every_device(device)
+	some named in array.concat([device.name], object.get(device, "nodes", []))
+	msg := every_device(named)
 }
 
 every_device(device) := sprintf("devices hold %q, which is every device; want single devices by name", [device]) if {

@@ -16,7 +16,6 @@ import (
 
 	"github.com/kindos/kmo/backends"
 	"github.com/kindos/kmo/backends/process/monitor"
-	"github.com/kindos/kmo/backends/process/secret"
 	"github.com/kindos/kmo/backends/process/stage"
 	"golang.org/x/sys/unix"
 )
@@ -54,7 +53,7 @@ const recordFile = "record.json"
 // save replaces the record as a whole: a process killed at any instruction leaves the old or the new one.
 func (r *record) save(dir string) error {
 	open := *r
-	open.Workload.Files = secret.Veil(r.Workload.Files)
+	open.Workload.Files = backends.Veil(r.Workload.Files)
 	text, err := json.Marshal(open)
 	if err != nil {
 		return err

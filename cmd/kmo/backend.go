@@ -27,20 +27,28 @@ type builtIn struct {
 	name    string
 	runs    string // what, in a few words
 	install string // what the runtime needs on Debian; "" is nothing
-	open    func(state string, logger *slog.Logger) (backends.Backend, error)
+	engine  string // what Config.Engines says of it; "" is nothing
+	open    func(o opening) (backends.Backend, error)
+}
+
+// opening is how a built-in backend is opened.
+type opening struct {
+	state  string // its folder
+	engine string // where its runtime is, "" where that usually is
+	logger *slog.Logger
 }
 
 // builtIns lists every backend in this binary.
 func builtIns() []builtIn {
 	return []builtIn{
-		{native.Name, "programs and images, as processes", "", func(state string, logger *slog.Logger) (backends.Backend, error) {
-			return native.Open(native.Options{State: state, Logger: logger})
+		{name: native.Name, runs: "programs and images, as processes", open: func(o opening) (backends.Backend, error) {
+			return native.Open(native.Options{State: o.state, Logger: o.logger})
 		}},
-		{wasm.Name, "WASI modules", "", func(state string, logger *slog.Logger) (backends.Backend, error) {
-			return wasm.Open(wasm.Options{State: state, Logger: logger})
+		{name: wasm.Name, runs: "WASI modules", open: func(o opening) (backends.Backend, error) {
+			return wasm.Open(wasm.Options{State: o.state, Logger: o.logger})
 		}},
-		{appimage.Name, "AppImages", "", func(state string, logger *slog.Logger) (backends.Backend, error) {
-			return appimage.Open(appimage.Options{State: state, Logger: logger})
+		{name: appimage.Name, runs: "AppImages", open: func(o opening) (backends.Backend, error) {
+			return appimage.Open(appimage.Options{State: o.state, Logger: o.logger})
 		}},
 	}
 }
@@ -66,7 +74,7 @@ func backendCommand() *cobra.Command {
 }
 
 func backendServe() *cobra.Command {
-	var state string
+	var o opening
 	serve := &cobra.Command{
 		Use:    "serve NAME",
 		Short:  "Be the plugin process of a built-in backend; the agent starts this",
@@ -77,16 +85,17 @@ func backendServe() *cobra.Command {
 			if err != nil {
 				return err
 			}
-			logger := newLogger(cmd.ErrOrStderr())
-			backend, err := b.open(state, logger)
+			o.logger = newLogger(cmd.ErrOrStderr())
+			backend, err := b.open(o)
 			if err != nil {
 				return err
 			}
-			plugin.Serve(backend, logger)
+			plugin.Serve(backend, o.logger)
 			return closed(backend)
 		},
 	}
-	serve.Flags().StringVar(&state, "state", "", "the backend's state folder")
+	serve.Flags().StringVar(&o.state, "state", "", "the backend's state folder")
+	serve.Flags().StringVar(&o.engine, "engine", "", "where its runtime is")
 	return serve
 }
 
@@ -106,7 +115,7 @@ type found struct {
 }
 
 // look asks built-in backends, each over a state folder of its own that is gone afterwards.
-func look(cmd *cobra.Command, all []builtIn) (list []found, err error) {
+func look(cmd *cobra.Command, all []builtIn, engines map[string]string) (list []found, err error) {
 	folder, err := os.MkdirTemp("", "kmo-backend-")
 	if err != nil {
 		return nil, err
@@ -115,7 +124,7 @@ func look(cmd *cobra.Command, all []builtIn) (list []found, err error) {
 	logger := newLogger(cmd.ErrOrStderr())
 	for _, b := range all {
 		f := found{Runs: b.runs, Fingerprint: backends.Fingerprint{Backend: b.name}}
-		backend, err := b.open(filepath.Join(folder, b.name), logger)
+		backend, err := b.open(opening{filepath.Join(folder, b.name), engines[b.name], logger})
 		if err == nil {
 			f.Fingerprint, err = backend.Fingerprint(cmd.Context())
 			err = errors.Join(err, closed(backend))
@@ -134,7 +143,7 @@ func look(cmd *cobra.Command, all []builtIn) (list []found, err error) {
 }
 
 func backendList() *cobra.Command {
-	out := &output{}
+	out, engines := &output{}, map[string]string{}
 	list := &cobra.Command{
 		Use:   "list",
 		Short: "List the built-in backends and what they can run on this host",
@@ -145,7 +154,7 @@ Exit statuses: 0 good, 1 error, 2 usage.`,
 		Example: "  kmo backend list\n  kmo backend list -o json",
 		Args:    cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			all, err := look(cmd, builtIns())
+			all, err := look(cmd, builtIns(), engines)
 			if err != nil {
 				return err
 			}
@@ -153,7 +162,12 @@ Exit statuses: 0 good, 1 error, 2 usage.`,
 		},
 	}
 	out.add(list)
+	addEngines(list, engines)
 	return list
+}
+
+func addEngines(cmd *cobra.Command, engines map[string]string) {
+	cmd.Flags().StringToStringVar(&engines, "engine", nil, "where a backend's runtime is, as NAME=PATH; as engines in the agent's file")
 }
 
 func printBackends(w io.Writer, all []found) {
@@ -173,7 +187,7 @@ func printBackends(w io.Writer, all []found) {
 }
 
 func backendCheck() *cobra.Command {
-	out := &output{}
+	out, engines := &output{}, map[string]string{}
 	check := &cobra.Command{
 		Use:   "check NAME",
 		Short: "Say all that a built-in backend can do on this host, and what it cannot and why",
@@ -188,7 +202,7 @@ Exit statuses: 0 it can run something, 1 it cannot, or an error, 2 usage.`,
 			if err != nil {
 				return err
 			}
-			all, err := look(cmd, []builtIn{b})
+			all, err := look(cmd, []builtIn{b}, engines)
 			if err != nil {
 				return err
 			}
@@ -202,6 +216,7 @@ Exit statuses: 0 it can run something, 1 it cannot, or an error, 2 usage.`,
 		},
 	}
 	out.add(check)
+	addEngines(check, engines)
 	return check
 }
 
@@ -234,7 +249,7 @@ func printBackend(w io.Writer, f found) {
 
 func backendFit() *cobra.Command {
 	var folder string
-	out := &output{}
+	out, engines := &output{}, map[string]string{}
 	fit := &cobra.Command{
 		Use:   "fit UNIT",
 		Short: "Say by which variant and backend a unit of a site folder would run on this host, and why not by the others",
@@ -254,7 +269,7 @@ Exit statuses: 0 it would run, 1 error, 2 usage, 3 it would not, or the folder i
 			if err != nil {
 				return err
 			}
-			all, err := look(cmd, builtIns())
+			all, err := look(cmd, builtIns(), engines)
 			if err != nil {
 				return err
 			}
@@ -273,6 +288,7 @@ Exit statuses: 0 it would run, 1 error, 2 usage, 3 it would not, or the folder i
 	}
 	fit.Flags().StringVar(&folder, "site", ".", "the site's folder")
 	out.add(fit)
+	addEngines(fit, engines)
 	return fit
 }
 

@@ -48,6 +48,7 @@ Exit statuses: 0 each act ended as it must, 1 one did not.`,
 	}
 	cmd.Flags().BoolVar(&d.keep, "keep", false, "leave everything running, and say where it is; Ctrl-C ends it")
 	cmd.Flags().StringVar(&d.backend, "backend", "native", "what the units relay and ledger run on")
+	cmd.Flags().StringVar(&d.enginePath, "engine", "", "where the backend's runtime is, if not where it usually is")
 	cmd.Flags().StringVar(&d.programs, "programs", "", "folder with relay-1, relay-2 and bus.wasm, as make builds them; beside this binary if not given")
 	return cmd
 }
@@ -63,6 +64,8 @@ type demo struct {
 	keep     bool
 	programs string
 	backend  string
+
+	enginePath string // of the backend, "" where it usually is
 	dir      string
 	self     string
 	agent    *exec.Cmd
@@ -130,7 +133,7 @@ func (d *demo) engine(cmd *cobra.Command) error {
 	if err != nil {
 		return err
 	}
-	all, err := look(cmd, []builtIn{b})
+	all, err := look(cmd, []builtIn{b}, map[string]string{d.backend: d.enginePath})
 	if err != nil {
 		return err
 	}
@@ -218,6 +221,9 @@ func (d *demo) buildSite(ctx context.Context) error {
 	config := fmt.Sprintf("site: north-sea\nremote: %s\nhost: edge-1\nzone: edge\nkey: %s\n%s", bare, d.key("edge-1"), pin)
 	if d.backend != "native" && d.backend != "wasm" {
 		config += "backends: [wasm, " + d.backend + "]\n"
+	}
+	if d.enginePath != "" {
+		config += "engines: {" + d.backend + ": " + d.enginePath + "}\n"
 	}
 	return os.WriteFile(filepath.Join(d.dir, "agent.yaml"), []byte(config), 0o600)
 }

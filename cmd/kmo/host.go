@@ -239,7 +239,7 @@ func (h *host) openBackends(ctx context.Context) error {
 	var all []plugin.Options
 	for _, name := range h.config.Backends {
 		state := filepath.Join(h.dir, "backends", string(name))
-		all = append(all, plugin.Options{Name: string(name), Cmd: []string{self, "backend", "serve", string(name), "--state", state}})
+		all = append(all, plugin.Options{Name: string(name), Cmd: []string{self, "backend", "serve", string(name), "--state", state, "--engine", string(h.config.Engines[name])}})
 	}
 	if h.config.Plugins.Folder != "" {
 		found, err := plugin.Find(h.config.Plugins.Folder, h.config.Plugins.Pins)
@@ -347,6 +347,10 @@ func hostFacts(config Config, dir string) (template.Host, error) {
 			facts.Devices = map[string][]string{}
 		}
 		for _, node := range nodes {
+			if _, err := os.Stat(string(node)); err != nil {
+				delete(facts.Devices, string(name)) // a device with a node that is not there is none
+				break
+			}
 			facts.Devices[string(name)] = append(facts.Devices[string(name)], string(node))
 		}
 	}

@@ -157,6 +157,11 @@ func (u *Unit) misplaced(host Host) string {
 	if len(labels) > 0 {
 		return slices.Min(labels)
 	}
+	for _, device := range u.Resources.Devices {
+		if len(host.Devices[string(device)]) == 0 {
+			return fmt.Sprintf("no device %s; want a host whose agent.yaml names its nodes", device)
+		}
+	}
 	if host.Doors == "" && slices.ContainsFunc(u.Links, func(l Link) bool { return l.Via != "bus" }) {
 		return "no storage that is memory for its links; want /run/kmo or /dev/shm/kmo on a tmpfs"
 	}

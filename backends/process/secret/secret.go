@@ -89,7 +89,7 @@ func (s Store) file(workload string, i int) string {
 // ErrGone says that a workload's secrets are no longer there.
 var ErrGone = errors.New("its secrets are gone: they lay in memory, and are brought by applying it again")
 
-// Reveal returns the files of a workload with the contents that Veil left out. It returns ErrGone if they are not there.
+// Reveal returns the files of a workload with the contents that backends.Veil left out. It returns ErrGone if they are not there.
 func (s Store) Reveal(w backends.Workload) ([]backends.File, error) {
 	files := slices.Clone(w.Files)
 	for i := range files {
@@ -106,17 +106,6 @@ func (s Store) Reveal(w backends.Workload) ([]backends.File, error) {
 		files[i].Content = content
 	}
 	return files, nil
-}
-
-// Veil returns files without the contents of those that are secret: what may be recorded.
-func Veil(files []backends.File) []backends.File {
-	files = slices.Clone(files)
-	for i := range files {
-		if files[i].Secret {
-			files[i].Content = nil
-		}
-	}
-	return files
 }
 
 // Forget removes what belongs to a workload.
