@@ -17,6 +17,7 @@ import (
 	"github.com/kindos/kmo/backends"
 	"github.com/kindos/kmo/backends/conformance"
 	"github.com/kindos/kmo/backends/docker/layer"
+	"github.com/kindos/kmo/backends/docker/plan"
 )
 
 func open(t testing.TB, name, state string) *Backend {
@@ -51,6 +52,7 @@ func TestConformance(t *testing.T) {
 				dir := t.TempDir()
 				return conformance.Subject{
 					Open:     func(t *testing.T) backends.Backend { return open(t, name, dir) },
+					Patience: time.Minute,
 					Images:   map[backends.Format]backends.Image{backends.OCI: image},
 					Disk:     []string{dir, d.dir},
 					Leaks:    func(t *testing.T) []string { return leaks(t, d, dir) },
@@ -80,7 +82,7 @@ func leaks(t *testing.T, d *daemon, state string) (list []string) {
 	if err != nil {
 		return []string{err.Error()}
 	}
-	found, err := c.ContainerList(ctx, client.ContainerListOptions{All: true, Filters: client.Filters{}.Add("label", labelInstance+"="+string(id))})
+	found, err := c.ContainerList(ctx, client.ContainerListOptions{All: true, Filters: client.Filters{}.Add("label", plan.LabelInstance+"="+string(id))})
 	if err != nil {
 		return []string{err.Error()}
 	}

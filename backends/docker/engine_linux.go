@@ -10,17 +10,20 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"time"
 
 	"github.com/containerd/errdefs"
 	"github.com/moby/moby/api/types/container"
+	"github.com/moby/moby/api/types/system"
 	"github.com/moby/moby/client"
 	"golang.org/x/sys/unix"
 
 	"github.com/kindos/kmo/backends"
 	"github.com/kindos/kmo/backends/docker/engine"
+	"github.com/kindos/kmo/backends/docker/plan"
 	"github.com/kindos/kmo/backends/process/secret"
 )
 
@@ -29,8 +32,7 @@ type Backend struct {
 	options  Options
 	door     engine.Door
 	engine   *client.Client
-	instance string
-	secrets  secret.Store
+	plan     plan.Plan
 	lock     *os.File     // held on the state folder: one process at a time
 	step     func(string) // called at each step of a start; a test ends this process there
 	hookTime time.Duration
@@ -69,7 +71,7 @@ func Open(o Options) (*Backend, error) {
 	}
 	o.State = state
 	b := &Backend{
-		options: o, door: engine.Door{Name: o.Name, Socket: o.Socket}, step: func(string) {}, hookTime: hookTime, wake: make(chan struct{}, 1), starts: make(chan struct{}, 4),
+		options: o, plan: plan.Plan{Engine: o.Name, State: state}, door: engine.Door{Name: o.Name, Socket: o.Socket}, step: func(string) {}, hookTime: hookTime, wake: make(chan struct{}, 1), starts: make(chan struct{}, 4),
 		settling: make(chan struct{}, 1), entries: map[string]*entry{}, ports: map[int]string{}, images: newImages(),
 	}
 	for _, dir := range []string{"", "work", "images", "kept"} {
@@ -83,13 +85,13 @@ func Open(o Options) (*Backend, error) {
 	if b.lock, err = lock(state); err != nil {
 		return nil, err
 	}
-	if b.instance, err = instance(filepath.Join(state, "instance")); err == nil {
+	if b.plan.Instance, err = instance(filepath.Join(state, "instance")); err == nil {
 		b.engine, err = b.door.Client()
 	}
 	if err != nil {
 		return nil, errors.Join(err, b.lock.Close())
 	}
-	b.secrets = secret.Open(o.Memory, o.Name+"-"+b.instance)
+	b.plan.Secrets = secret.Open(o.Memory, o.Name+"-"+b.plan.Instance)
 	b.ctx, b.cancel = context.WithCancel(context.Background())
 	b.working.Go(b.watch)
 	b.working.Go(b.listen)
@@ -182,7 +184,7 @@ func (b *Backend) plain(ctx context.Context, err error) error {
 
 // mine selects this instance's things.
 func (b *Backend) mine() client.Filters {
-	return client.Filters{}.Add("label", labelInstance+"="+b.instance)
+	return client.Filters{}.Add("label", plan.LabelInstance+"="+b.plan.Instance)
 }
 
 // containers lists all of this instance's, running or not.
@@ -219,7 +221,7 @@ func (b *Backend) inspect(ctx context.Context, id string) (*seen, error) {
 		return nil, b.plain(ctx, err)
 	}
 	c := found.Container
-	if c.State == nil || c.Config == nil || c.Config.Labels[labelInstance] != b.instance {
+	if c.State == nil || c.Config == nil || c.Config.Labels[plan.LabelInstance] != b.plan.Instance {
 		return nil, nil
 	}
 	s := &seen{
@@ -255,4 +257,117 @@ func (b *Backend) discard(ctx context.Context, id string) error {
 		}
 		time.Sleep(pause)
 	}
+}
+
+// Fingerprint asks the engine what it can do now.
+func (b *Backend) Fingerprint(ctx context.Context) (backends.Fingerprint, error) {
+	version, err := b.engine.ServerVersion(ctx, client.ServerVersionOptions{})
+	if err != nil {
+		return backends.Fingerprint{}, b.plain(ctx, err)
+	}
+	isPodman := slices.ContainsFunc(version.Components, func(c system.ComponentVersion) bool { return c.Name == "Podman Engine" })
+	if isPodman != (b.options.Name == Podman) {
+		return backends.Fingerprint{}, fmt.Errorf("%s: what answers at %s is another engine: version %s of %v", b.options.Name, strings.Join(b.door.Sockets(), ", "), version.Version, version.Components)
+	}
+	info, err := b.engine.Info(ctx, client.InfoOptions{})
+	if err != nil {
+		return backends.Fingerprint{}, b.plain(ctx, err)
+	}
+	able := backends.Fingerprint{
+		Backend: b.options.Name, Version: version.Version, Isolation: backends.IsolationContainer,
+		Formats: []backends.Format{backends.OCI}, Platforms: []string{"linux/" + engine.Arch(version.Arch)},
+	}
+	b.measure(&able, info.Info)
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.able = &able
+	return able, nil
+}
+
+// abilities are those that were found last, or else are found now.
+func (b *Backend) abilities(ctx context.Context) (backends.Fingerprint, error) {
+	b.mu.Lock()
+	able := b.able
+	b.mu.Unlock()
+	if able != nil {
+		return *able, nil
+	}
+	return b.Fingerprint(ctx)
+}
+
+// measure fills in what the engine has and what it lacks.
+func (b *Backend) measure(able *backends.Fingerprint, info system.Info) {
+	has := func(f backends.Feature) { able.Features = append(able.Features, f) }
+	lacks := func(words string) { able.Missing = append(able.Missing, words) }
+	for _, f := range []backends.Feature{
+		backends.PortMap, backends.LowPorts, backends.LimitDisk, backends.Overlays, backends.MemoryPool, backends.Sockets, backends.Hooking, backends.HostNetwork,
+		backends.Exec, backends.Mounts, backends.Devices, backends.Capabilities, backends.HostNamespace, backends.WritableBase, backends.Unconfined,
+	} {
+		has(f)
+	}
+	for _, limit := range []struct {
+		feature backends.Feature
+		has     bool
+	}{{backends.LimitCPU, info.CPUCfsQuota}, {backends.LimitMemory, info.MemoryLimit}, {backends.LimitPIDs, info.PidsLimit}} {
+		if limit.has {
+			has(limit.feature)
+		} else {
+			lacks(string(limit.feature) + ": the engine says that this host's cgroups take no such bound")
+		}
+	}
+	mapped := os.Geteuid() != 0 || slices.ContainsFunc(info.SecurityOptions, func(o string) bool {
+		return strings.Contains(o, "name=userns") || strings.Contains(o, "name=rootless")
+	})
+	switch {
+	case mapped:
+		for _, f := range []backends.Feature{backends.Keep, backends.Files, backends.Secrets} {
+			lacks(string(f) + ": the engine maps user ids, so that what is made for a user here is another's inside")
+		}
+	default:
+		has(backends.Keep)
+		has(backends.Files)
+		if b.plan.Secrets.Has() {
+			has(backends.Secrets)
+		} else {
+			lacks("secrets: neither /run/kmo nor /dev/shm/kmo is on storage that is memory, and this user's own")
+		}
+	}
+	if why := b.unprivileged(mapped); why == "" {
+		has(backends.Privileged)
+	} else {
+		lacks("privileged: " + why)
+	}
+	if !slices.ContainsFunc(info.SecurityOptions, func(o string) bool { return strings.Contains(o, "name=seccomp") }) {
+		lacks("seccomp: the engine has no filter")
+	}
+	if !slices.ContainsFunc(info.SecurityOptions, func(o string) bool {
+		return strings.Contains(o, "name=apparmor") || strings.Contains(o, "name=selinux")
+	}) {
+		lacks("apparmor, selinux: the kernel has neither, or the engine does not use them")
+	}
+	if b.options.Name == Docker {
+		lacks("capabilities: for a user that is not 0 they count only beside escalation, through a file's own")
+	}
+	lacks("overlay-root: what may be written is /tmp and /dev/shm, each a tmpfs of its own")
+	lacks("content: the engine's own copy of an image is not looked at again while it is used")
+	slices.Sort(able.Features)
+}
+
+// unprivileged says why all of the host cannot be given, or nothing if it can. Docker gives every capability the kernel knows, and cannot
+// give what it has not itself; Podman gives what it has.
+func (b *Backend) unprivileged(mapped bool) string {
+	if mapped {
+		return "the engine itself has not all of the host"
+	}
+	if b.options.Name == Podman {
+		return ""
+	}
+	lacking, err := b.door.Lacking(b.ctx)
+	if err != nil {
+		return "which capabilities the engine itself has cannot be told: " + err.Error()
+	}
+	if len(lacking) > 0 {
+		return "the engine itself has no " + lacking[0]
+	}
+	return ""
 }

@@ -228,3 +228,37 @@ func (b *Backend) tidy(ctx context.Context) error {
 	}
 	return nil
 }
+
+// create makes a container, which does not run yet.
+func (b *Backend) create(ctx context.Context, w backends.Workload, image string, ports []int, argv []string) (id string, err error) {
+	options, err := b.plan.Options(w, image, ports, argv)
+	if err != nil {
+		return "", err
+	}
+	made, err := b.engine.ContainerCreate(ctx, options)
+	if err != nil && strings.Contains(err.Error(), "in use") { // what an interrupted call has left
+		left, inspectErr := b.inspect(ctx, options.Name)
+		if inspectErr != nil || left == nil {
+			return "", errors.Join(err, inspectErr)
+		}
+		if err := b.discard(ctx, left.id); err != nil {
+			return "", err
+		}
+		made, err = b.engine.ContainerCreate(ctx, options)
+	}
+	if err != nil {
+		return "", b.plain(ctx, err)
+	}
+	return made.ID, nil
+}
+
+// createLoaded is create, which loads the image again if somebody has removed it.
+func (b *Backend) createLoaded(ctx context.Context, w backends.Workload, image string, ports []int, argv []string) (id string, err error) {
+	if id, err = b.create(ctx, w, image, ports, argv); !errdefs.IsNotFound(err) {
+		return id, err
+	}
+	if err := b.provide(ctx, w, image, nil); err != nil {
+		return "", err
+	}
+	return b.create(ctx, w, image, ports, argv)
+}

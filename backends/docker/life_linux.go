@@ -14,6 +14,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/kindos/kmo/backends"
+	"github.com/kindos/kmo/backends/docker/plan"
 	"github.com/kindos/kmo/backends/docker/program"
 	"github.com/kindos/kmo/backends/process"
 )
@@ -34,7 +35,7 @@ func (b *Backend) Apply(ctx context.Context, w backends.Workload) error {
 	}
 	able, err := b.abilities(ctx)
 	if err == nil {
-		err = b.check(able, w)
+		err = b.plan.Check(able, w)
 	}
 	if err != nil {
 		return err
@@ -44,17 +45,17 @@ func (b *Backend) Apply(ctx context.Context, w backends.Workload) error {
 		return err
 	}
 	defer release()
-	found, err := b.inspect(ctx, b.container(w.Name))
+	found, err := b.inspect(ctx, b.plan.Container(w.Name))
 	if err != nil {
 		return b.unmade(e, err)
 	}
-	same := found != nil && !found.paused && found.labels[labelSpec] == w.Spec.String() && found.status != "created" && !e.removing() && e.known()
+	same := found != nil && !found.paused && found.labels[plan.LabelSpec] == w.Spec.String() && found.status != "created" && !e.removing() && e.known()
 	if same && found.running {
 		b.adopt(e, found)
 		return b.postInit(ctx, e)
 	}
 	if same { // between two starts: not waited for any longer
-		if err := b.put(&w); err != nil {
+		if err := b.plan.Put(&w); err != nil {
 			return err
 		}
 		b.ended(e, found)
@@ -105,7 +106,7 @@ func (b *Backend) make(ctx context.Context, e *entry, w backends.Workload) error
 		return err
 	}
 	defer done()
-	if err := b.put(&w); err != nil {
+	if err := b.plan.Put(&w); err != nil {
 		return err
 	}
 	var taken []int
@@ -126,7 +127,7 @@ func (b *Backend) make(ctx context.Context, e *entry, w backends.Workload) error
 		b.step("created")
 		err = b.start(ctx, e, &seen{id: id, image: image})
 		var busy *busyError
-		if !errors.As(err, &busy) || !slices.ContainsFunc(w.Run.Ports, func(p backends.Port) bool { return namedPort(&w, p) == 0 }) {
+		if !errors.As(err, &busy) || !slices.ContainsFunc(w.Run.Ports, func(p backends.Port) bool { return plan.NamedPort(&w, p) == 0 }) {
 			return err
 		}
 		taken = append(taken, ports...)
@@ -154,7 +155,7 @@ func (b *Backend) start(ctx context.Context, e *entry, c *seen) (err error) {
 		}
 	}()
 	w := e.asked()
-	if err := b.missing(&w); err != nil {
+	if err := b.plan.Missing(&w); err != nil {
 		return err
 	}
 	for _, argv := range w.Hooks.PreInit {
@@ -218,7 +219,7 @@ func (b *Backend) Remove(ctx context.Context, name string) error {
 	if err := e.leaving(); err != nil { // again: an Apply may have had the turn before
 		return err
 	}
-	found, err := b.inspect(ctx, b.container(name))
+	found, err := b.inspect(ctx, b.plan.Container(name))
 	if err != nil {
 		return err
 	}
@@ -310,7 +311,7 @@ func (b *Backend) over(ctx context.Context, id string, p *program.Program) error
 // clear removes everything of a workload but its kept paths. The container goes first: what a crash leaves of the rest has none, and is
 // cleared by whoever comes next.
 func (b *Backend) clear(ctx context.Context, e *entry) error {
-	for _, name := range []string{b.container(e.name) + "-hook", b.container(e.name)} {
+	for _, name := range []string{b.plan.Container(e.name) + "-hook", b.plan.Container(e.name)} {
 		found, err := b.inspect(ctx, name)
 		if err == nil && found != nil {
 			err = b.discard(ctx, found.id)
@@ -319,7 +320,7 @@ func (b *Backend) clear(ctx context.Context, e *entry) error {
 			return err
 		}
 	}
-	if err := errors.Join(os.RemoveAll(e.dir), b.secrets.Forget(e.name)); err != nil {
+	if err := errors.Join(os.RemoveAll(e.dir), b.plan.Secrets.Forget(e.name)); err != nil {
 		return err
 	}
 	image := e.imageID()

@@ -182,15 +182,16 @@ func podman(dir string) *daemon {
 		waits:    []string{at("podman.sock")},
 		env:      []string{"CONTAINERS_CONF=" + at("containers.conf"), "CONTAINERS_STORAGE_CONF=" + at("storage.conf"), "CONTAINERS_REGISTRIES_CONF=" + at("registries.conf")},
 		setup: func() error {
-			var limit unix.Rlimit
-			pids, err := os.ReadFile("/proc/sys/kernel/pid_max")
-			if err := errors.Join(err, unix.Getrlimit(unix.RLIMIT_NOFILE, &limit)); err != nil {
+			var files, processes unix.Rlimit
+			text, err := os.ReadFile("/proc/sys/kernel/pid_max")
+			pids, atoiErr := strconv.ParseUint(strings.TrimSpace(string(text)), 10, 64)
+			err = errors.Join(err, atoiErr, unix.Getrlimit(unix.RLIMIT_NOFILE, &files), unix.Getrlimit(unix.RLIMIT_NPROC, &processes))
+			if err != nil {
 				return err
 			}
 			// The bounds that Podman sets by itself may be above what this machine lets anybody set.
-			files, processes := strconv.FormatUint(limit.Max, 10), strings.TrimSpace(string(pids))
 			conf := fmt.Sprintf(`[containers]
-default_ulimits = ["nofile=%[1]s:%[1]s", "nproc=%[2]s:%[2]s"]
+default_ulimits = ["nofile=%[1]d:%[1]d", "nproc=%[2]d:%[2]d"]
 [engine]
 runtime = "runc"
 cgroup_manager = "cgroupfs"
@@ -202,7 +203,7 @@ volume_path = %[5]q
 [network]
 network_backend = "netavark"
 network_config_dir = %[6]q
-`, files, processes, at("tmp"), at("static"), at("volumes"), at("networks"))
+`, files.Max, min(processes.Max, pids), at("tmp"), at("static"), at("volumes"), at("networks"))
 			return errors.Join(
 				os.WriteFile(at("containers.conf"), []byte(conf), 0o600),
 				os.WriteFile(at("storage.conf"), []byte(fmt.Sprintf("[storage]\ndriver = \"overlay\"\ngraphroot = %q\nrunroot = %q\n", at("root"), at("runroot"))), 0o600),

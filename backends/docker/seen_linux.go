@@ -17,6 +17,7 @@ import (
 
 	"github.com/kindos/kmo/backends"
 	"github.com/kindos/kmo/backends/docker/engine"
+	"github.com/kindos/kmo/backends/docker/plan"
 	"github.com/kindos/kmo/backends/docker/program"
 	"github.com/kindos/kmo/policy/refusal"
 )
@@ -39,8 +40,8 @@ func (b *Backend) Observe(ctx context.Context) ([]backends.Status, error) {
 	}
 	list := make([]backends.Status, 0, len(found))
 	for _, c := range found {
-		e := b.entry(c.Labels[labelName])
-		if c.Labels[labelRole] != roleWorkload || e == nil {
+		e := b.entry(c.Labels[plan.LabelName])
+		if c.Labels[plan.LabelRole] != plan.RoleWorkload || e == nil {
 			continue // being made or removed
 		}
 		s, err := b.status(ctx, e, c)

@@ -5,12 +5,18 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"hash/fnv"
+	"maps"
+	"net"
 	"os"
 	"path/filepath"
+	"slices"
 
 	"github.com/moby/moby/api/types/container"
+	"golang.org/x/sys/unix"
 
 	"github.com/kindos/kmo/backends"
+	"github.com/kindos/kmo/backends/docker/plan"
 )
 
 // ready asks the engine once what an earlier process has left, and goes on with it: programs that run are kept, those that ended are
@@ -60,7 +66,7 @@ func (b *Backend) ready(ctx context.Context) error {
 	b.entries, b.settled = entries, true
 	for _, e := range entries {
 		for i, p := range e.workload.Run.Ports {
-			if namedPort(&e.workload, p) == 0 {
+			if plan.NamedPort(&e.workload, p) == 0 {
 				b.ports[e.ports[i]] = e.name
 			}
 		}
@@ -72,14 +78,14 @@ func (b *Backend) ready(ctx context.Context) error {
 
 // recall makes the entry of a container of an earlier process.
 func (b *Backend) recall(c container.Summary) (*entry, error) {
-	if c.Labels[labelRole] != roleWorkload || c.State == container.StateCreated {
-		return nil, fmt.Errorf("a %s, %s", c.Labels[labelRole], c.State)
+	if c.Labels[plan.LabelRole] != plan.RoleWorkload || c.State == container.StateCreated {
+		return nil, fmt.Errorf("a %s, %s", c.Labels[plan.LabelRole], c.State)
 	}
-	e := b.fresh(c.Labels[labelName])
-	if err := errors.Join(json.Unmarshal([]byte(c.Labels[labelWorkload]), &e.workload), json.Unmarshal([]byte(c.Labels[labelPorts]), &e.ports)); err != nil {
+	e := b.fresh(c.Labels[plan.LabelName])
+	if err := errors.Join(json.Unmarshal([]byte(c.Labels[plan.LabelWorkload]), &e.workload), json.Unmarshal([]byte(c.Labels[plan.LabelPorts]), &e.ports)); err != nil {
 		return nil, fmt.Errorf("its labels: %v", err)
 	}
-	if e.workload.Name != e.name || !names().MatchString(e.name) || len(e.ports) != len(e.workload.Run.Ports) {
+	if e.workload.Name != e.name || !plan.Names().MatchString(e.name) || len(e.ports) != len(e.workload.Run.Ports) {
 		return nil, fmt.Errorf("its labels speak of %.100q with %d ports", e.workload.Name, len(e.ports))
 	}
 	e.id, e.image = c.ID, c.ImageID
@@ -97,7 +103,7 @@ func (b *Backend) recall(c container.Summary) (*entry, error) {
 
 // sweepFolders removes what lies on this host of workloads that have no container.
 func (b *Backend) sweepFolders(known map[string]*entry) error {
-	b.secrets.Keep(func(name string) bool { return known[name] != nil })
+	b.plan.Secrets.Keep(func(name string) bool { return known[name] != nil })
 	found, err := os.ReadDir(filepath.Join(b.options.State, "work"))
 	for _, dir := range found {
 		if known[dir.Name()] == nil {
@@ -151,10 +157,10 @@ func (b *Backend) look(ctx context.Context) error {
 	}
 	there := map[string]bool{}
 	for _, c := range found {
-		name := c.Labels[labelName]
+		name := c.Labels[plan.LabelName]
 		e := b.entry(name)
 		switch {
-		case c.Labels[labelRole] != roleWorkload || e == nil || c.State == container.StateCreated:
+		case c.Labels[plan.LabelRole] != plan.RoleWorkload || e == nil || c.State == container.StateCreated:
 			b.sweep(ctx, name)
 		default:
 			there[name] = true
@@ -176,7 +182,7 @@ func (b *Backend) look(ctx context.Context) error {
 
 // sweep clears away what is left of a workload that has no container, or one that was not made to the end, unless somebody is at it.
 func (b *Backend) sweep(ctx context.Context, name string) {
-	if !names().MatchString(name) {
+	if !plan.Names().MatchString(name) {
 		return
 	}
 	b.mu.Lock()
@@ -195,8 +201,8 @@ func (b *Backend) sweep(ctx context.Context, name string) {
 	if e.gone() {
 		return
 	}
-	whole, err := b.inspect(ctx, b.container(name))
-	hook, hookErr := b.inspect(ctx, b.container(name)+"-hook")
+	whole, err := b.inspect(ctx, b.plan.Container(name))
+	hook, hookErr := b.inspect(ctx, b.plan.Container(name)+"-hook")
 	if err := errors.Join(err, hookErr); err != nil {
 		return // the next look finds it again
 	}
@@ -210,6 +216,59 @@ func (b *Backend) sweep(ctx context.Context, name string) {
 	if err != nil && b.ctx.Err() == nil {
 		b.options.Logger.Warn("clearing what is left of a workload", "workload", name, "err", err)
 	}
+}
+
+// choosePorts gives every port of a workload its number on this host. Those that are free to choose lie below the range from which the
+// kernel takes its own, and begin at a place that depends on the name alone, so that they seldom change. Those in taken are not chosen.
+func (b *Backend) choosePorts(w backends.Workload, taken []int) (ports []int, err error) {
+	const first, count = 20000, 12000
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	for _, p := range w.Run.Ports {
+		port := plan.NamedPort(&w, p)
+		if port != 0 && !portFree(port) && b.ports[port] != w.Name {
+			return nil, takenError(w.Name, p.Name, port)
+		}
+		if port == 0 {
+			hash := fnv.New32a()
+			_, _ = hash.Write([]byte(w.Name + "/" + p.Name))
+			for i := range count {
+				candidate := first + int((hash.Sum32()+uint32(i))%uint32(count))
+				if b.ports[candidate] == "" && !slices.Contains(ports, candidate) && !slices.Contains(taken, candidate) && portFree(candidate) {
+					port = candidate
+					break
+				}
+			}
+			if port == 0 {
+				return nil, fmt.Errorf("%s: port %s: none of %d numbers from %d on is free", w.Name, p.Name, count, first)
+			}
+			b.ports[port] = w.Name
+		}
+		ports = append(ports, port)
+	}
+	return ports, nil
+}
+
+func takenError(workload, name string, port int) error {
+	return fmt.Errorf("%s: port %s: port %d is taken by another program of this host", workload, name, port)
+}
+
+// portFree is false for a port on which anybody listens, on whatever address.
+func portFree(port int) bool {
+	for _, address := range []net.IP{net.IPv4(127, 0, 0, 1), nil} {
+		listener, err := net.ListenTCP("tcp", &net.TCPAddr{IP: address, Port: port})
+		if err != nil || listener.Close() != nil {
+			return !errors.Is(err, unix.EADDRINUSE)
+		}
+	}
+	return true
+}
+
+// releasePorts lets go of the numbers that were chosen for a workload.
+func (b *Backend) releasePorts(name string) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	maps.DeleteFunc(b.ports, func(_ int, whose string) bool { return whose == name })
 }
 
 var _ backends.Execer = (*Backend)(nil)

@@ -17,6 +17,7 @@ import (
 
 	"github.com/kindos/kmo/backends"
 	"github.com/kindos/kmo/backends/docker/engine"
+	"github.com/kindos/kmo/backends/docker/plan"
 	"github.com/kindos/kmo/backends/docker/program"
 	"github.com/kindos/kmo/backends/process/secret"
 )
@@ -444,7 +445,7 @@ func (b *Backend) listen() {
 		for open := true; open; {
 			select {
 			case m := <-events.Messages:
-				b.told(string(m.Action), m.Actor.Attributes[labelName])
+				b.told(string(m.Action), m.Actor.Attributes[plan.LabelName])
 			case <-events.Err:
 				open = false
 			}

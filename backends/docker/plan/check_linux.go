@@ -1,4 +1,4 @@
-package docker
+package plan
 
 import (
 	"fmt"
@@ -16,12 +16,13 @@ import (
 	"github.com/kindos/kmo/policy/refusal"
 )
 
-func names() *regexp.Regexp { return regexp.MustCompile(`^[a-z0-9][a-z0-9._-]{0,99}$`) }
+// Names is what a workload and a unit may be called.
+func Names() *regexp.Regexp { return regexp.MustCompile(`^[a-z0-9][a-z0-9._-]{0,99}$`) }
 
-// check refuses what cannot be done, before anything is.
-func (b *Backend) check(able backends.Fingerprint, w backends.Workload) error {
-	if !names().MatchString(w.Name) || !names().MatchString(w.Unit) {
-		return &refusal.Error{Code: "E_PATH", Subject: "workload name and unit", Got: fmt.Sprintf("%.100q, %.100q", w.Name, w.Unit), Want: names().String()}
+// Check refuses what cannot be done, before anything is.
+func (p *Plan) Check(able backends.Fingerprint, w backends.Workload) error {
+	if !Names().MatchString(w.Name) || !Names().MatchString(w.Unit) {
+		return &refusal.Error{Code: "E_PATH", Subject: "workload name and unit", Got: fmt.Sprintf("%.100q, %.100q", w.Name, w.Unit), Want: Names().String()}
 	}
 	if w.Run.User < 0 || w.Run.User > math.MaxInt32 {
 		return &refusal.Error{Code: "E_DECODE", Subject: w.Unit + ": run.user", Got: strconv.Itoa(w.Run.User), Want: fmt.Sprintf("0 to %d", math.MaxInt32)}
@@ -29,10 +30,10 @@ func (b *Backend) check(able backends.Fingerprint, w backends.Workload) error {
 	if err := able.Admit(w); err != nil {
 		return err
 	}
-	if err := b.checkRights(w); err != nil {
+	if err := p.checkRights(w); err != nil {
 		return err
 	}
-	if err := checkPaths(w, b.options.State); err != nil {
+	if err := checkPaths(w, p.State); err != nil {
 		return err
 	}
 	if len(process.Argv(w)) == 0 {
@@ -42,9 +43,9 @@ func (b *Backend) check(able backends.Fingerprint, w backends.Workload) error {
 }
 
 // checkRights refuses what the engine would leave out, or fail at, by what this workload asks for in particular.
-func (b *Backend) checkRights(w backends.Workload) error {
+func (p *Plan) checkRights(w backends.Workload) error {
 	lacks := func(f backends.Feature, format string, args ...any) error {
-		return &backends.FeatureError{Backend: b.options.Name, Feature: f, Detail: fmt.Sprintf(format, args...)}
+		return &backends.FeatureError{Backend: p.Engine, Feature: f, Detail: fmt.Sprintf(format, args...)}
 	}
 	for _, namespace := range w.Security.Host {
 		if !slices.Contains([]string{"pid", "ipc", "uts", "user", "cgroup", "network"}, namespace) {
@@ -56,7 +57,7 @@ func (b *Backend) checkRights(w backends.Workload) error {
 			return lacks(backends.Capabilities, "it knows no %.40q", name)
 		}
 	}
-	if len(w.Security.Capabilities) > 0 && b.options.Name == Docker && w.Run.User != 0 && !w.Security.Escalation {
+	if len(w.Security.Capabilities) > 0 && p.Engine != podman && w.Run.User != 0 && !w.Security.Escalation {
 		return lacks(backends.Capabilities, "for user %d they count only beside escalation, through a file's own", w.Run.User)
 	}
 	if w.Security.WritableBase && w.Resources.Disk > 0 {
@@ -70,7 +71,7 @@ func (b *Backend) checkRights(w backends.Workload) error {
 	for _, p := range w.Run.Ports {
 		port := max(p.Port, p.Host)
 		switch {
-		case !hostNetwork(&w):
+		case !HostNetwork(&w):
 		case p.Port != 0 && p.Host != 0 && p.Port != p.Host:
 			return lacks(backends.PortMap, "port %s: in the host's network a port has one number", p.Name)
 		case port > 0 && port < 1024 && w.Run.User != 0:
