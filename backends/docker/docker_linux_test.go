@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"log/slog"
 	"os"
 	"path/filepath"
 	"runtime"
@@ -22,7 +23,7 @@ import (
 
 func open(t testing.TB, name, state string) *Backend {
 	t.Helper()
-	b, err := Open(Options{Name: name, Socket: engines[name].socket, State: state, Backoff: func(n int) time.Duration { return 10 * time.Millisecond << min(n, 6) }})
+	b, err := Open(Options{Name: name, Logger: slog.New(slog.NewTextHandler(os.Stderr, nil)), Socket: engines[name].socket, State: state, Backoff: func(n int) time.Duration { return 10 * time.Millisecond << min(n, 6) }})
 	if err != nil {
 		t.Fatal(err)
 	}

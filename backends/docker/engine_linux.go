@@ -225,11 +225,8 @@ func (b *Backend) inspect(ctx context.Context, id string) (*seen, error) {
 		return nil, nil
 	}
 	s := &seen{
-		id: c.ID, image: c.Image, labels: c.Config.Labels, status: c.State.Status, running: c.State.Running || c.State.Paused, paused: c.State.Paused,
+		id: c.ID, image: imageID(c.Image), labels: c.Config.Labels, status: c.State.Status, running: c.State.Running || c.State.Paused, paused: c.State.Paused,
 		finished: c.State.FinishedAt, exit: c.State.ExitCode, oom: c.State.OOMKilled, fault: c.State.Error,
-	}
-	if !strings.HasPrefix(s.image, "sha256:") {
-		s.image = "sha256:" + s.image
 	}
 	if s.started, err = time.Parse(time.RFC3339Nano, c.State.StartedAt); err != nil {
 		return nil, fmt.Errorf("%s: container %s says it was started %q: %v", b.options.Name, c.ID, c.State.StartedAt, err)
@@ -240,6 +237,9 @@ func (b *Backend) inspect(ctx context.Context, id string) (*seen, error) {
 	return s, nil
 }
 
+// imageID is an image's id as Docker says it: Podman leaves out what kind of digest it is.
+func imageID(id string) string { return "sha256:" + strings.TrimPrefix(id, "sha256:") }
+
 // discard removes a container, running or not. It is nil if there is none.
 func (b *Backend) discard(ctx context.Context, id string) error {
 	for pause := 5 * time.Millisecond; ; pause *= 2 {
@@ -247,11 +247,10 @@ func (b *Backend) discard(ctx context.Context, id string) error {
 		if err == nil || errdefs.IsNotFound(err) {
 			return nil
 		}
-		gone, inspectErr := b.engine.ContainerInspect(ctx, id, client.ContainerInspectOptions{})
+		_, inspectErr := b.engine.ContainerInspect(ctx, id, client.ContainerInspectOptions{})
 		if errdefs.IsNotFound(inspectErr) {
 			return nil
 		}
-		_ = gone
 		if ctx.Err() != nil || pause > time.Second { // someone else is removing it, or a mount is still busy
 			return b.plain(ctx, err)
 		}

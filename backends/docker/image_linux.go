@@ -223,7 +223,7 @@ func (b *Backend) tidy(ctx context.Context) error {
 	for _, i := range found.Items {
 		ours := slices.ContainsFunc(i.RepoTags, func(tag string) bool { return strings.HasPrefix(tag, layer.Repository+":") })
 		if ours {
-			b.drop(ctx, i.ID)
+			b.drop(ctx, imageID(i.ID))
 		}
 	}
 	return nil

@@ -23,8 +23,9 @@ import (
 )
 
 const (
-	maxOutput = 64 << 10 // of Exec
-	maxWords  = 4 << 10  // of a hook that failed
+	maxOutput = 64 << 10               // of Exec
+	maxWords  = 4 << 10                // of a hook that failed
+	lookEvery = 100 * time.Millisecond // how often a log that is followed is looked at
 )
 
 func clip(text string) string { return refusal.Clip(text, 400) }
@@ -277,7 +278,7 @@ func (b *Backend) preInit(ctx context.Context, e *entry, w backends.Workload, ar
 		undo, cancel := context.WithTimeout(context.WithoutCancel(ctx), clearTime)
 		defer cancel()
 		out := &output{most: maxWords, last: true}
-		_ = b.copyLog(undo, id, client.ContainerLogsOptions{Tail: "200"}, out.add) // without them it has failed all the same
+		_ = b.copyLog(undo, id, 0, out.add) // without them it has failed all the same
 		if c, err = b.inspect(undo, id); ended != nil || err != nil || c == nil {
 			return 0, out.text, errors.Join(ended, err)
 		}
@@ -285,8 +286,49 @@ func (b *Backend) preInit(ctx context.Context, e *entry, w backends.Workload, ar
 	})
 }
 
-// copyLog copies what a container wrote.
-func (b *Backend) copyLog(ctx context.Context, id string, options client.ContainerLogsOptions, each func([]byte) error) error {
+// copyLog copies what a container has written, or its last lines.
+func (b *Backend) copyLog(ctx context.Context, id string, lines int, each func([]byte) error) error {
+	if b.options.Name == Docker {
+		return b.streamLog(ctx, id, client.ContainerLogsOptions{Tail: tail(lines)}, each)
+	}
+	log, err := b.logFile(ctx, id)
+	if err != nil {
+		return err
+	}
+	defer log.Close()
+	var pieces [][]byte
+	err = log.Next(func(piece []byte) error {
+		pieces = append(pieces, piece)
+		return nil
+	})
+	for _, piece := range engine.Tail(pieces, lines) {
+		if err == nil {
+			err = each(piece)
+		}
+	}
+	return err
+}
+
+func tail(lines int) string {
+	if lines > 0 {
+		return strconv.Itoa(lines)
+	}
+	return "all"
+}
+
+func (b *Backend) logFile(ctx context.Context, id string) (*engine.LogFile, error) {
+	found, err := b.engine.ContainerInspect(ctx, id, client.ContainerInspectOptions{})
+	if errdefs.IsNotFound(err) {
+		return nil, backends.ErrNotFound
+	}
+	if err != nil {
+		return nil, b.plain(ctx, err)
+	}
+	return engine.OpenLog(found.Container.LogPath), nil
+}
+
+// streamLog copies what the engine tells of a log.
+func (b *Backend) streamLog(ctx context.Context, id string, options client.ContainerLogsOptions, each func([]byte) error) error {
 	options.ShowStdout, options.ShowStderr = true, true
 	log, err := b.engine.ContainerLogs(ctx, id, options)
 	if errdefs.IsNotFound(err) {
@@ -311,13 +353,9 @@ func (b *Backend) Logs(ctx context.Context, name string, options backends.LogOpt
 	e.mu.Lock()
 	id := e.id
 	e.mu.Unlock()
-	ask := client.ContainerLogsOptions{Tail: "all"}
-	if options.Tail > 0 {
-		ask.Tail = strconv.Itoa(options.Tail)
-	}
 	if !options.Follow {
 		var text bytes.Buffer
-		err := b.copyLog(ctx, id, ask, func(piece []byte) error {
+		err := b.copyLog(ctx, id, options.Tail, func(piece []byte) error {
 			text.Write(piece)
 			return nil
 		})
@@ -330,7 +368,7 @@ func (b *Backend) Logs(ctx context.Context, name string, options backends.LogOpt
 	go func() {
 		defer stop()
 		defer cancel()
-		err := b.follow(ctx, e, id, ask, w)
+		err := b.follow(ctx, e, id, options.Tail, w)
 		e.reads(-1)
 		_ = w.CloseWithError(err) // never fails
 	}()
@@ -349,35 +387,72 @@ func (f *following) Close() error {
 }
 
 // follow copies a log until its workload is removed, or ctx ends.
-func (b *Backend) follow(ctx context.Context, e *entry, id string, ask client.ContainerLogsOptions, w io.Writer) error {
-	ask.Follow, ask.Timestamps = true, true
-	last := ""
+func (b *Backend) follow(ctx context.Context, e *entry, id string, lines int, w io.Writer) error {
+	next, done, err := b.followed(ctx, id, lines, w)
+	if err != nil {
+		return err
+	}
+	defer done()
 	for ctx.Err() == nil {
 		over := e.leftAlone() // asked before: what is written before the end is read then
-		err := b.copyLog(ctx, id, ask, func(piece []byte) error {
-			stamp, text, ok := bytes.Cut(piece, []byte(" "))
-			if !ok || string(stamp) <= last { // seen already
-				return nil
-			}
-			last = string(stamp)
-			_, err := w.Write(text)
-			return err
-		})
+		err := next()
 		if errors.Is(err, backends.ErrNotFound) || err == nil && over {
 			return nil
 		}
 		if err != nil && ctx.Err() == nil {
 			return err
 		}
-		if last != "" {
-			ask.Since, ask.Tail = last, "all"
-		}
 		select {
-		case <-time.After(50 * time.Millisecond):
+		case <-time.After(lookEvery):
 		case <-ctx.Done():
 		}
 	}
 	return nil
+}
+
+// followed returns what copies the rest of a log, as far as it goes.
+func (b *Backend) followed(ctx context.Context, id string, lines int, w io.Writer) (next func() error, done func(), err error) {
+	if b.options.Name == Docker {
+		ask, last := client.ContainerLogsOptions{Tail: tail(lines), Follow: true, Timestamps: true}, ""
+		return func() error {
+			if last != "" {
+				ask.Since, ask.Tail = last, "all"
+			}
+			return b.streamLog(ctx, id, ask, func(piece []byte) error {
+				stamp, text, ok := bytes.Cut(piece, []byte(" "))
+				if !ok || string(stamp) <= last { // seen already
+					return nil
+				}
+				last = string(stamp)
+				_, err := w.Write(text)
+				return err
+			})
+		}, func() {}, nil
+	}
+	log, err := b.logFile(ctx, id)
+	if err != nil {
+		return nil, nil, err
+	}
+	write := func(piece []byte) error {
+		_, err := w.Write(piece)
+		return err
+	}
+	begun := false
+	return func() error {
+		if begun {
+			return log.Next(write)
+		}
+		begun = true
+		var pieces [][]byte
+		err := log.Next(func(piece []byte) error {
+			pieces = append(pieces, piece)
+			return nil
+		})
+		for _, piece := range engine.Tail(pieces, lines) {
+			err = errors.Join(err, write(piece))
+		}
+		return err
+	}, func() { _ = log.Close() }, nil
 }
 
 // leftAlone says that it runs no more and will not be started again.

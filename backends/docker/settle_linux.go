@@ -88,7 +88,7 @@ func (b *Backend) recall(c container.Summary) (*entry, error) {
 	if e.workload.Name != e.name || !plan.Names().MatchString(e.name) || len(e.ports) != len(e.workload.Run.Ports) {
 		return nil, fmt.Errorf("its labels speak of %.100q with %d ports", e.workload.Name, len(e.ports))
 	}
-	e.id, e.image = c.ID, c.ImageID
+	e.id, e.image = c.ID, imageID(c.ImageID)
 	text, err := os.ReadFile(filepath.Join(e.dir, "record.json"))
 	if err == nil {
 		err = json.Unmarshal(text, &e.record)
