@@ -300,7 +300,7 @@ func (b *Backend) measure(able *backends.Fingerprint, info system.Info) {
 	lacks := func(words string) { able.Missing = append(able.Missing, words) }
 	for _, f := range []backends.Feature{
 		backends.PortMap, backends.LowPorts, backends.LimitDisk, backends.Overlays, backends.MemoryPool, backends.Sockets, backends.Hooking, backends.HostNetwork,
-		backends.Exec, backends.Mounts, backends.Devices, backends.Capabilities, backends.HostNamespace, backends.WritableBase, backends.Unconfined,
+		backends.Exec, backends.Mounts, backends.Capabilities, backends.HostNamespace, backends.WritableBase, backends.Unconfined,
 	} {
 		has(f)
 	}
@@ -319,12 +319,13 @@ func (b *Backend) measure(able *backends.Fingerprint, info system.Info) {
 	})
 	switch {
 	case mapped:
-		for _, f := range []backends.Feature{backends.Keep, backends.Files, backends.Secrets} {
+		for _, f := range []backends.Feature{backends.Keep, backends.Files, backends.Devices, backends.Secrets} {
 			lacks(string(f) + ": the engine maps user ids, so that what is made for a user here is another's inside")
 		}
 	default:
 		has(backends.Keep)
 		has(backends.Files)
+		has(backends.Devices)
 		if b.plan.Secrets.Has() {
 			has(backends.Secrets)
 		} else {

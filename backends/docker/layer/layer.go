@@ -1,7 +1,8 @@
 // Package layer makes of a folder an image that a container engine loads: one layer, in the layout that docker save writes.
 //
-// The same folder is always the same bytes: names in order, no time, the owners and modes of the files. So what an image is called is
-// known before it is sent: its diff id is the sha256 of the layer, and its id the sha256 of the configuration, which names the diff id.
+// The same folder is always the same bytes: names in order, no time, the owners and modes of the files. A folder /tmp is one in which
+// anybody may write, whatever its mode: what is mounted there gets the mode from it. So what an image is called is known before it is sent:
+// its diff id is the sha256 of the layer, and its id the sha256 of the configuration, which names the diff id.
 //
 //	layer.tar        the folder
 //	<id>.json        the configuration
@@ -165,6 +166,9 @@ func add(archive *tar.Writer, path, name string, entry fs.DirEntry, known map[fi
 	head.Name = name
 	if entry.IsDir() {
 		head.Name += "/"
+	}
+	if head.Name == "tmp/" {
+		head.Mode = 0o1777
 	}
 	head.Format, head.ModTime, head.Uname, head.Gname = tar.FormatPAX, time.Unix(0, 0), "", ""
 	head.AccessTime, head.ChangeTime = time.Time{}, time.Time{}

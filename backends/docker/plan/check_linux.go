@@ -10,6 +10,8 @@ import (
 	"strconv"
 	"strings"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/kindos/kmo/backends"
 	"github.com/kindos/kmo/backends/docker/engine"
 	"github.com/kindos/kmo/backends/process"
@@ -63,8 +65,14 @@ func (p *Plan) checkRights(w backends.Workload) error {
 	if w.Security.WritableBase && w.Resources.Disk > 0 {
 		return lacks(backends.LimitDisk, "what is written to the base lies on the engine's disk, without a bound")
 	}
+	if len(w.Resources.Devices) > 0 {
+		var system unix.Statfs_t
+		if err := unix.Statfs(p.State, &system); err != nil || system.Flags&unix.ST_NODEV != 0 {
+			return lacks(backends.Devices, "%s lies where no device works (mount option nodev)", p.State)
+		}
+	}
 	for _, d := range w.Resources.Devices {
-		if err := there(d, w.Run.User); err != nil {
+		if err := there(d); err != nil {
 			return lacks(backends.Devices, "%v", err)
 		}
 	}
@@ -81,8 +89,8 @@ func (p *Plan) checkRights(w backends.Workload) error {
 	return nil
 }
 
-// there says why a device cannot be given to a user. Inside, its node has the owner, group and mode that it has on this host.
-func there(d backends.Device, user int) error {
+// there says why a device cannot be given.
+func there(d backends.Device) error {
 	if len(d.Nodes) == 0 {
 		return fmt.Errorf("device %s: this host gives it no nodes", d.Name)
 	}
@@ -95,9 +103,6 @@ func there(d backends.Device, user int) error {
 			return fmt.Errorf("device %s: %v", d.Name, err)
 		case found.Mode()&os.ModeDevice == 0:
 			return fmt.Errorf("device %s: %s is no device", d.Name, node)
-		}
-		if _, group := groupOf(node); user != 0 && !group && found.Mode().Perm()&0o006 != 0o006 {
-			return fmt.Errorf("device %s: %s has mode %#o, and user %d is not its owner; want it readable and writable for its group, or for all", d.Name, node, found.Mode().Perm(), user)
 		}
 	}
 	return nil

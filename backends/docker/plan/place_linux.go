@@ -25,7 +25,41 @@ func (p *Plan) place(w *backends.Workload, i int) string {
 	return filepath.Join(dir, "file-"+strconv.Itoa(i))
 }
 
-// Put makes the files of a workload and its kept folders. A file that is there is replaced as a whole: a container that runs keeps the old one.
+// node is a device node of this host.
+type node struct {
+	path string
+	kind uint32 // unix.S_IFCHR or unix.S_IFBLK
+	dev  int
+}
+
+// nodes are those of a workload's devices. One that is not there is left out: it has been refused.
+func nodes(r backends.Resources) (list []node) {
+	for _, d := range r.Devices {
+		for _, path := range d.Nodes {
+			var found unix.Stat_t
+			if unix.Stat(path, &found) == nil {
+				list = append(list, node{path, found.Mode & unix.S_IFMT, int(found.Rdev)})
+			}
+		}
+	}
+	return list
+}
+
+// rule lets a container's processes use the device.
+func (n node) rule() string {
+	kind := "c"
+	if n.kind == unix.S_IFBLK {
+		kind = "b"
+	}
+	return fmt.Sprintf("%s %d:%d rwm", kind, unix.Major(uint64(n.dev)), unix.Minor(uint64(n.dev)))
+}
+
+// device is where the workload's own node of a device lies: one that its user may open, whoever may open that of this host.
+func (p *Plan) device(workload string, i int) string {
+	return filepath.Join(p.State, "work", workload, "devices", strconv.Itoa(i))
+}
+
+// Put makes the files of a workload, its nodes and its kept folders. A file that is there is replaced as a whole: a container that runs keeps the old one.
 func (p *Plan) Put(w *backends.Workload) error {
 	for i, f := range w.Files {
 		at := p.place(w, i)
@@ -40,6 +74,14 @@ func (p *Plan) Put(w *backends.Workload) error {
 		err = errors.Join(err, os.Chown(next, w.Run.User, w.Run.User), os.Chmod(next, os.FileMode(f.Mode).Perm()), os.Rename(next, at))
 		if err != nil {
 			return err
+		}
+	}
+	for i, n := range nodes(w.Resources) {
+		at := p.device(w.Name, i)
+		_ = os.Remove(at) // of an earlier start
+		err := errors.Join(os.MkdirAll(filepath.Dir(at), 0o700), unix.Mknod(at, n.kind|0o600, n.dev), os.Chown(at, w.Run.User, w.Run.User))
+		if err != nil {
+			return fmt.Errorf("device %s: %v", n.path, err)
 		}
 	}
 	for _, keep := range w.Overlay.Keep {
@@ -97,6 +139,9 @@ func (p *Plan) mounts(w backends.Workload) (list []mount.Mount, err error) {
 	}
 	for i, f := range w.Files {
 		bind(p.place(&w, i), f.To, true)
+	}
+	for i, n := range nodes(w.Resources) {
+		bind(p.device(w.Name, i), n.path, false)
 	}
 	for _, keep := range w.Overlay.Keep {
 		bind(p.keptPath(w.Unit, keep), keep, false)

@@ -13,7 +13,6 @@ import (
 	"github.com/moby/moby/api/types/container"
 	"github.com/moby/moby/api/types/network"
 	"github.com/moby/moby/client"
-	"golang.org/x/sys/unix"
 
 	"github.com/kindos/kmo/backends"
 	"github.com/kindos/kmo/backends/process"
@@ -139,10 +138,8 @@ func bounds(r backends.Resources) container.Resources {
 	if r.PIDs > 0 {
 		bounds.PidsLimit = &r.PIDs
 	}
-	for _, d := range r.Devices {
-		for _, node := range d.Nodes {
-			bounds.Devices = append(bounds.Devices, container.DeviceMapping{PathOnHost: node, PathInContainer: node, CgroupPermissions: "rwm"})
-		}
+	for _, node := range nodes(r) {
+		bounds.DeviceCgroupRules = append(bounds.DeviceCgroupRules, node.rule())
 	}
 	return bounds
 }
@@ -199,25 +196,9 @@ func grant(config *container.Config, host *container.HostConfig, w backends.Work
 			host.NetworkMode = "host"
 		}
 	}
-	for _, d := range w.Resources.Devices {
-		for _, node := range d.Nodes {
-			if gid, ok := groupOf(node); ok {
-				host.GroupAdd = append(host.GroupAdd, gid)
-			}
-		}
-	}
 	if !HostNetwork(&w) {
 		host.Sysctls = map[string]string{"net.ipv4.ip_unprivileged_port_start": "0"}
 	}
-}
-
-// groupOf is the group through which a device can be read and written, if it is not by everybody.
-func groupOf(node string) (gid string, ok bool) {
-	var found unix.Stat_t
-	if unix.Stat(node, &found) != nil || found.Mode&0o006 == 0o006 || found.Mode&0o060 != 0o060 {
-		return "", false
-	}
-	return strconv.Itoa(int(found.Gid)), true
 }
 
 func publish(config *container.Config, host *container.HostConfig, w backends.Workload) {
