@@ -178,6 +178,8 @@ func (b *Backend) plain(ctx context.Context, err error) error {
 		return b.ctx.Err()
 	case errors.As(err, &down):
 		return down
+	case client.IsErrConnectionFailed(err):
+		return b.door.Down(ctx, err)
 	}
 	return err
 }
@@ -189,11 +191,16 @@ func (b *Backend) mine() client.Filters {
 
 // containers lists all of this instance's, running or not.
 func (b *Backend) containers(ctx context.Context) ([]container.Summary, error) {
-	found, err := b.engine.ContainerList(ctx, client.ContainerListOptions{All: true, Filters: b.mine()})
-	if err != nil {
-		return nil, b.plain(ctx, err)
+	for try := 0; ; try++ {
+		found, err := b.engine.ContainerList(ctx, client.ContainerListOptions{All: true, Filters: b.mine()})
+		if err == nil {
+			return found.Items, nil
+		}
+		// Podman looks at them one after the other, and gives up if one has been removed meanwhile, whosever it was.
+		if try == 20 || !strings.Contains(err.Error(), "no such container") {
+			return nil, b.plain(ctx, err)
+		}
 	}
-	return found.Items, nil
 }
 
 // seen is a container as the engine says it is.

@@ -97,7 +97,6 @@ func TestEngineKilled(t *testing.T) {
 		_, err = b.Fingerprint(t.Context())
 		plain(t, "fingerprint without an engine", err)
 		plain(t, "apply without an engine", b.Apply(t.Context(), unit("other", image, "wait")))
-		plain(t, "remove without an engine", b.Remove(t.Context(), "other-00000001"))
 		if err := d.start(); err != nil {
 			t.Fatal(err)
 		}

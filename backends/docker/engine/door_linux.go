@@ -56,6 +56,16 @@ func (d Door) dial(ctx context.Context, _, _ string) (net.Conn, error) {
 	return nil, &DownError{Door: d, Cause: all}
 }
 
+// Down says why the engine does not answer: the client's own words speak of no socket.
+func (d Door) Down(ctx context.Context, err error) error {
+	conn, dialErr := d.dial(ctx, "", "")
+	if dialErr == nil {
+		_ = conn.Close()
+		return &DownError{Door: d, Cause: fmt.Errorf("it was away just now: %w", err)}
+	}
+	return dialErr
+}
+
 // DownError says that the engine does not answer.
 type DownError struct {
 	Door  Door
