@@ -6,6 +6,7 @@ import (
 	"encoding/hex"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"log/slog"
 	"os"
@@ -37,17 +38,26 @@ type Backend struct {
 	step     func(string) // called at each step of a start; a test ends this process there
 	hookTime time.Duration
 
+	life
+	images   images
+	settling chan struct{} // holds one token: who asks for the first time what there is
+
+	mu sync.Mutex // guards what follows
+	known
+}
+
+// life is what goes on until Close.
+type life struct {
 	ctx     context.Context // of watching and restarting; ended by Close
 	cancel  context.CancelFunc
 	working sync.WaitGroup
 	wake    chan struct{} // holds one token: look at all containers again
 	starts  chan struct{} // bounds how many programs are started again at once
-	images  images
+}
 
-	settling chan struct{} // holds one token: who asks for the first time what there is
-
-	mu      sync.Mutex // guards what follows
-	settled bool       // the engine has said what there is
+// known is what the engine has said, and what has come of it.
+type known struct {
+	settled bool // it has said what there is
 	able    *backends.Fingerprint
 	entries map[string]*entry
 	ports   map[int]string // numbers that were chosen, and whose they are
@@ -71,8 +81,9 @@ func Open(o Options) (*Backend, error) {
 	}
 	o.State = state
 	b := &Backend{
-		options: o, plan: plan.Plan{Engine: o.Name, State: state}, door: engine.Door{Name: o.Name, Socket: o.Socket}, step: func(string) {}, hookTime: hookTime, wake: make(chan struct{}, 1), starts: make(chan struct{}, 4),
-		settling: make(chan struct{}, 1), entries: map[string]*entry{}, ports: map[int]string{}, images: newImages(),
+		options: o, plan: plan.Plan{Engine: o.Name, State: state}, door: engine.Door{Name: o.Name, Socket: o.Socket}, step: func(string) {}, hookTime: hookTime,
+		life: life{wake: make(chan struct{}, 1), starts: make(chan struct{}, 4)}, images: newImages(), settling: make(chan struct{}, 1),
+		known: known{entries: map[string]*entry{}, ports: map[int]string{}},
 	}
 	for _, dir := range []string{"", "work", "images", "kept"} {
 		if err := os.MkdirAll(filepath.Join(state, dir), 0o700); err != nil {
@@ -178,7 +189,7 @@ func (b *Backend) plain(ctx context.Context, err error) error {
 		return b.ctx.Err()
 	case errors.As(err, &down):
 		return down
-	case client.IsErrConnectionFailed(err):
+	case client.IsErrConnectionFailed(err), errors.Is(err, unix.ECONNRESET), errors.Is(err, unix.EPIPE), errors.Is(err, io.EOF):
 		return b.door.Down(ctx, err)
 	}
 	return err

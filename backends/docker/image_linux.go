@@ -58,15 +58,15 @@ func (i *images) turn(id string) chan struct{} {
 	return i.turns[id]
 }
 
-// known is the file that remembers what image a content has become.
-func (b *Backend) known(root merkle.Digest) string {
+// shortcut is the file that remembers what image a content has become.
+func (b *Backend) shortcut(root merkle.Digest) string {
 	return filepath.Join(b.options.State, "images", fmt.Sprintf("%x", root[:]))
 }
 
 // image makes the engine have the image of a content, and returns its id, which is held until done is called.
 func (b *Backend) image(ctx context.Context, w backends.Workload) (id string, done func(), err error) {
 	var measured *layer.Image
-	if text, err := os.ReadFile(b.known(w.Image.ContentRoot)); err == nil && w.Image.ContentRoot != (merkle.Digest{}) {
+	if text, err := os.ReadFile(b.shortcut(w.Image.ContentRoot)); err == nil && w.Image.ContentRoot != (merkle.Digest{}) {
 		id = string(text)
 	} else {
 		if measured, err = layer.Measure(ctx, w.Image.Content, runtime.GOARCH); err != nil {
@@ -117,7 +117,7 @@ func (b *Backend) provide(ctx context.Context, w backends.Workload, id string, m
 	if w.Image.ContentRoot == (merkle.Digest{}) {
 		return nil
 	}
-	return durable(b.known(w.Image.ContentRoot), []byte(id))
+	return durable(b.shortcut(w.Image.ContentRoot), []byte(id))
 }
 
 // has says whether the engine has an image, by id. The id covers the diff id; that the engine says the same is looked at all the same.

@@ -27,23 +27,38 @@ type entry struct {
 	name, dir string
 	turn      chan struct{} // holds one token
 
-	mu       sync.Mutex // guards what follows
-	record   record
+	mu sync.Mutex // guards what follows
+	record record
+	made
+	present
+	working
+
+	cleared bool // gone from the backend: who waited for its turn must look again
+	readers int  // who follow its log
+}
+
+// made is a workload as it was made.
+type made struct {
 	workload backends.Workload // as its container's labels say; no name where there is no container yet
 	ports    []int             // its numbers on this host, in the order of Run.Ports
 	id       string            // of its container, once it has one
 	image    string            // its id
-	program  *program.Program  // that runs; nil if there is none, or it cannot be seen from here
-	running  bool              // as far as is known
-	started  time.Time         // of the present program
-	starting bool              // somebody starts it
-	again    bool              // somebody waits to start it again
-	stuck    bool              // it is not to be started again until it is applied
-	oom      bool              // the engine told of a want of memory since the start
-	detail   string
-	cleared  bool // gone from the backend: who waited for its turn must look again
-	readers  int  // who follow its log
+}
 
+// present is what is known of a workload's program.
+type present struct {
+	program *program.Program // that runs; nil if there is none, or it cannot be seen from here
+	running bool             // as far as is known
+	started time.Time        // of the present program
+	oom     bool             // the engine told of a want of memory since the start
+	detail  string
+}
+
+// working is what is being done with a workload.
+type working struct {
+	starting  bool               // somebody starts it
+	again     bool               // somebody waits to start it again
+	stuck     bool               // it is not to be started again until it is applied
 	interrupt context.CancelFunc // ends what is done under the turn of our own accord; nil when nothing is
 }
 
