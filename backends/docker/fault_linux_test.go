@@ -146,7 +146,9 @@ func TestEngineComesLate(t *testing.T) {
 }
 
 // steps are those of a start at which something ends.
-func steps() []string { return []string{"load", "loaded", "create", "created", "hook", "start", "started"} }
+func steps() []string {
+	return []string{"load", "loaded", "create", "created", "hook", "start", "started"}
+}
 
 func TestEngineKilledInApply(t *testing.T) {
 	image := content(t)

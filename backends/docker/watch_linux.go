@@ -27,7 +27,7 @@ type entry struct {
 	name, dir string
 	turn      chan struct{} // holds one token
 
-	mu sync.Mutex // guards what follows
+	mu     sync.Mutex // guards what follows
 	record record
 	made
 	present
