@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"net"
 	"os"
 	"os/exec"
@@ -366,4 +367,36 @@ func commands(pid int) (n int) {
 		}
 	}
 	return n
+}
+
+// Who starts a program without its hooks, by whatever tool, has it started again with them.
+func TestStartedByOthers(t *testing.T) {
+	image := content(t)
+	each(t, func(t *testing.T, d *daemon) {
+		state := t.TempDir()
+		b := open(t, d.name, state)
+		w := unit("relay", image, "append /keep/order main,", "cat /keep/order", "wait")
+		w.Overlay.Keep = []string{"/keep"}
+		w.Hooks.PreInit = [][]string{{"/app", "append /keep/order pre,"}}
+		if err := b.Apply(t.Context(), w); err != nil {
+			t.Fatal(err)
+		}
+		until(t, b, "running", running)
+		b.options.Backoff = func(int) time.Duration { return time.Second }
+		none := 0
+		if _, err := asked(t, d).ContainerRestart(t.Context(), b.entry(w.Name).id, client.ContainerRestartOptions{Timeout: &none}); err != nil {
+			t.Fatal(err)
+		}
+		until(t, b, "started again with its hooks", func(s backends.Status) bool {
+			log, err := b.Logs(t.Context(), w.Name, backends.LogOptions{})
+			if err != nil {
+				return false
+			}
+			text, _ := io.ReadAll(log)
+			lines := strings.Split(strings.TrimSpace(string(text)), "\n")
+			said := strings.HasSuffix(lines[max(len(lines)-2, 0)], `pre,main,"`) && strings.Count(string(text), "pre,main") > 1
+			return running(s) && s.Restarts > 0 && said
+		})
+		over(t, d, b, state)
+	})
 }

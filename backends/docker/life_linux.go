@@ -74,6 +74,7 @@ func (b *Backend) Apply(ctx context.Context, w backends.Workload) error {
 		if err := b.discard(ctx, found.id); err != nil {
 			return err
 		}
+		defer b.drop(context.WithoutCancel(ctx), found.image)
 	}
 	return b.anew(ctx, e, w)
 }
@@ -101,21 +102,23 @@ func (b *Backend) unmade(e *entry, err error) error {
 
 // make creates and starts the container of a workload. A chosen port that turns out to be taken is chosen again.
 func (b *Backend) make(ctx context.Context, e *entry, w backends.Workload) error {
+	ports, err := b.choosePorts(w, nil)
+	if err != nil {
+		return err
+	}
 	image, done, err := b.image(ctx, w)
 	if err != nil {
 		return err
 	}
 	defer done()
+	e.mu.Lock()
+	e.image = image
+	e.mu.Unlock()
 	if err := b.plan.Put(&w); err != nil {
 		return err
 	}
 	var taken []int
 	for range 5 {
-		b.releasePorts(w.Name)
-		ports, err := b.choosePorts(w, taken)
-		if err != nil {
-			return err
-		}
 		if err := e.begin(w, ports, image); err != nil {
 			return err
 		}
@@ -132,6 +135,10 @@ func (b *Backend) make(ctx context.Context, e *entry, w backends.Workload) error
 		}
 		taken = append(taken, ports...)
 		if err := b.discard(ctx, id); err != nil {
+			return err
+		}
+		b.releasePorts(w.Name)
+		if ports, err = b.choosePorts(w, taken); err != nil {
 			return err
 		}
 	}
@@ -179,7 +186,7 @@ func (b *Backend) start(ctx context.Context, e *entry, c *seen) (err error) {
 		return fmt.Errorf("%s: its container has been removed as soon as it was started", w.Name)
 	}
 	b.adopt(e, found)
-	return nil
+	return e.change(func(r *record) { r.Starting, r.Started = false, found.started })
 }
 
 // startFault says whose fault it is that a container does not start.

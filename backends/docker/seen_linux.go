@@ -70,6 +70,9 @@ func (b *Backend) status(ctx context.Context, e *entry, c container.Summary) (*b
 		}
 		if runs = found.running; runs {
 			b.adopt(e, found)
+			if e.foreign() && b.ctx.Err() == nil {
+				b.working.Go(func() { b.repeat(e) })
+			}
 		} else {
 			b.ended(e, found)
 		}

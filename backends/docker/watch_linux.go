@@ -64,13 +64,15 @@ type working struct {
 
 // record is what changes while a container stays the same.
 type record struct {
-	Restarts int    `json:"restarts"`
-	Quick    int    `json:"quick"` // ends in a row that came soon after the start
-	Ended    *end   `json:"ended,omitempty"`
-	Answered string `json:"answered,omitempty"` // the end that the last start was the answer to
-	Pending  bool   `json:"pending,omitempty"`  // the postInit hooks have not all ended 0
-	Removing bool   `json:"removing,omitempty"` // Remove has begun: never start it again
-	Fault    string `json:"fault,omitempty"`    // why it is damaged
+	Restarts int       `json:"restarts"`
+	Quick    int       `json:"quick"` // ends in a row that came soon after the start
+	Ended    *end      `json:"ended,omitempty"`
+	Answered string    `json:"answered,omitempty"` // the end that the last start was the answer to
+	Pending  bool      `json:"pending,omitempty"`  // the postInit hooks have not all ended 0
+	Starting bool      `json:"starting,omitempty"` // it is about to be started by us
+	Started  time.Time `json:"started,omitzero"`   // of the program that we started last
+	Removing bool      `json:"removing,omitempty"` // Remove has begun: never start it again
+	Fault    string    `json:"fault,omitempty"`    // why it is damaged
 }
 
 // end is how a program ended.
@@ -209,7 +211,7 @@ func (e *entry) startsAgain(c *seen) error {
 		r.Restarts++
 		r.Answered = r.Ended.At
 	}
-	r.Pending, r.Fault = len(e.workload.Hooks.PostInit) > 0, ""
+	r.Pending, r.Fault, r.Starting = len(e.workload.Hooks.PostInit) > 0, "", true
 	return e.save()
 }
 
@@ -288,6 +290,34 @@ func (b *Backend) adopt(e *entry, c *seen) {
 	}
 }
 
+// foreign says whether somebody else has started a workload's program, without the hooks that it has.
+func (e *entry) foreign() bool {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	hooks := len(e.workload.Hooks.PreInit)+len(e.workload.Hooks.PostInit) > 0
+	return hooks && e.running && !e.starting && !e.record.Starting && !e.record.Removing && !e.cleared && !e.started.Equal(e.record.Started)
+}
+
+// repeat ends a program that somebody else has started, so that it is started again with its hooks.
+func (b *Backend) repeat(e *entry) {
+	taken, release, err := b.take(b.ctx, e.name, false)
+	if err != nil || taken == nil {
+		return
+	}
+	defer release()
+	if taken != e || !e.foreign() {
+		return
+	}
+	ctx, done := b.unasked(e)
+	defer done()
+	e.mu.Lock()
+	id := e.id
+	e.mu.Unlock()
+	if err := b.signal(ctx, id, "SIGKILL"); err != nil {
+		b.options.Logger.Warn("ending a program that was started without its hooks", "workload", e.name, "err", err)
+	}
+}
+
 // finish waits until the engine knows of the end of a program. If it does not answer, a later look finds it.
 func (b *Backend) finish(e *entry) {
 	ctx, cancel := context.WithTimeout(b.ctx, clearTime)
@@ -309,6 +339,9 @@ func (b *Backend) finish(e *entry) {
 			return
 		case err == nil && e.now() != nil && c.pid != e.now().PID:
 			b.adopt(e, c) // started again by whomever
+			if e.foreign() {
+				b.repeat(e)
+			}
 			return
 		}
 		select {
