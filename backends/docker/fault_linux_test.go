@@ -333,7 +333,7 @@ func TestHookHangs(t *testing.T) {
 	each(t, func(t *testing.T, d *daemon) {
 		state := t.TempDir()
 		b := open(t, d.name, state)
-		b.hookTime = 2 * time.Second
+		b.hookTime = 5 * time.Second
 		w := unit("relay", image, "wait")
 		w.Hooks.PreInit = [][]string{{"/app", "say so-far", "wait"}}
 		err := b.Apply(t.Context(), w)

@@ -252,41 +252,49 @@ func (b *Backend) inside(id string, argv []string) func(context.Context) (int, [
 	}
 }
 
-// preInit runs a hook in a container of its own, which is removed.
-func (b *Backend) preInit(ctx context.Context, e *entry, w backends.Workload, argv []string) error {
+// preInit runs a hook in a container of its own, which is removed. Its time begins when it has been started: a slow engine is no fault of the hook's.
+func (b *Backend) preInit(ctx context.Context, e *entry, w backends.Workload, argv []string) (err error) {
 	e.mu.Lock()
 	image, ports := e.image, e.ports
 	e.mu.Unlock()
-	return b.hook(ctx, e.name, "preInit", argv, func(ctx context.Context) (status int, words []byte, err error) {
-		id, err := b.createLoaded(ctx, w, image, ports, argv)
-		if err != nil {
-			return 0, nil, err
-		}
-		defer func() {
-			undo, cancel := context.WithTimeout(context.WithoutCancel(ctx), clearTime)
-			defer cancel()
-			err = errors.Join(err, b.discard(undo, id))
-		}()
-		b.step("hook")
-		if _, err := b.engine.ContainerStart(ctx, id, client.ContainerStartOptions{}); err != nil {
-			return 0, nil, b.startFault(ctx, w, err)
-		}
-		var p *program.Program
-		c, err := b.inspect(ctx, id)
-		if err == nil && c != nil && c.running {
-			p = program.Hold(c.pid, id)
-			defer p.Release()
-		}
-		ended := b.over(ctx, id, p)
+	id, err := b.createLoaded(ctx, w, image, ports, argv)
+	if err != nil {
+		return err
+	}
+	defer func() {
 		undo, cancel := context.WithTimeout(context.WithoutCancel(ctx), clearTime)
 		defer cancel()
-		out := &output{most: maxWords, last: true}
-		_ = b.copyLog(undo, id, 0, out.add) // without them it has failed all the same
-		if c, err = b.inspect(undo, id); ended != nil || err != nil || c == nil {
-			return 0, out.text, errors.Join(ended, err)
+		if left := b.discard(undo, id); err == nil {
+			err = left // what is left otherwise is removed by the next look
 		}
-		return c.exit, out.text, nil
+	}()
+	b.step("hook")
+	_, startErr := b.engine.ContainerStart(ctx, id, client.ContainerStartOptions{})
+	return b.hook(ctx, e.name, "preInit", argv, func(ctx context.Context) (int, []byte, error) {
+		if startErr != nil {
+			return 0, nil, b.startFault(ctx, w, startErr)
+		}
+		return b.await(ctx, id)
 	})
+}
+
+// await waits until a hook's container has ended, and returns its status and its last words.
+func (b *Backend) await(ctx context.Context, id string) (int, []byte, error) {
+	var p *program.Program
+	if c, err := b.inspect(ctx, id); err == nil && c != nil && c.running {
+		p = program.Hold(c.pid, id)
+		defer p.Release()
+	}
+	ended := b.over(ctx, id, p)
+	undo, cancel := context.WithTimeout(context.WithoutCancel(ctx), clearTime)
+	defer cancel()
+	out := &output{most: maxWords, last: true}
+	_ = b.copyLog(undo, id, 0, out.add) // without them it has failed all the same
+	c, err := b.inspect(undo, id)
+	if ended != nil || err != nil || c == nil {
+		return 0, out.text, errors.Join(ended, err)
+	}
+	return c.exit, out.text, nil
 }
 
 // copyLog copies what a container has written, or its last lines.

@@ -11,11 +11,15 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strings"
+	"time"
 
 	"github.com/moby/moby/api/types/container"
+	"github.com/moby/moby/client"
 	"golang.org/x/sys/unix"
 
 	"github.com/kindos/kmo/backends"
+	"github.com/kindos/kmo/backends/docker/engine"
 	"github.com/kindos/kmo/backends/docker/plan"
 )
 
@@ -147,6 +151,77 @@ func (b *Backend) finishHooks(e *entry) error {
 	}
 	b.adopt(e, c)
 	return b.postInit(ctx, e)
+}
+
+func (b *Backend) nudge() {
+	select {
+	case b.wake <- struct{}{}:
+	default:
+	}
+}
+
+// watch looks at all containers when there is reason to, and now and then.
+func (b *Backend) watch() {
+	const seldom, soon = 10 * time.Second, 300 * time.Millisecond
+	for {
+		ctx, cancel := context.WithTimeout(b.ctx, time.Minute)
+		err := b.ready(ctx)
+		if err == nil {
+			err = b.look(ctx)
+		}
+		cancel()
+		var down *engine.DownError
+		if err != nil && b.ctx.Err() == nil && !errors.As(err, &down) {
+			b.options.Logger.Warn("looking at the containers", "err", err)
+		}
+		select {
+		case <-time.After(soon):
+		case <-b.ctx.Done():
+			return
+		}
+		select {
+		case <-time.After(seldom):
+		case <-b.wake:
+		case <-b.ctx.Done():
+			return
+		}
+	}
+}
+
+// listen takes up what the engine tells of by itself. Whenever it has not been heard for a while all is looked at again.
+func (b *Backend) listen() {
+	for b.ctx.Err() == nil {
+		events := b.engine.Events(b.ctx, client.EventsListOptions{Filters: b.mine().Add("type", "container")})
+		b.nudge()
+		for open := true; open; {
+			select {
+			case m := <-events.Messages:
+				b.told(string(m.Action), m.Actor.Attributes[plan.LabelName])
+			case <-events.Err:
+				open = false
+			}
+		}
+		select {
+		case <-time.After(500 * time.Millisecond):
+		case <-b.ctx.Done():
+		}
+	}
+}
+
+func (b *Backend) told(action, name string) {
+	e := b.entry(name)
+	if e == nil {
+		return
+	}
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	switch {
+	case action == "oom":
+		e.oom = true
+	case strings.HasPrefix(action, "exec"):
+	case action == "destroy", action == "remove", e.program == nil:
+		b.nudge()
+	}
 }
 
 // look compares what there is with what is known, and mends it.
