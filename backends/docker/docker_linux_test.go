@@ -33,7 +33,12 @@ func open(t testing.TB, name, state string) *Backend {
 // content puts the test program into a root file system.
 func content(t *testing.T) backends.Image {
 	t.Helper()
-	text, err := os.ReadFile(conformance.Build(t, "linux", runtime.GOARCH))
+	return packed(t, conformance.Build(t, "linux", runtime.GOARCH))
+}
+
+func packed(t testing.TB, program string) backends.Image {
+	t.Helper()
+	text, err := os.ReadFile(program)
 	root := filepath.Join(t.TempDir(), "root")
 	for _, dir := range []string{"etc", "tmp", "var"} {
 		err = errors.Join(err, os.MkdirAll(filepath.Join(root, dir), 0o755))

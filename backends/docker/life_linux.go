@@ -195,16 +195,20 @@ func (b *Backend) startFault(ctx context.Context, w backends.Workload, err error
 		return plain
 	}
 	text := err.Error()
-	has := func(parts ...string) bool {
-		return slices.ContainsFunc(parts, func(part string) bool { return strings.Contains(text, part) })
-	}
 	switch {
-	case has("address already in use", "port is already allocated"):
+	case strings.Contains(text, "address already in use"), strings.Contains(text, "port is already allocated"):
 		return &busyError{w.Name, text}
-	case has("exec:", "chdir to cwd", "executable file not found", "exec format error"):
+	case unexecutable(err):
 		return &backends.StartError{Workload: w.Name, Stage: "exec " + process.Argv(w)[0], Cause: text}
 	}
 	return err
+}
+
+// unexecutable says whether the engine has found nothing to execute, or not what can be. It has no code for that.
+func unexecutable(err error) bool {
+	return slices.ContainsFunc([]string{"exec: ", "chdir to cwd", "executable file not found", "exec format error", "exec failed"}, func(part string) bool {
+		return strings.Contains(err.Error(), part)
+	})
 }
 
 // Remove ends a workload: exit hooks, SIGTERM, its grace, SIGKILL. When ctx ends before, the workload is still there, is not started

@@ -226,12 +226,15 @@ func (b *Backend) hook(ctx context.Context, name, moment string, argv []string, 
 	status, words, err := run(within)
 	fault := &backends.StartError{Workload: name, Stage: fmt.Sprintf("%s %v", moment, argv), Output: string(words)}
 	var cause *backends.StartError
+	var down *engine.DownError
 	switch {
+	case errors.As(err, &down):
+		return err
 	case err != nil && ctx.Err() == nil && within.Err() != nil:
 		fault.Cause = fmt.Sprintf("has not ended within %v", b.hookTime)
 	case errors.As(err, &cause):
 		fault.Cause = cause.Stage + ": " + cause.Cause
-	case err != nil && strings.Contains(err.Error(), "exec"):
+	case err != nil && unexecutable(err):
 		fault.Cause = err.Error()
 	case err != nil:
 		return err
