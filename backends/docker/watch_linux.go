@@ -421,9 +421,14 @@ func (b *Backend) restart(e *entry) time.Duration {
 		b.nudge()
 		return 0
 	}
-	if err == nil && c.running {
+	if err == nil && c.running { // somebody else was quicker
 		b.adopt(e, c)
-		return 0
+		if e.foreign() {
+			err = b.signal(ctx, id, "SIGKILL")
+		}
+		if err == nil {
+			return 0
+		}
 	}
 	if err == nil {
 		err = b.start(ctx, e, c)
