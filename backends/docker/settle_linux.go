@@ -76,7 +76,8 @@ func (b *Backend) ready(ctx context.Context) error {
 		}
 	}
 	b.mu.Unlock()
-	b.working.Go(func() { b.resume(entries) })
+	list := b.list()
+	b.working.Go(func() { b.resume(list) })
 	return nil
 }
 
@@ -118,7 +119,7 @@ func (b *Backend) sweepFolders(known map[string]*entry) error {
 }
 
 // resume goes on with what an earlier process had begun.
-func (b *Backend) resume(entries map[string]*entry) {
+func (b *Backend) resume(entries []*entry) {
 	if err := b.tidy(b.ctx); err != nil && b.ctx.Err() == nil {
 		b.options.Logger.Warn("removing images that nobody uses", "err", err)
 	}
@@ -145,7 +146,7 @@ func (b *Backend) finishHooks(e *entry) error {
 	defer release()
 	ctx, done := b.unasked(e)
 	defer done()
-	c, err := b.inspect(ctx, e.id)
+	c, err := b.inspect(ctx, b.plan.Container(e.name))
 	if err != nil || c == nil || !c.running {
 		return err
 	}
