@@ -15,6 +15,7 @@ import (
 
 	"github.com/kindos/kmo/backends"
 	"github.com/kindos/kmo/backends/docker/plan"
+	"github.com/kindos/kmo/backends/docker/engine"
 	"github.com/kindos/kmo/backends/docker/program"
 	"github.com/kindos/kmo/backends/process"
 )
@@ -191,11 +192,12 @@ func (b *Backend) start(ctx context.Context, e *entry, c *seen) (err error) {
 
 // startFault says whose fault it is that a container does not start.
 func (b *Backend) startFault(ctx context.Context, w backends.Workload, err error) error {
-	if plain := b.plain(ctx, err); plain != err {
-		return plain
-	}
-	text := err.Error()
+	var down *engine.DownError
+	plain := b.plain(ctx, err)
+	text := plain.Error()
 	switch {
+	case ctx.Err() != nil, b.ctx.Err() != nil, errors.As(plain, &down):
+		return plain
 	case strings.Contains(text, "address already in use"), strings.Contains(text, "port is already allocated"):
 		return &busyError{w.Name, text}
 	case unexecutable(err):

@@ -309,7 +309,6 @@ func (b *Backend) copyLog(ctx context.Context, id string, lines int, each func([
 	if err != nil {
 		return err
 	}
-	defer log.Close()
 	var pieces [][]byte
 	err = log.Next(func(piece []byte) error {
 		pieces = append(pieces, piece)
@@ -320,7 +319,7 @@ func (b *Backend) copyLog(ctx context.Context, id string, lines int, each func([
 			err = each(piece)
 		}
 	}
-	return err
+	return errors.Join(err, log.Close())
 }
 
 func tail(lines int) string {

@@ -198,7 +198,8 @@ func (b *Backend) listen() {
 			select {
 			case m := <-events.Messages:
 				b.told(string(m.Action), m.Actor.Attributes[plan.LabelName])
-			case <-events.Err:
+			case err := <-events.Err:
+				b.options.Logger.Debug("listening to the engine", "err", err)
 				open = false
 			}
 		}
@@ -282,7 +283,7 @@ func (b *Backend) sweep(ctx context.Context, name string) {
 	if err := errors.Join(err, hookErr); err != nil {
 		return // the next look finds it again
 	}
-	if whole != nil && whole.status != container.StateCreated && e.known() && !(e.removing() && !whole.running) {
+	if whole != nil && whole.status != container.StateCreated && e.known() && (!e.removing() || whole.running) {
 		if hook != nil {
 			err = b.discard(ctx, hook.id)
 		}
