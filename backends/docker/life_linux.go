@@ -14,8 +14,8 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/kindos/kmo/backends"
-	"github.com/kindos/kmo/backends/docker/plan"
 	"github.com/kindos/kmo/backends/docker/engine"
+	"github.com/kindos/kmo/backends/docker/plan"
 	"github.com/kindos/kmo/backends/docker/program"
 	"github.com/kindos/kmo/backends/process"
 )
