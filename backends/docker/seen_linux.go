@@ -426,17 +426,16 @@ func (b *Backend) follow(ctx context.Context, e *entry, id string, lines int, w 
 // followed returns what copies the rest of a log, as far as it goes.
 func (b *Backend) followed(ctx context.Context, id string, lines int, w io.Writer) (next func() error, done func(), err error) {
 	if b.options.Name == Docker {
-		ask, last := client.ContainerLogsOptions{Tail: tail(lines), Follow: true, Timestamps: true}, ""
+		ask, stamps := client.ContainerLogsOptions{Tail: tail(lines), Follow: true, Timestamps: true}, engine.Stamps{}
 		return func() error {
-			if last != "" {
+			if last := stamps.Again(); last != "" {
 				ask.Since, ask.Tail = last, "all"
 			}
 			return b.streamLog(ctx, id, ask, func(piece []byte) error {
-				stamp, text, ok := bytes.Cut(piece, []byte(" "))
-				if !ok || string(stamp) <= last { // seen already
+				text, ok := stamps.New(piece)
+				if !ok {
 					return nil
 				}
-				last = string(stamp)
 				_, err := w.Write(text)
 				return err
 			})

@@ -358,7 +358,8 @@ func (b *Backend) ended(e *entry, c *seen) {
 	e.id, e.image = c.id, c.image
 	r := &e.record
 	if r.Ended == nil || r.Ended.At != c.finished {
-		short := e.program.Short() || e.oom || c.oom
+		short, known := e.program.Short()
+		short = short || e.oom || !known && c.oom // what the engine says may be of an earlier program
 		r.Ended = &end{At: c.finished, Code: c.exit, OOM: short && c.exit == 137}
 		if r.Quick++; e.started.IsZero() || time.Since(e.started) > quick {
 			r.Quick = 0

@@ -2,6 +2,7 @@ package engine
 
 import (
 	"bufio"
+	"bytes"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -44,4 +45,36 @@ func ended(err error) error {
 		return nil
 	}
 	return err
+}
+
+// Stamps tells pieces of a log that were read before from those that were not, when a log is asked for again since the last of them. Each
+// begins with its time. Several may have the same: an engine cuts a long line into pieces of one time.
+type Stamps struct {
+	last string // of the newest piece
+	seen int    // so many pieces had it
+	from string // what was last when the log was asked for again
+	skip int    // so many pieces of that time are still to come again
+}
+
+// Again begins to read from the last time, which it returns.
+func (s *Stamps) Again() string {
+	s.from, s.skip = s.last, s.seen
+	return s.last
+}
+
+// New returns the text of a piece, and false if it was read before.
+func (s *Stamps) New(piece []byte) (text []byte, ok bool) {
+	stamp, text, ok := bytes.Cut(piece, []byte(" "))
+	switch at := string(stamp); {
+	case !ok || at < s.from:
+		return nil, false
+	case at == s.from && s.skip > 0:
+		s.skip--
+		return nil, false
+	case at == s.last:
+		s.seen++
+	default:
+		s.last, s.seen = at, 1
+	}
+	return text, true
 }

@@ -90,3 +90,29 @@ func TestTail(t *testing.T) {
 		}
 	}
 }
+
+func TestStamps(t *testing.T) {
+	var s Stamps
+	read := func(pieces ...string) (got string) {
+		s.Again()
+		for _, piece := range pieces {
+			if text, ok := s.New([]byte(piece)); ok {
+				got += string(text)
+			}
+		}
+		return got
+	}
+	for _, c := range []struct {
+		pieces []string
+		want   string
+	}{
+		{[]string{"1 a\n", "2 long", "2 line\n"}, "a\nlongline\n"},
+		{[]string{"2 long", "2 line\n"}, ""},
+		{[]string{"2 long", "2 line\n", "2 more\n", "3 b\n"}, "more\nb\n"},
+		{[]string{"3 b\n", "4 \n"}, "\n"},
+	} {
+		if got := read(c.pieces...); got != c.want {
+			t.Errorf("of %q new are %q, want %q", c.pieces, got, c.want)
+		}
+	}
+}

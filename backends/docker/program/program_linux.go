@@ -152,8 +152,10 @@ func (p *Program) Ended() bool {
 	}
 }
 
-// Short says whether its cgroup was short of memory.
-func (p *Program) Short() bool { return p != nil && p.short.Load() }
+// Short says whether its cgroup was short of memory, where the kernel tells so; where it does not, known is false.
+func (p *Program) Short() (short, known bool) {
+	return p != nil && p.short.Load(), p != nil && p.events != nil
+}
 
 // Catches says whether the process catches a signal, true where that cannot be told: one that a process 1 does not catch does nothing to it.
 func (p *Program) Catches(s unix.Signal) bool {
