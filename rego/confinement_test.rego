@@ -17,7 +17,7 @@ test_kt001_privileged if {
 }
 
 test_kt001_devices if {
-	every input_ in [example.after({"resources": {"devices": ["all"]}}), example.planned({"resources": {"devices": ["camera", "/dev/"]}})] {
+	every input_ in [example.after({"resources": {"devices": ["all"]}}), example.planned({"resources": {"devices": [{"name": "camera"}, {"name": "tty", "nodes": ["/dev/"]}]}})] {
 		example.ids(confinement.deny) == {"KT001"} with input as input_
 		example.paths(confinement.deny) == {"resources.devices"} with input as input_
 	}

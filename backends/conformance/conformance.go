@@ -185,7 +185,7 @@ type check struct {
 // checks lists every rule, in the order in which a new backend comes to fulfil them. Of what runs nothing some are not asked.
 func checks(inert bool) (asked, left []check) {
 	asked = slices.Concat(askedChecks(), refusalChecks())
-	left = slices.Concat(lifeChecks(), seenChecks(), faultChecks(), writeChecks(), boundChecks())
+	left = slices.Concat(lifeChecks(), seenChecks(), faultChecks(), writeChecks(), boundChecks(), rightsChecks())
 	if inert {
 		return asked, left
 	}

@@ -14,6 +14,7 @@ import (
 	"time"
 
 	"github.com/kindos/kmo/backends"
+	"github.com/kindos/kmo/backends/plugin"
 	"github.com/kindos/kmo/registry/merkle"
 )
 
@@ -298,4 +299,16 @@ func names(list []backends.Status) []string {
 		names = append(names, s.Name)
 	}
 	return names
+}
+func routes() []route {
+	return []route{
+		{"value", func(_ *testing.T, b backends.Backend) (backends.Backend, func()) { return b, func() {} }},
+		{"wire", func(t *testing.T, b backends.Backend) (backends.Backend, func()) {
+			seen, hangUp, err := plugin.InProcess(b)
+			if err != nil {
+				t.Fatal(err)
+			}
+			return seen, hangUp
+		}},
+	}
 }

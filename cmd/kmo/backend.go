@@ -16,6 +16,7 @@ import (
 
 	"github.com/kindos/kmo/backends"
 	"github.com/kindos/kmo/backends/appimage"
+	"github.com/kindos/kmo/backends/docker"
 	"github.com/kindos/kmo/backends/native"
 	"github.com/kindos/kmo/backends/plugin"
 	"github.com/kindos/kmo/backends/wasm"
@@ -49,6 +50,12 @@ func builtIns() []builtIn {
 		}},
 		{name: appimage.Name, runs: "AppImages", open: func(o opening) (backends.Backend, error) {
 			return appimage.Open(appimage.Options{State: o.state, Logger: o.logger})
+		}},
+		{name: docker.Docker, runs: "images, on Docker Engine", install: "apt-get install docker.io", open: func(o opening) (backends.Backend, error) {
+			return docker.Open(docker.Options{Name: docker.Docker, State: o.state, Socket: o.engine, Logger: o.logger})
+		}},
+		{name: docker.Podman, runs: "images, on Podman", install: "apt-get install podman runc netavark aardvark-dns catatonit && podman system service --time=0 &", open: func(o opening) (backends.Backend, error) {
+			return docker.Open(docker.Options{Name: docker.Podman, State: o.state, Socket: o.engine, Logger: o.logger})
 		}},
 	}
 }

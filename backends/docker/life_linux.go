@@ -1,0 +1,375 @@
+package docker
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/containerd/errdefs"
+	"github.com/moby/moby/client"
+	"golang.org/x/sys/unix"
+
+	"github.com/kindos/kmo/backends"
+	"github.com/kindos/kmo/backends/docker/engine"
+	"github.com/kindos/kmo/backends/docker/plan"
+	"github.com/kindos/kmo/backends/docker/program"
+	"github.com/kindos/kmo/backends/process"
+)
+
+const (
+	hookTime     = 30 * time.Second // for each hook
+	defaultGrace = 10 * time.Second // where a workload says none
+	restartTime  = 3 * time.Minute  // for a start without a caller, preInit hooks and all
+	clearTime    = 20 * time.Second // for undoing what an ended call has begun
+	quick        = time.Minute      // an end sooner than this after the start makes the next pause longer
+	lastWords    = 2 * time.Second  // for those who follow a log to read the end of it
+)
+
+// Apply makes a workload run as specified.
+func (b *Backend) Apply(ctx context.Context, w backends.Workload) error {
+	if err := b.ready(ctx); err != nil {
+		return err
+	}
+	able, err := b.abilities(ctx)
+	if err == nil {
+		err = b.plan.Check(able, w)
+	}
+	if err != nil {
+		return err
+	}
+	e, release, err := b.take(ctx, w.Name, true)
+	if err != nil {
+		return err
+	}
+	defer release()
+	found, err := b.inspect(ctx, b.plan.Container(w.Name))
+	if err != nil {
+		return b.unmade(e, err)
+	}
+	same := found != nil && !found.paused && found.labels[plan.LabelSpec] == w.Spec.String() && found.status != "created" && !e.removing() && e.known()
+	if same && found.running {
+		b.adopt(e, found)
+		return b.postInit(ctx, e)
+	}
+	if same { // between two starts: not waited for any longer
+		if err := b.plan.Put(&w); err != nil {
+			return err
+		}
+		b.ended(e, found)
+		e.mu.Lock()
+		e.stuck = false
+		e.mu.Unlock()
+		if err := b.start(ctx, e, found); err != nil {
+			return err
+		}
+		return b.postInit(ctx, e)
+	}
+	if found != nil {
+		if err := b.stop(ctx, e, found, !e.removing()); err != nil {
+			return err
+		}
+		if err := b.discard(ctx, found.id); err != nil {
+			return err
+		}
+		defer b.drop(context.WithoutCancel(ctx), found.image)
+	}
+	return b.anew(ctx, e, w)
+}
+
+// anew makes a workload that has no container, and leaves nothing of one that cannot be started.
+func (b *Backend) anew(ctx context.Context, e *entry, w backends.Workload) error {
+	err := b.make(ctx, e, w)
+	if err == nil {
+		return b.postInit(ctx, e)
+	}
+	undo, cancel := context.WithTimeout(context.WithoutCancel(ctx), clearTime)
+	defer cancel()
+	// What cannot be cleared now is found without a program, and cleared when the engine answers again.
+	_ = b.clear(undo, e)
+	return err
+}
+
+// unmade lets go of an entry that never came to be.
+func (b *Backend) unmade(e *entry, err error) error {
+	if !e.known() {
+		b.leave(e)
+	}
+	return err
+}
+
+// make creates and starts the container of a workload. A chosen port that turns out to be taken is chosen again.
+func (b *Backend) make(ctx context.Context, e *entry, w backends.Workload) error {
+	ports, err := b.choosePorts(w, nil)
+	if err != nil {
+		return err
+	}
+	image, done, err := b.image(ctx, w)
+	if err != nil {
+		return err
+	}
+	defer done()
+	e.mu.Lock()
+	e.image = image
+	e.mu.Unlock()
+	if err := b.plan.Put(&w); err != nil {
+		return err
+	}
+	var taken []int
+	for range 5 {
+		if err := e.begin(w, ports, image); err != nil {
+			return err
+		}
+		b.step("create")
+		id, err := b.createLoaded(ctx, w, image, ports, nil)
+		if err != nil {
+			return err
+		}
+		b.step("created")
+		err = b.start(ctx, e, &seen{id: id, image: image})
+		var busy *busyError
+		if !errors.As(err, &busy) || !slices.ContainsFunc(w.Run.Ports, func(p backends.Port) bool { return plan.NamedPort(&w, p) == 0 }) {
+			return err
+		}
+		taken = append(taken, ports...)
+		if err := b.discard(ctx, id); err != nil {
+			return err
+		}
+		b.releasePorts(w.Name)
+		if ports, err = b.choosePorts(w, taken); err != nil {
+			return err
+		}
+	}
+	return fmt.Errorf("%s: each of its ports that was chosen was taken when it was to be published", w.Name)
+}
+
+// busyError says that a port could not be published.
+type busyError struct{ workload, cause string }
+
+func (e *busyError) Error() string {
+	return e.workload + ": a port of it is taken by another program of this host: " + e.cause
+}
+
+// start runs the preInit hooks and the program of a workload whose container is there and does not run. The turn is held.
+func (b *Backend) start(ctx context.Context, e *entry, c *seen) (err error) {
+	e.starts(true)
+	defer func() {
+		e.starts(false)
+		if err != nil {
+			e.fail(err)
+		}
+	}()
+	w := e.asked()
+	if err := b.plan.Missing(&w); err != nil {
+		return err
+	}
+	for _, argv := range w.Hooks.PreInit {
+		if err := b.preInit(ctx, e, w, argv); err != nil {
+			return err
+		}
+	}
+	if err := e.startsAgain(c); err != nil {
+		return err
+	}
+	b.step("start")
+	if _, err := b.engine.ContainerStart(ctx, c.id, client.ContainerStartOptions{}); err != nil {
+		return b.startFault(ctx, w, err)
+	}
+	b.step("started")
+	found, err := b.inspect(ctx, c.id)
+	if err != nil {
+		return err
+	}
+	if found == nil {
+		return fmt.Errorf("%s: its container has been removed as soon as it was started", w.Name)
+	}
+	b.adopt(e, found)
+	return e.change(func(r *record) { r.Starting, r.Started = false, found.started })
+}
+
+// startFault says whose fault it is that a container does not start.
+func (b *Backend) startFault(ctx context.Context, w backends.Workload, err error) error {
+	var down *engine.DownError
+	plain := b.plain(ctx, err)
+	text := plain.Error()
+	switch {
+	case ctx.Err() != nil, b.ctx.Err() != nil, errors.As(plain, &down):
+		return plain
+	case strings.Contains(text, "address already in use"), strings.Contains(text, "port is already allocated"):
+		return &busyError{w.Name, text}
+	case unexecutable(err):
+		return &backends.StartError{Workload: w.Name, Stage: "exec " + process.Argv(w)[0], Cause: text}
+	}
+	return err
+}
+
+// unexecutable says whether the engine has found nothing to execute, or not what can be. It has no code for that.
+func unexecutable(err error) bool {
+	return slices.ContainsFunc([]string{"exec: ", "chdir to cwd", "executable file not found", "exec format error", "exec failed"}, func(part string) bool {
+		return strings.Contains(err.Error(), part)
+	})
+}
+
+// Remove ends a workload: exit hooks, SIGTERM, its grace, SIGKILL. When ctx ends before, the workload is still there, is not started
+// again, and the next Remove goes on.
+func (b *Backend) Remove(ctx context.Context, name string) error {
+	if err := b.ready(ctx); err != nil {
+		return err
+	}
+	if e := b.entry(name); e != nil {
+		if err := e.leaving(); err != nil { // before its turn: what is done with it of our own accord ends now
+			return err
+		}
+	}
+	e, release, err := b.take(ctx, name, false)
+	if err != nil || e == nil {
+		return err
+	}
+	defer release()
+	if err := e.leaving(); err != nil { // again: an Apply may have had the turn before
+		return err
+	}
+	found, err := b.inspect(ctx, b.plan.Container(name))
+	if err != nil {
+		return err
+	}
+	if found != nil {
+		if err := b.stop(ctx, e, found, true); err != nil {
+			return err
+		}
+	}
+	e.heard(ctx)
+	return b.clear(ctx, e)
+}
+
+// stop ends the program of a container, if there is one.
+func (b *Backend) stop(ctx context.Context, e *entry, c *seen, hooks bool) error {
+	if !c.running {
+		return nil
+	}
+	b.adopt(e, c)
+	w := e.asked()
+	if hooks && !c.paused {
+		for _, argv := range w.Hooks.Exit {
+			if err := b.hook(ctx, e.name, "exit", argv, b.inside(c.id, argv)); err != nil {
+				b.options.Logger.Warn("running an exit hook", "workload", e.name, "hook", argv, "err", err)
+			}
+			if ctx.Err() != nil {
+				return ctx.Err()
+			}
+		}
+	}
+	grace := w.Run.Grace
+	if grace <= 0 {
+		grace = defaultGrace
+	}
+	p := e.now()
+	// Process 1 of a namespace gets no signal it does not catch: what SIGTERM would have ended is ended at once.
+	if !c.paused && p.Catches(unix.SIGTERM) {
+		if err := b.signal(ctx, c.id, "SIGTERM"); err != nil {
+			return err
+		}
+		within, cancel := context.WithTimeout(ctx, grace)
+		defer cancel()
+		if b.over(within, c.id, p) == nil {
+			return nil
+		}
+		if ctx.Err() != nil {
+			return ctx.Err()
+		}
+	}
+	if err := b.signal(ctx, c.id, "SIGKILL"); err != nil {
+		return err
+	}
+	return b.over(ctx, c.id, p)
+}
+
+// signal is without effect on a container that does not run.
+func (b *Backend) signal(ctx context.Context, id, signal string) error {
+	_, err := b.engine.ContainerKill(ctx, id, client.ContainerKillOptions{Signal: signal})
+	if err == nil || errdefs.IsNotFound(err) || errdefs.IsConflict(err) {
+		return nil
+	}
+	if found, inspectErr := b.inspect(ctx, id); inspectErr == nil && (found == nil || !found.running) {
+		return nil
+	}
+	return b.plain(ctx, err)
+}
+
+// over waits until a container does not run.
+func (b *Backend) over(ctx context.Context, id string, p *program.Program) error {
+	if p != nil {
+		select {
+		case <-p.Done:
+		case <-ctx.Done():
+			return ctx.Err()
+		}
+	}
+	for pause := time.Millisecond; ; pause = min(2*pause, 100*time.Millisecond) {
+		found, err := b.inspect(ctx, id)
+		if err != nil || found == nil || !found.running {
+			return err
+		}
+		select {
+		case <-time.After(pause):
+		case <-ctx.Done():
+			return ctx.Err()
+		}
+	}
+}
+
+// clear removes everything of a workload but its kept paths. The container goes first: what a crash leaves of the rest has none, and is
+// cleared by whoever comes next.
+func (b *Backend) clear(ctx context.Context, e *entry) error {
+	for _, name := range []string{b.plan.Container(e.name) + "-hook", b.plan.Container(e.name)} {
+		found, err := b.inspect(ctx, name)
+		if err == nil && found != nil {
+			err = b.discard(ctx, found.id)
+		}
+		if err != nil {
+			return err
+		}
+	}
+	if err := errors.Join(os.RemoveAll(e.dir), b.plan.Secrets.Forget(e.name)); err != nil {
+		return err
+	}
+	image := e.imageID()
+	b.leave(e)
+	b.drop(ctx, image)
+	return nil
+}
+
+// leave takes an entry out of the list.
+func (b *Backend) leave(e *entry) {
+	b.releasePorts(e.name)
+	b.mu.Lock()
+	if b.entries[e.name] == e {
+		delete(b.entries, e.name)
+	}
+	b.mu.Unlock()
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	e.cleared = true
+	e.program.Release()
+}
+
+// postInit runs the hooks that follow a start, if they have not all ended well. A workload in which they did not is damaged, and
+// applying it again runs them again.
+func (b *Backend) postInit(ctx context.Context, e *entry) error {
+	e.mu.Lock()
+	pending, c := e.record.Pending, e.id
+	e.mu.Unlock()
+	if !pending {
+		return nil
+	}
+	for _, argv := range e.asked().Hooks.PostInit {
+		if err := b.hook(ctx, e.name, "postInit", argv, b.inside(c, argv)); err != nil {
+			e.fail(err)
+			return err
+		}
+	}
+	return e.change(func(r *record) { r.Pending, r.Fault = false, "" })
+}

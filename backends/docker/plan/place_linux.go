@@ -1,0 +1,162 @@
+package plan
+
+import (
+	"crypto/sha256"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+
+	"github.com/moby/moby/api/types/mount"
+	"golang.org/x/sys/unix"
+
+	"github.com/kindos/kmo/backends"
+	"github.com/kindos/kmo/backends/process/secret"
+)
+
+// place is where a file of a workload lies on this host.
+func (p *Plan) place(w *backends.Workload, i int) string {
+	dir := filepath.Join(p.State, "work", w.Name, "files")
+	if w.Files[i].Secret {
+		dir = p.Secrets.Folder(w.Name)
+	}
+	return filepath.Join(dir, "file-"+strconv.Itoa(i))
+}
+
+// node is a device node of this host.
+type node struct {
+	path string
+	kind uint32 // unix.S_IFCHR or unix.S_IFBLK
+	dev  int
+}
+
+// nodes are those of a workload's devices. One that is not there is left out: it has been refused.
+func nodes(r backends.Resources) (list []node) {
+	for _, d := range r.Devices {
+		for _, path := range d.Nodes {
+			var found unix.Stat_t
+			if unix.Stat(path, &found) == nil {
+				list = append(list, node{path, found.Mode & unix.S_IFMT, int(found.Rdev)})
+			}
+		}
+	}
+	return list
+}
+
+// rule lets a container's processes use the device.
+func (n node) rule() string {
+	kind := "c"
+	if n.kind == unix.S_IFBLK {
+		kind = "b"
+	}
+	return fmt.Sprintf("%s %d:%d rwm", kind, unix.Major(uint64(n.dev)), unix.Minor(uint64(n.dev)))
+}
+
+// device is where the workload's own node of a device lies: one that its user may open, whoever may open that of this host.
+func (p *Plan) device(workload string, i int) string {
+	return filepath.Join(p.State, "work", workload, "devices", strconv.Itoa(i))
+}
+
+// Put makes the files of a workload, its nodes and its kept folders. A file that is there is replaced as a whole: a container that runs keeps the old one.
+func (p *Plan) Put(w *backends.Workload) error {
+	for i, f := range w.Files {
+		at := p.place(w, i)
+		if f.Secret && !p.Secrets.Has() {
+			return errors.New("no memory to keep a secret in")
+		}
+		if err := os.MkdirAll(filepath.Dir(at), 0o700); err != nil {
+			return err
+		}
+		next := at + ".next"
+		err := os.WriteFile(next, f.Content, 0o600)
+		err = errors.Join(err, os.Chown(next, w.Run.User, w.Run.User), os.Chmod(next, os.FileMode(f.Mode).Perm()), os.Rename(next, at))
+		if err != nil {
+			return err
+		}
+	}
+	for i, n := range nodes(w.Resources) {
+		at := p.device(w.Name, i)
+		_ = os.Remove(at) // of an earlier start
+		err := errors.Join(os.MkdirAll(filepath.Dir(at), 0o700), unix.Mknod(at, n.kind|0o600, n.dev), os.Chown(at, w.Run.User, w.Run.User))
+		if err != nil {
+			return fmt.Errorf("device %s: %v", n.path, err)
+		}
+	}
+	for _, keep := range w.Overlay.Keep {
+		at := p.keptPath(w.Unit, keep)
+		if err := errors.Join(os.MkdirAll(at, 0o750), os.Chown(at, w.Run.User, w.Run.User)); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// Missing says what a workload's container needs of this host and does not find.
+func (p *Plan) Missing(w *backends.Workload) error {
+	for i, f := range w.Files {
+		_, err := os.Stat(p.place(w, i))
+		if errors.Is(err, os.ErrNotExist) && f.Secret {
+			return fmt.Errorf("%s: %w", w.Name, secret.ErrGone)
+		}
+		if err != nil {
+			return err
+		}
+	}
+	for _, m := range w.Mounts {
+		if err := straight(m.From); err != nil {
+			return &backends.StartError{Workload: w.Name, Stage: "mount " + m.To, Cause: err.Error()}
+		}
+	}
+	for _, d := range w.Doors {
+		if err := straight(d.From); err != nil {
+			return fmt.Errorf("%s: door %s: %v", w.Name, d.To, err)
+		}
+	}
+	return nil
+}
+
+// straight wants a path to be there and to have no link in it.
+func straight(path string) error {
+	fd, err := unix.Openat2(unix.AT_FDCWD, path, &unix.OpenHow{Flags: unix.O_PATH | unix.O_CLOEXEC, Resolve: unix.RESOLVE_NO_SYMLINKS})
+	if errors.Is(err, unix.ELOOP) {
+		return fmt.Errorf("%s has a link in it; want a path without", path)
+	}
+	if err != nil {
+		return fmt.Errorf("%s: %v", path, err)
+	}
+	return unix.Close(fd)
+}
+
+// mounts are the folders and files of this host that a workload sees.
+func (p *Plan) mounts(w backends.Workload) (list []mount.Mount, err error) {
+	bind := func(from, to string, readOnly bool) {
+		list = append(list, mount.Mount{
+			Type: mount.TypeBind, Source: from, Target: to, ReadOnly: readOnly,
+			BindOptions: &mount.BindOptions{Propagation: mount.PropagationRPrivate, NonRecursive: true},
+		})
+	}
+	for i, f := range w.Files {
+		bind(p.place(&w, i), f.To, true)
+	}
+	for i, n := range nodes(w.Resources) {
+		bind(p.device(w.Name, i), n.path, false)
+	}
+	for _, keep := range w.Overlay.Keep {
+		bind(p.keptPath(w.Unit, keep), keep, false)
+	}
+	for _, d := range w.Doors {
+		bind(d.From, d.To, false)
+	}
+	for _, m := range w.Mounts {
+		bind(m.From, m.To, m.ReadOnly)
+	}
+	return list, p.Missing(&w)
+}
+
+// keptPath is where a kept path of a unit lies: readable, and as different as the paths are.
+func (p *Plan) keptPath(unit, to string) string {
+	name := strings.ReplaceAll(strings.Trim(to, "/"), "/", "-")
+	return filepath.Join(p.State, "kept", unit, fmt.Sprintf("%.100s-%x", name, sha256.Sum256([]byte(to)))[:min(len(name), 100)+9])
+}

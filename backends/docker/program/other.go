@@ -1,0 +1,4 @@
+//go:build !linux
+
+// Package program holds the process of a container, on Linux only.
+package program

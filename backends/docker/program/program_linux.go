@@ -1,0 +1,270 @@
+// Package program holds the process of a container: by a pidfd, which is that process or none, and by its cgroups, which say what it uses
+// and whether it ended for want of memory.
+package program
+
+import (
+	"errors"
+	"os"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+	"sync/atomic"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/kindos/kmo/backends"
+)
+
+// Program is one process, the first of its container. The nil Program is none.
+type Program struct {
+	PID  int
+	Done chan struct{} // closed when it has ended
+
+	fd     *os.File          // the pidfd, in the runtime's poller: waiting costs no thread
+	groups map[string]string // cgroup folder by controller; "" is version 2
+	short  atomic.Bool       // of memory
+	events *os.File          // an eventfd that the kernel signals when memory is short; nil if it does not
+}
+
+// root is where cgroups are mounted.
+const root = "/sys/fs/cgroup"
+
+// Hold takes hold of a process that is in a cgroup of the container with that id. It returns nil if it is not, or is not to be seen from
+// here: then nothing but the engine tells of its end.
+func Hold(pid int, id string) *Program {
+	fd, err := unix.PidfdOpen(pid, unix.PIDFD_NONBLOCK)
+	if err != nil {
+		return nil
+	}
+	p := &Program{PID: pid, Done: make(chan struct{}), fd: os.NewFile(uintptr(fd), "pidfd")}
+	text, err := os.ReadFile("/proc/" + strconv.Itoa(pid) + "/cgroup") // after the pidfd was taken: it is of the same process, or of none
+	if err != nil || !strings.Contains(string(text), id) {
+		_ = p.fd.Close()
+		return nil
+	}
+	p.groups = groups(string(text))
+	p.hear()
+	go p.wait()
+	return p
+}
+
+// groups finds the folders of /proc/PID/cgroup.
+func groups(text string) map[string]string {
+	found := map[string]string{}
+	for line := range strings.SplitSeq(text, "\n") {
+		parts := strings.SplitN(line, ":", 3)
+		if len(parts) != 3 {
+			continue
+		}
+		if parts[1] == "" {
+			for _, base := range []string{root, filepath.Join(root, "unified")} {
+				if _, err := os.Stat(filepath.Join(base, parts[2], "memory.current")); err == nil {
+					found[""] = filepath.Join(base, parts[2])
+				}
+			}
+			continue
+		}
+		for _, controller := range strings.Split(parts[1], ",") {
+			for _, base := range []string{controller, parts[1]} {
+				if at := filepath.Join(root, base, parts[2]); dir(at) {
+					found[controller] = at
+				}
+			}
+		}
+	}
+	return found
+}
+
+func dir(at string) bool {
+	found, err := os.Stat(at)
+	return err == nil && found.IsDir()
+}
+
+// hear asks the kernel to tell when the cgroup is short of memory. Version 1 can: what its files count is gone with the container, too
+// soon to be read. Of version 2 the engines tell themselves.
+func (p *Program) hear() {
+	at, ok := p.groups["memory"]
+	if !ok {
+		return
+	}
+	control, err := os.Open(filepath.Join(at, "memory.oom_control"))
+	if err != nil {
+		return
+	}
+	defer control.Close()
+	fd, err := unix.Eventfd(0, unix.EFD_CLOEXEC|unix.EFD_NONBLOCK)
+	if err != nil {
+		return
+	}
+	events := os.NewFile(uintptr(fd), "eventfd")
+	raw, err := control.SyscallConn()
+	if err == nil {
+		err = errors.Join(raw.Control(func(of uintptr) {
+			err = os.WriteFile(filepath.Join(at, "cgroup.event_control"), []byte(strconv.Itoa(fd)+" "+strconv.Itoa(int(of))), 0)
+		}), err)
+	}
+	if err != nil {
+		_ = events.Close()
+		return
+	}
+	p.events = events
+	go func() {
+		for count := make([]byte, 8); ; {
+			if _, err := events.Read(count); err != nil || !dir(at) { // it is signalled once more when the cgroup goes
+				return
+			}
+			p.short.Store(true)
+		}
+	}()
+}
+
+func (p *Program) wait() {
+	raw, err := p.fd.SyscallConn()
+	if err == nil {
+		err = raw.Read(func(fd uintptr) bool {
+			fds := []unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}
+			n, err := unix.Poll(fds, 0)
+			return n > 0 && err == nil
+		})
+	}
+	if err == nil {
+		close(p.Done)
+	}
+}
+
+// Release lets go of the process. Done is then closed no more.
+func (p *Program) Release() {
+	if p != nil {
+		_ = p.fd.Close()
+		_ = p.events.Close()
+	}
+}
+
+// Ended says whether it has.
+func (p *Program) Ended() bool {
+	select {
+	case <-p.Done:
+		return true
+	default:
+		return false
+	}
+}
+
+// Short says whether its cgroup was short of memory, where the kernel tells so; where it does not, known is false.
+func (p *Program) Short() (short, known bool) {
+	return p != nil && p.short.Load(), p != nil && p.events != nil
+}
+
+// Catches says whether the process catches a signal, true where that cannot be told: one that a process 1 does not catch does nothing to it.
+func (p *Program) Catches(s unix.Signal) bool {
+	if p == nil {
+		return true
+	}
+	text, err := os.ReadFile("/proc/" + strconv.Itoa(p.PID) + "/status")
+	if err != nil {
+		return true
+	}
+	for line := range strings.SplitSeq(string(text), "\n") {
+		if mask, ok := strings.CutPrefix(line, "SigCgt:"); ok {
+			bits, err := strconv.ParseUint(strings.TrimSpace(mask), 16, 64)
+			return err != nil || bits&(1<<(uint(s)-1)) != 0
+		}
+	}
+	return true
+}
+
+// Usage reads what the container uses. What cannot be read is 0.
+func (p *Program) Usage() (u backends.Usage) {
+	if p == nil {
+		return u
+	}
+	if at, ok := p.groups[""]; ok {
+		u.Memory, u.PIDs = number(at, "memory.current", ""), number(at, "pids.current", "")
+		u.CPU = time.Duration(number(at, "cpu.stat", "usage_usec")) * time.Microsecond
+	}
+	if at, ok := p.groups["memory"]; ok {
+		u.Memory = number(at, "memory.usage_in_bytes", "")
+	}
+	if at, ok := p.groups["pids"]; ok {
+		u.PIDs = number(at, "pids.current", "")
+	}
+	if at, ok := p.groups["cpuacct"]; ok {
+		u.CPU = time.Duration(number(at, "cpuacct.usage", ""))
+	}
+	return u
+}
+
+// number reads the whole file as a number, or the one after key.
+func number(at, file, key string) int64 {
+	// By hand: package os would register each file with the poller, which costs more than the reading.
+	fd, err := unix.Open(filepath.Join(at, file), unix.O_RDONLY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return 0
+	}
+	defer unix.Close(fd)
+	var text [4096]byte
+	n, err := unix.Read(fd, text[:])
+	if err != nil {
+		return 0
+	}
+	fields := strings.Fields(string(text[:n]))
+	if key != "" {
+		fields = fields[min(slices.Index(fields, key)+1, len(fields)):]
+	}
+	if len(fields) == 0 {
+		return 0
+	}
+	value, err := strconv.ParseInt(fields[0], 10, 64)
+	if err != nil {
+		return 0
+	}
+	return value
+}
+
+// KillSession ends the processes of the session that a process of the container with that id leads, or led: what a command was executed as,
+// and what it has started.
+func KillSession(leader int, id string) {
+	if leader <= 1 {
+		return
+	}
+	for range 5 { // until nobody is left who could start another
+		found, _ := filepath.Glob("/proc/[0-9]*/stat")
+		killed := 0
+		for _, path := range found {
+			pid, err := strconv.Atoi(filepath.Base(filepath.Dir(path)))
+			if err == nil && pid != 1 && killMember(pid, leader, id) {
+				killed++
+			}
+		}
+		if killed == 0 {
+			return
+		}
+		time.Sleep(5 * time.Millisecond)
+	}
+}
+
+func killMember(pid, leader int, id string) bool {
+	member := func() bool {
+		text, err := os.ReadFile("/proc/" + strconv.Itoa(pid) + "/stat")
+		if err != nil {
+			return false
+		}
+		fields := strings.Fields(string(text[strings.LastIndexByte(string(text), ')')+1:]))
+		return len(fields) > 3 && fields[3] == strconv.Itoa(leader) && fields[0] != "Z"
+	}
+	if !member() {
+		return false
+	}
+	fd, err := unix.PidfdOpen(pid, 0)
+	if err != nil {
+		return false
+	}
+	defer unix.Close(fd)
+	in, err := os.ReadFile("/proc/" + strconv.Itoa(pid) + "/cgroup")
+	if err != nil || !strings.Contains(string(in), id) || !member() { // asked again: it is the process that the pidfd holds
+		return false
+	}
+	return unix.PidfdSendSignal(fd, unix.SIGKILL, nil, 0) == nil
+}

@@ -1,0 +1,496 @@
+package docker
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/containerd/errdefs"
+	"github.com/moby/moby/api/types/container"
+	"github.com/moby/moby/client"
+
+	"github.com/kindos/kmo/backends"
+	"github.com/kindos/kmo/backends/docker/engine"
+	"github.com/kindos/kmo/backends/docker/plan"
+	"github.com/kindos/kmo/backends/docker/program"
+	"github.com/kindos/kmo/policy/refusal"
+)
+
+const (
+	maxOutput = 64 << 10               // of Exec
+	maxWords  = 4 << 10                // of a hook that failed
+	lookEvery = 100 * time.Millisecond // how often a log that is followed is looked at
+)
+
+func clip(text string) string { return refusal.Clip(text, 400) }
+
+// Observe lists the workloads, sorted by name: one question to the engine, and one more for each container that has changed.
+func (b *Backend) Observe(ctx context.Context) ([]backends.Status, error) {
+	if err := b.ready(ctx); err != nil {
+		return nil, err
+	}
+	found, err := b.containers(ctx)
+	if err != nil {
+		return nil, err
+	}
+	list := make([]backends.Status, 0, len(found))
+	for _, c := range found {
+		e := b.entry(c.Labels[plan.LabelName])
+		if c.Labels[plan.LabelRole] != plan.RoleWorkload || e == nil {
+			continue // being made or removed
+		}
+		s, err := b.status(ctx, e, c)
+		if err != nil {
+			return nil, err
+		}
+		if s != nil {
+			list = append(list, *s)
+		}
+	}
+	slices.SortFunc(list, func(x, y backends.Status) int { return strings.Compare(x.Name, y.Name) })
+	return list, ctx.Err()
+}
+
+// status is a workload as it is, or nil if it has gone meanwhile.
+func (b *Backend) status(ctx context.Context, e *entry, c container.Summary) (*backends.Status, error) {
+	runs := c.State == container.StateRunning || c.State == container.StatePaused
+	if e.doubtful(c.ID, runs) && c.State != container.StateCreated {
+		found, err := b.inspect(ctx, c.ID)
+		if err != nil {
+			return nil, err
+		}
+		if found == nil {
+			return nil, nil
+		}
+		if runs = found.running; runs {
+			b.adopt(e, found)
+			if e.foreign() && b.ctx.Err() == nil {
+				b.working.Go(func() { b.repeat(e) })
+			}
+		} else {
+			b.ended(e, found)
+		}
+	}
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	if e.cleared || e.workload.Name == "" {
+		return nil, nil
+	}
+	s := &backends.Status{Name: e.name, Spec: e.workload.Spec, State: backends.Backoff, Restarts: e.record.Restarts, Detail: e.detail, Unapplied: unapplied(e.workload)}
+	for i, p := range e.workload.Run.Ports {
+		s.Addresses = append(s.Addresses, backends.Address{Port: p.Name, Address: fmt.Sprintf("127.0.0.1:%d", e.ports[i])})
+	}
+	if e.record.Ended != nil {
+		s.ExitCode, s.OOM = e.record.Ended.Code, e.record.Ended.OOM
+	}
+	switch {
+	case e.record.Removing && !runs:
+		s.State, s.Detail = backends.Exited, "being removed"
+	case c.State == container.StatePaused:
+		s.State, s.Detail = backends.Damaged, "somebody has paused its container"
+	case e.record.Fault != "":
+		s.State, s.Detail = backends.Damaged, e.record.Fault
+	case runs:
+		s.State = backends.Running
+	case c.State == container.StateCreated, e.starting:
+		s.State = backends.Starting
+	}
+	if e.record.Removing {
+		s.Detail = "being removed"
+	}
+	if runs {
+		s.Started, s.Usage = e.started, e.program.Usage()
+		if e.program != nil {
+			s.PID = e.program.PID
+		}
+	}
+	return s, nil
+}
+
+// doubtful says whether what is known of a container may not be so any more.
+func (e *entry) doubtful(id string, runs bool) bool {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	switch {
+	case e.id != id || runs != e.running:
+		return true
+	case runs:
+		return e.program != nil && e.program.Ended()
+	}
+	return e.record.Ended == nil || !e.again && !e.starting
+}
+
+func unapplied(w backends.Workload) (list []string) {
+	if w.Resources.Disk > 0 && len(w.Overlay.Keep) > 0 {
+		list = append(list, "disk bound of kept paths: they share the file system of the state folder")
+	}
+	return list
+}
+
+// Exec runs a command inside a running workload.
+func (b *Backend) Exec(ctx context.Context, name string, argv []string) (int, []byte, error) {
+	if err := b.ready(ctx); err != nil {
+		return 0, nil, err
+	}
+	e := b.entry(name)
+	if e == nil || len(argv) == 0 {
+		return 0, nil, backends.ErrNotFound
+	}
+	e.mu.Lock()
+	id, running := e.id, e.running
+	e.mu.Unlock()
+	if !running {
+		return 0, nil, backends.ErrNotFound
+	}
+	return b.exec(ctx, id, argv, &output{most: maxOutput})
+}
+
+// output keeps the first or the last of what is written.
+type output struct {
+	most int
+	last bool
+	text []byte
+}
+
+func (o *output) add(piece []byte) error {
+	if o.last {
+		o.text = append(o.text, piece...)
+		o.text = o.text[max(len(o.text)-o.most, 0):]
+		return nil
+	}
+	o.text = append(o.text, piece[:min(len(piece), o.most-len(o.text))]...)
+	return nil
+}
+
+// exec runs a command in a container. When ctx ends it ends the command, and what that has started.
+func (b *Backend) exec(ctx context.Context, id string, argv []string, out *output) (int, []byte, error) {
+	made, err := b.engine.ExecCreate(ctx, id, client.ExecCreateOptions{Cmd: argv, AttachStdout: true, AttachStderr: true})
+	if errdefs.IsNotFound(err) || errdefs.IsConflict(err) {
+		return 0, nil, backends.ErrNotFound
+	}
+	if err != nil {
+		return 0, nil, b.plain(ctx, err)
+	}
+	stream, err := b.engine.ExecAttach(ctx, made.ID, client.ExecAttachOptions{})
+	if err != nil {
+		return 0, nil, b.plain(ctx, err)
+	}
+	stop := context.AfterFunc(ctx, stream.Close)
+	defer stream.Close()
+	err = engine.Frames(stream.Reader, out.add)
+	if !stop() || ctx.Err() != nil { // it goes on, maybe
+		b.endExec(ctx, made.ID, id)
+		return 0, nil, ctx.Err()
+	}
+	if err != nil {
+		return 0, nil, b.plain(ctx, err)
+	}
+	for pause := time.Millisecond; ; pause = min(2*pause, 50*time.Millisecond) {
+		found, err := b.engine.ExecInspect(ctx, made.ID, client.ExecInspectOptions{})
+		if err != nil {
+			if ctx.Err() != nil {
+				b.endExec(ctx, made.ID, id)
+			}
+			return 0, nil, b.plain(ctx, err)
+		}
+		if !found.Running {
+			return found.ExitCode, out.text, nil
+		}
+		select { // it has closed its output, and goes on
+		case <-time.After(pause):
+		case <-ctx.Done():
+		}
+	}
+}
+
+// endExec ends a command whose caller waits no longer.
+func (b *Backend) endExec(ctx context.Context, exec, id string) {
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), clearTime)
+	defer cancel()
+	found, err := b.engine.ExecInspect(ctx, exec, client.ExecInspectOptions{})
+	if err == nil && found.Running {
+		program.KillSession(found.PID, id)
+	}
+}
+
+// hook runs a hook and turns how it ended into an error with what it wrote. One that does not end in its time is at fault itself.
+func (b *Backend) hook(ctx context.Context, name, moment string, argv []string, run func(context.Context) (int, []byte, error)) error {
+	within, cancel := context.WithTimeout(ctx, b.hookTime)
+	defer cancel()
+	status, words, err := run(within)
+	fault := &backends.StartError{Workload: name, Stage: fmt.Sprintf("%s %v", moment, argv), Output: string(words)}
+	var cause *backends.StartError
+	var down *engine.DownError
+	switch {
+	case errors.As(err, &down):
+		return err
+	case err != nil && ctx.Err() == nil && within.Err() != nil:
+		fault.Cause = fmt.Sprintf("has not ended within %v", b.hookTime)
+	case errors.As(err, &cause):
+		fault.Cause = cause.Stage + ": " + cause.Cause
+	case err != nil && unexecutable(err):
+		fault.Cause = err.Error()
+	case err != nil:
+		return err
+	case status != 0:
+		fault.Cause = fmt.Sprintf("exit status %d", status)
+	default:
+		return nil
+	}
+	return fault
+}
+
+// inside is how a hook is run in a container that runs.
+func (b *Backend) inside(id string, argv []string) func(context.Context) (int, []byte, error) {
+	return func(ctx context.Context) (int, []byte, error) {
+		out := &output{most: maxWords, last: true}
+		status, _, err := b.exec(ctx, id, argv, out)
+		return status, out.text, err
+	}
+}
+
+// preInit runs a hook in a container of its own, which is removed. Its time begins when it has been started: a slow engine is no fault of the hook's.
+func (b *Backend) preInit(ctx context.Context, e *entry, w backends.Workload, argv []string) (err error) {
+	e.mu.Lock()
+	image, ports := e.image, e.ports
+	e.mu.Unlock()
+	id, err := b.createLoaded(ctx, w, image, ports, argv)
+	if err != nil {
+		return err
+	}
+	defer func() {
+		undo, cancel := context.WithTimeout(context.WithoutCancel(ctx), clearTime)
+		defer cancel()
+		if left := b.discard(undo, id); err == nil {
+			err = left // what is left otherwise is removed by the next look
+		}
+	}()
+	b.step("hook")
+	_, startErr := b.engine.ContainerStart(ctx, id, client.ContainerStartOptions{})
+	return b.hook(ctx, e.name, "preInit", argv, func(ctx context.Context) (int, []byte, error) {
+		if startErr != nil {
+			return 0, nil, b.startFault(ctx, w, startErr)
+		}
+		return b.await(ctx, id)
+	})
+}
+
+// await waits until a hook's container has ended, and returns its status and its last words.
+func (b *Backend) await(ctx context.Context, id string) (int, []byte, error) {
+	var p *program.Program
+	if c, err := b.inspect(ctx, id); err == nil && c != nil && c.running {
+		p = program.Hold(c.pid, id)
+		defer p.Release()
+	}
+	ended := b.over(ctx, id, p)
+	undo, cancel := context.WithTimeout(context.WithoutCancel(ctx), clearTime)
+	defer cancel()
+	out := &output{most: maxWords, last: true}
+	_ = b.copyLog(undo, id, 0, out.add) // without them it has failed all the same
+	c, err := b.inspect(undo, id)
+	if ended != nil || err != nil || c == nil {
+		return 0, out.text, errors.Join(ended, err)
+	}
+	return c.exit, out.text, nil
+}
+
+// copyLog copies what a container has written, or its last lines.
+func (b *Backend) copyLog(ctx context.Context, id string, lines int, each func([]byte) error) error {
+	if b.options.Name == Docker {
+		return b.streamLog(ctx, id, client.ContainerLogsOptions{Tail: tail(lines)}, each)
+	}
+	log, err := b.logFile(ctx, id)
+	if err != nil {
+		return err
+	}
+	var pieces [][]byte
+	err = log.Next(func(piece []byte) error {
+		pieces = append(pieces, piece)
+		return nil
+	})
+	for _, piece := range engine.Tail(pieces, lines) {
+		if err == nil {
+			err = each(piece)
+		}
+	}
+	return errors.Join(err, log.Close())
+}
+
+func tail(lines int) string {
+	if lines > 0 {
+		return strconv.Itoa(lines)
+	}
+	return "all"
+}
+
+func (b *Backend) logFile(ctx context.Context, id string) (*engine.LogFile, error) {
+	found, err := b.engine.ContainerInspect(ctx, id, client.ContainerInspectOptions{})
+	if errdefs.IsNotFound(err) {
+		return nil, backends.ErrNotFound
+	}
+	if err != nil {
+		return nil, b.plain(ctx, err)
+	}
+	return engine.OpenLog(found.Container.LogPath), nil
+}
+
+// streamLog copies what the engine tells of a log.
+func (b *Backend) streamLog(ctx context.Context, id string, options client.ContainerLogsOptions, each func([]byte) error) error {
+	options.ShowStdout, options.ShowStderr = true, true
+	log, err := b.engine.ContainerLogs(ctx, id, options)
+	if errdefs.IsNotFound(err) {
+		return backends.ErrNotFound
+	}
+	if err != nil {
+		return b.plain(ctx, err)
+	}
+	defer log.Close()
+	return engine.Frames(log, each)
+}
+
+// Logs returns what a workload wrote. The engine's own following ends with each program: it is taken up again after the last that was seen.
+func (b *Backend) Logs(ctx context.Context, name string, options backends.LogOptions) (io.ReadCloser, error) {
+	if err := b.ready(ctx); err != nil {
+		return nil, err
+	}
+	e := b.entry(name)
+	if e == nil || !e.known() {
+		return nil, backends.ErrNotFound
+	}
+	e.mu.Lock()
+	id := e.id
+	e.mu.Unlock()
+	if !options.Follow {
+		var text bytes.Buffer
+		err := b.copyLog(ctx, id, options.Tail, func(piece []byte) error {
+			text.Write(piece)
+			return nil
+		})
+		return io.NopCloser(&text), err
+	}
+	ctx, cancel := context.WithCancel(ctx)
+	stop := context.AfterFunc(b.ctx, cancel)
+	r, w := io.Pipe()
+	e.reads(1)
+	go func() {
+		defer stop()
+		defer cancel()
+		err := b.follow(ctx, e, id, options.Tail, w)
+		e.reads(-1)
+		_ = w.CloseWithError(err) // never fails
+	}()
+	return &following{r, cancel}, nil
+}
+
+// following ends following when it is closed, whether or not anything more is written.
+type following struct {
+	*io.PipeReader
+	cancel context.CancelFunc
+}
+
+func (f *following) Close() error {
+	f.cancel()
+	return f.PipeReader.Close()
+}
+
+// follow copies a log until its workload is removed, or ctx ends.
+func (b *Backend) follow(ctx context.Context, e *entry, id string, lines int, w io.Writer) error {
+	next, done, err := b.followed(ctx, id, lines, w)
+	if err != nil {
+		return err
+	}
+	defer done()
+	for ctx.Err() == nil {
+		over := e.leftAlone() // asked before: what is written before the end is read then
+		err := next()
+		if errors.Is(err, backends.ErrNotFound) || err == nil && over {
+			return nil
+		}
+		if err != nil && ctx.Err() == nil {
+			return err
+		}
+		select {
+		case <-time.After(lookEvery):
+		case <-ctx.Done():
+		}
+	}
+	return nil
+}
+
+// followed returns what copies the rest of a log, as far as it goes.
+func (b *Backend) followed(ctx context.Context, id string, lines int, w io.Writer) (next func() error, done func(), err error) {
+	if b.options.Name == Docker {
+		ask, stamps := client.ContainerLogsOptions{Tail: tail(lines), Follow: true, Timestamps: true}, engine.Stamps{}
+		return func() error {
+			if last := stamps.Again(); last != "" {
+				ask.Since, ask.Tail = last, "all"
+			}
+			return b.streamLog(ctx, id, ask, func(piece []byte) error {
+				text, ok := stamps.New(piece)
+				if !ok {
+					return nil
+				}
+				_, err := w.Write(text)
+				return err
+			})
+		}, func() {}, nil
+	}
+	log, err := b.logFile(ctx, id)
+	if err != nil {
+		return nil, nil, err
+	}
+	write := func(piece []byte) error {
+		_, err := w.Write(piece)
+		return err
+	}
+	begun := false
+	return func() error {
+		if begun {
+			return log.Next(write)
+		}
+		begun = true
+		var pieces [][]byte
+		err := log.Next(func(piece []byte) error {
+			pieces = append(pieces, piece)
+			return nil
+		})
+		for _, piece := range engine.Tail(pieces, lines) {
+			err = errors.Join(err, write(piece))
+		}
+		return err
+	}, func() { _ = log.Close() }, nil
+}
+
+// leftAlone says that it runs no more and will not be started again.
+func (e *entry) leftAlone() bool {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	return e.cleared || e.record.Removing && !e.running
+}
+
+func (e *entry) reads(n int) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	e.readers += n
+}
+
+// heard waits a little until those who follow the log have read the end of it.
+func (e *entry) heard(ctx context.Context) {
+	deadline := time.Now().Add(lastWords)
+	for ctx.Err() == nil && time.Now().Before(deadline) {
+		e.mu.Lock()
+		readers := e.readers
+		e.running = false
+		e.mu.Unlock()
+		if readers == 0 {
+			return
+		}
+		time.Sleep(5 * time.Millisecond)
+	}
+}

@@ -1,0 +1,351 @@
+package docker
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"hash/fnv"
+	"maps"
+	"net"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/moby/moby/api/types/container"
+	"github.com/moby/moby/client"
+	"golang.org/x/sys/unix"
+
+	"github.com/kindos/kmo/backends"
+	"github.com/kindos/kmo/backends/docker/engine"
+	"github.com/kindos/kmo/backends/docker/plan"
+)
+
+// ready asks the engine once what an earlier process has left, and goes on with it: programs that run are kept, those that ended are
+// started again, half-made containers are removed, removals are finished.
+func (b *Backend) ready(ctx context.Context) error {
+	if err := ctx.Err(); err != nil {
+		return err
+	}
+	b.mu.Lock()
+	settled := b.settled
+	b.mu.Unlock()
+	if settled {
+		return nil
+	}
+	select {
+	case b.settling <- struct{}{}:
+		defer func() { <-b.settling }()
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+	b.mu.Lock()
+	settled = b.settled
+	b.mu.Unlock()
+	if settled {
+		return nil
+	}
+	found, err := b.containers(ctx)
+	if err != nil {
+		return err
+	}
+	entries := map[string]*entry{}
+	for _, c := range found {
+		e, err := b.recall(c)
+		if err == nil {
+			entries[e.name] = e
+			continue
+		}
+		b.options.Logger.Warn("removing a container that was not made to the end", "container", c.Names, "err", err)
+		if err := b.discard(ctx, c.ID); err != nil {
+			return err
+		}
+	}
+	if err := b.sweepFolders(entries); err != nil {
+		return err
+	}
+	b.mu.Lock()
+	b.entries, b.settled = entries, true
+	for _, e := range entries {
+		for i, p := range e.workload.Run.Ports {
+			if plan.NamedPort(&e.workload, p) == 0 {
+				b.ports[e.ports[i]] = e.name
+			}
+		}
+	}
+	b.mu.Unlock()
+	list := b.list()
+	b.working.Go(func() { b.resume(list) })
+	return nil
+}
+
+// recall makes the entry of a container of an earlier process.
+func (b *Backend) recall(c container.Summary) (*entry, error) {
+	if c.Labels[plan.LabelRole] != plan.RoleWorkload || c.State == container.StateCreated {
+		return nil, fmt.Errorf("a %s, %s", c.Labels[plan.LabelRole], c.State)
+	}
+	e := b.fresh(c.Labels[plan.LabelName])
+	if err := errors.Join(json.Unmarshal([]byte(c.Labels[plan.LabelWorkload]), &e.workload), json.Unmarshal([]byte(c.Labels[plan.LabelPorts]), &e.ports)); err != nil {
+		return nil, fmt.Errorf("its labels: %v", err)
+	}
+	if e.workload.Name != e.name || !plan.Names().MatchString(e.name) || len(e.ports) != len(e.workload.Run.Ports) {
+		return nil, fmt.Errorf("its labels speak of %.100q with %d ports", e.workload.Name, len(e.ports))
+	}
+	e.id, e.image = c.ID, imageID(c.ImageID)
+	text, err := os.ReadFile(filepath.Join(e.dir, "record.json"))
+	if err == nil {
+		err = json.Unmarshal(text, &e.record)
+	}
+	if err != nil {
+		e.record.Pending = len(e.workload.Hooks.PostInit) > 0
+		b.options.Logger.Warn("a workload without a readable record: its restarts are counted anew", "workload", e.name, "err", err)
+	}
+	e.detail = e.record.Fault
+	return e, nil
+}
+
+// sweepFolders removes what lies on this host of workloads that have no container.
+func (b *Backend) sweepFolders(known map[string]*entry) error {
+	b.plan.Secrets.Keep(func(name string) bool { return known[name] != nil })
+	found, err := os.ReadDir(filepath.Join(b.options.State, "work"))
+	for _, dir := range found {
+		if known[dir.Name()] == nil {
+			err = errors.Join(err, os.RemoveAll(filepath.Join(b.options.State, "work", dir.Name())))
+		}
+	}
+	return err
+}
+
+// resume goes on with what an earlier process had begun.
+func (b *Backend) resume(entries []*entry) {
+	if err := b.tidy(b.ctx); err != nil && b.ctx.Err() == nil {
+		b.options.Logger.Warn("removing images that nobody uses", "err", err)
+	}
+	for _, e := range entries {
+		b.working.Go(func() {
+			var err error
+			if e.removing() {
+				err = b.Remove(b.ctx, e.name)
+			} else {
+				err = b.finishHooks(e)
+			}
+			if err != nil && b.ctx.Err() == nil {
+				b.options.Logger.Warn("going on with a workload", "workload", e.name, "err", err)
+			}
+		})
+	}
+}
+
+func (b *Backend) finishHooks(e *entry) error {
+	taken, release, err := b.take(b.ctx, e.name, false)
+	if err != nil || taken != e {
+		return err
+	}
+	defer release()
+	ctx, done := b.unasked(e)
+	defer done()
+	c, err := b.inspect(ctx, b.plan.Container(e.name))
+	if err != nil || c == nil || !c.running {
+		return err
+	}
+	b.adopt(e, c)
+	return b.postInit(ctx, e)
+}
+
+func (b *Backend) nudge() {
+	select {
+	case b.wake <- struct{}{}:
+	default:
+	}
+}
+
+// watch looks at all containers when there is reason to, and now and then.
+func (b *Backend) watch() {
+	const seldom, soon = 10 * time.Second, 300 * time.Millisecond
+	for {
+		ctx, cancel := context.WithTimeout(b.ctx, time.Minute)
+		err := b.ready(ctx)
+		if err == nil {
+			err = b.look(ctx)
+		}
+		cancel()
+		var down *engine.DownError
+		if err != nil && b.ctx.Err() == nil && !errors.As(err, &down) {
+			b.options.Logger.Warn("looking at the containers", "err", err)
+		}
+		select {
+		case <-time.After(soon):
+		case <-b.ctx.Done():
+			return
+		}
+		select {
+		case <-time.After(seldom):
+		case <-b.wake:
+		case <-b.ctx.Done():
+			return
+		}
+	}
+}
+
+// listen takes up what the engine tells of by itself. Whenever it has not been heard for a while all is looked at again.
+func (b *Backend) listen() {
+	for b.ctx.Err() == nil {
+		events := b.engine.Events(b.ctx, client.EventsListOptions{Filters: b.mine().Add("type", "container")})
+		b.nudge()
+		for open := true; open; {
+			select {
+			case m := <-events.Messages:
+				b.told(string(m.Action), m.Actor.Attributes[plan.LabelName])
+			case err := <-events.Err:
+				b.options.Logger.Debug("listening to the engine", "err", err)
+				open = false
+			}
+		}
+		select {
+		case <-time.After(500 * time.Millisecond):
+		case <-b.ctx.Done():
+		}
+	}
+}
+
+func (b *Backend) told(action, name string) {
+	e := b.entry(name)
+	if e == nil {
+		return
+	}
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	switch {
+	case action == "oom":
+		e.oom = true
+	case strings.HasPrefix(action, "exec"):
+	case action == "destroy", action == "remove", e.program == nil:
+		b.nudge()
+	}
+}
+
+// look compares what there is with what is known, and mends it.
+func (b *Backend) look(ctx context.Context) error {
+	found, err := b.containers(ctx)
+	if err != nil {
+		return err
+	}
+	there := map[string]bool{}
+	for _, c := range found {
+		name := c.Labels[plan.LabelName]
+		e := b.entry(name)
+		switch {
+		case c.Labels[plan.LabelRole] != plan.RoleWorkload || e == nil || c.State == container.StateCreated:
+			b.sweep(ctx, name)
+		default:
+			there[name] = true
+			if _, err := b.status(ctx, e, c); err != nil {
+				return err
+			}
+			if e.removing() {
+				b.sweep(ctx, name)
+			}
+		}
+	}
+	for _, e := range b.list() {
+		if !there[e.name] {
+			b.sweep(ctx, e.name)
+		}
+	}
+	return nil
+}
+
+// sweep clears away what is left of a workload that has no container, or one that was not made to the end, unless somebody is at it.
+func (b *Backend) sweep(ctx context.Context, name string) {
+	if !plan.Names().MatchString(name) {
+		return
+	}
+	b.mu.Lock()
+	e := b.entries[name]
+	if e == nil {
+		e = b.fresh(name)
+		b.entries[name] = e
+	}
+	b.mu.Unlock()
+	select {
+	case <-e.turn:
+		defer func() { e.turn <- struct{}{} }()
+	default:
+		return
+	}
+	if e.gone() {
+		return
+	}
+	whole, err := b.inspect(ctx, b.plan.Container(name))
+	hook, hookErr := b.inspect(ctx, b.plan.Container(name)+"-hook")
+	if err := errors.Join(err, hookErr); err != nil {
+		return // the next look finds it again
+	}
+	if whole != nil && whole.status != container.StateCreated && e.known() && (!e.removing() || whole.running) {
+		if hook != nil {
+			err = b.discard(ctx, hook.id)
+		}
+	} else {
+		err = b.clear(ctx, e)
+	}
+	if err != nil && b.ctx.Err() == nil {
+		b.options.Logger.Warn("clearing what is left of a workload", "workload", name, "err", err)
+	}
+}
+
+// choosePorts gives every port of a workload its number on this host. Those that are free to choose lie below the range from which the
+// kernel takes its own, and begin at a place that depends on the name alone, so that they seldom change. Those in taken are not chosen.
+func (b *Backend) choosePorts(w backends.Workload, taken []int) (ports []int, err error) {
+	const first, count = 20000, 12000
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	for _, p := range w.Run.Ports {
+		port := plan.NamedPort(&w, p)
+		if port != 0 && !portFree(port) && b.ports[port] != w.Name {
+			return nil, takenError(w.Name, p.Name, port)
+		}
+		if port == 0 {
+			hash := fnv.New32a()
+			_, _ = hash.Write([]byte(w.Name + "/" + p.Name))
+			for i := range count {
+				candidate := first + int((hash.Sum32()+uint32(i))%uint32(count))
+				if b.ports[candidate] == "" && !slices.Contains(ports, candidate) && !slices.Contains(taken, candidate) && portFree(candidate) {
+					port = candidate
+					break
+				}
+			}
+			if port == 0 {
+				return nil, fmt.Errorf("%s: port %s: none of %d numbers from %d on is free", w.Name, p.Name, count, first)
+			}
+			b.ports[port] = w.Name
+		}
+		ports = append(ports, port)
+	}
+	return ports, nil
+}
+
+func takenError(workload, name string, port int) error {
+	return fmt.Errorf("%s: port %s: port %d is taken by another program of this host", workload, name, port)
+}
+
+// portFree is false for a port on which anybody listens, on whatever address.
+func portFree(port int) bool {
+	for _, address := range []net.IP{net.IPv4(127, 0, 0, 1), nil} {
+		listener, err := net.ListenTCP("tcp", &net.TCPAddr{IP: address, Port: port})
+		if err != nil || listener.Close() != nil {
+			return !errors.Is(err, unix.EADDRINUSE)
+		}
+	}
+	return true
+}
+
+// releasePorts lets go of the numbers that were chosen for a workload.
+func (b *Backend) releasePorts(name string) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	maps.DeleteFunc(b.ports, func(_ int, whose string) bool { return whose == name })
+}
+
+var _ backends.Execer = (*Backend)(nil)
