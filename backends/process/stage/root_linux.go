@@ -34,6 +34,9 @@ func (r *Root) build() error {
 	if err != nil {
 		return err
 	}
+	if err := mount("proc", merged, "/proc", "proc", safe|unix.MS_NOEXEC|unix.MS_RDONLY); err != nil {
+		return fmt.Errorf("mounting proc: %v", err)
+	}
 	if err := r.populate(merged, sources); err != nil {
 		return err
 	}
@@ -95,7 +98,16 @@ func (r *Root) lay() (merged string, sources []source, err error) {
 	if sources, err = r.points(layer); err != nil {
 		return "", nil, err
 	}
-	if err := r.merge(layer, merged); err != nil {
+	mapped := *r
+	if r.Users != nil {
+		if err := r.Users.own(layer); err != nil {
+			return "", sources, err
+		}
+		if mapped.Content, err = r.Users.content(r.Content, r.Scratch); err != nil {
+			return "", sources, err
+		}
+	}
+	if err := mapped.merge(layer, merged); err != nil {
 		return "", sources, err
 	}
 	if r.Size > 0 { // without, the whole layer is read-only already
@@ -360,9 +372,6 @@ func escape(p string) string {
 
 // populate mounts what comes from outside the content.
 func (r *Root) populate(merged string, sources []source) error {
-	if err := mount("proc", merged, "/proc", "proc", safe|unix.MS_NOEXEC|unix.MS_RDONLY); err != nil {
-		return fmt.Errorf("mounting proc: %v", err)
-	}
 	for _, device := range Devices() {
 		if err := mount("/dev/"+device, merged, "/dev/"+device, "", unix.MS_BIND); err != nil {
 			return fmt.Errorf("binding /dev/%s: %v", device, err)
@@ -375,6 +384,12 @@ func (r *Root) populate(merged string, sources []source) error {
 		flags := uintptr(safe)
 		if !s.bind.Writable {
 			flags |= unix.MS_RDONLY
+		}
+		if r.Users != nil {
+			if err := r.Users.bind(s.fd, merged, s.to, flags); err != nil {
+				return fmt.Errorf("%s: %v", s.bind.From, err)
+			}
+			continue
 		}
 		if err := bind("/proc/self/fd/"+strconv.Itoa(s.fd), merged, s.to, flags); err != nil {
 			return fmt.Errorf("%s: %v", s.bind.From, err)
@@ -401,7 +416,8 @@ func (r *Root) nodes(merged string) error {
 			return fmt.Errorf("device %s: %v", node, err)
 		}
 		own := filepath.Join(dir, strconv.Itoa(i))
-		if err := errors.Join(unix.Mknod(own, found.Mode&unix.S_IFMT|0o600, int(found.Rdev)), os.Chown(own, r.Owner, r.Owner)); err != nil {
+		owner := r.Users.outside(r.Owner)
+		if err := errors.Join(unix.Mknod(own, found.Mode&unix.S_IFMT|0o600, int(found.Rdev)), os.Chown(own, owner, owner)); err != nil {
 			return fmt.Errorf("device %s: %v", node, err)
 		}
 		if err := mount(own, merged, node, "", unix.MS_BIND); err != nil {
@@ -423,17 +439,22 @@ func bind(from, top, to string, flags uintptr) error {
 
 // mount mounts at a path below top. The path has no link in it, and the kernel looks it up no second time.
 func mount(from, top, to, kind string, flags uintptr) error {
-	root, err := unix.Open(top, unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
-	if err != nil {
-		return err
-	}
-	defer unix.Close(root)
-	at, err := unix.Openat2(root, inLayer(to), &unix.OpenHow{Flags: unix.O_PATH | unix.O_CLOEXEC, Resolve: unix.RESOLVE_BENEATH | unix.RESOLVE_NO_SYMLINKS})
+	at, err := below(top, to)
 	if err != nil {
 		return err
 	}
 	defer unix.Close(at)
 	return unix.Mount(from, "/proc/self/fd/"+strconv.Itoa(at), kind, flags, "")
+}
+
+// below opens a path below top that has no link in it.
+func below(top, to string) (int, error) {
+	root, err := unix.Open(top, unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return -1, err
+	}
+	defer unix.Close(root)
+	return unix.Openat2(root, inLayer(to), &unix.OpenHow{Flags: unix.O_PATH | unix.O_CLOEXEC, Resolve: unix.RESOLVE_BENEATH | unix.RESOLVE_NO_SYMLINKS})
 }
 
 func pivot(root string) error {
