@@ -114,19 +114,19 @@ func placeText(p process.Place) (string, error) {
 
 // ended finds how a container's first process ended in what LXC wrote: a line of its log says so if that was not 0.
 func ended(log string, pid int) (code int, ok bool) {
-	for _, how := range []struct {
-		words string
-		base  int
-	}{{"error", 0}, {"signal", 128}} {
-		_, rest, found := strings.Cut(log, fmt.Sprintf("Child <%d> ended on %s (", pid, how.words))
-		if !found {
-			continue
-		}
-		if _, err := fmt.Sscanf(rest, "%d)", &code); err == nil {
-			return how.base + code, true
-		}
+	_, rest, found := strings.Cut(log, fmt.Sprintf("Child <%d> ended on ", pid))
+	if !found {
+		return 0, false
 	}
-	return 0, false
+	line, _, _ := strings.Cut(rest, "\n") // "error (3)", "signal Killed(9)"
+	_, number, _ := strings.Cut(line, "(")
+	if _, err := fmt.Sscanf(number, "%d)", &code); err != nil {
+		return 0, false
+	}
+	if strings.HasPrefix(line, "signal") {
+		code += 128
+	}
+	return code, true
 }
 
 // faults are the errors in what LXC wrote, without their places in its source.

@@ -51,7 +51,7 @@ func open(t testing.TB, state string) *Backend {
 func content(t testing.TB, program string) string {
 	t.Helper()
 	root := filepath.Join(t.TempDir(), "root")
-	for _, dir := range []string{"etc", "tmp", "var", "proc"} {
+	for _, dir := range []string{"etc", "tmp", "var", "proc", "dev"} {
 		if err := os.MkdirAll(filepath.Join(root, dir), 0o755); err != nil {
 			t.Fatal(err)
 		}
@@ -114,11 +114,12 @@ func leaks(state string) (list []string) {
 // stranger runs a container that somebody else has started by hand, and returns a check that it still runs.
 func stranger(t *testing.T, root string) func(*testing.T) {
 	dir := t.TempDir()
-	text := "lxc.rootfs.path = dir:" + root + "\nlxc.net.0.type = none\nlxc.apparmor.profile = unconfined\nlxc.autodev = 0\nlxc.console.path = none\nlxc.pty.max = 0\n"
+	text := "lxc.rootfs.path = dir:" + root + "\nlxc.rootfs.options = ro\nlxc.net.0.type = none\nlxc.apparmor.profile = unconfined\nlxc.autodev = 0\nlxc.console.path = none\nlxc.pty.max = 0\n"
 	if err := os.WriteFile(filepath.Join(dir, "config"), []byte(text), 0o600); err != nil {
 		t.Fatal(err)
 	}
 	lxc := exec.Command("unshare", "-m", "sh", "-c", `mount -t tmpfs none /sys/fs/cgroup && mount -t tmpfs none /run/lxc && exec lxc-start -F -P "$1" -n stranger -f "$1/config" -- /app wait`, "sh", dir)
+	lxc.Stderr = os.Stderr
 	said, err := lxc.StdoutPipe()
 	if err == nil {
 		err = lxc.Start()

@@ -203,7 +203,7 @@ func attach(ctx context.Context, dir string, w backends.Workload, argv []string)
 		return 0, err
 	}
 	user := strconv.Itoa(w.Run.User)
-	args := append([]string{"-P", lxcPath(dir), "-n", container, "-o", "/dev/stderr", "-l", "ERROR", "--clear-env", "-u", user, "-g", user, "--"}, argv...)
+	args := append([]string{"-P", lxcPath(dir), "-n", container, "-f", filepath.Join(dir, configFile), "-o", "/dev/stderr", "-l", "ERROR", "--clear-env", "-u", user, "-g", user, "--"}, argv...)
 	lxc := exec.Command(path, args...)
 	lxc.Env, lxc.Dir = []string{"PATH=/nowhere"}, "/"
 	lxc.Stdout, lxc.Stderr = os.Stdout, os.Stderr
