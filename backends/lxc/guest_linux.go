@@ -15,7 +15,6 @@ import (
 	"strconv"
 	"strings"
 
-	securejoin "github.com/cyphar/filepath-securejoin"
 	"golang.org/x/sys/unix"
 
 	"github.com/kindos/kmo/backends"
@@ -198,7 +197,7 @@ func build(m *monitor.Monitor, first int, c *config, connected bool) error {
 		c.seccomp = seccompProfile
 	}
 	if system(w) {
-		target, err := securejoin.SecureJoin(w.Image.Content, initPath)
+		target, err := stage.Resolve(w.Image.Content, initPath)
 		if err != nil {
 			return err
 		}
@@ -246,7 +245,7 @@ func executable(root, dir, name, search string) error {
 	}
 	var last error = unix.ENOENT
 	for _, candidate := range candidates {
-		at, err := securejoin.SecureJoin(root, candidate)
+		at, err := stage.Resolve(root, candidate)
 		if err != nil {
 			return err
 		}

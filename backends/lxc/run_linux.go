@@ -58,7 +58,9 @@ func start(dir, name string, argv []string) (*run, error) {
 
 // lxcPath is where LXC has containers of a workload: a place that their root may see, and a name by which none else on this host has its
 // command socket.
-func lxcPath(dir string) string { return fmt.Sprintf("%s/%x", runDir, sha256.Sum256([]byte(dir)))[:len(runDir)+17] }
+func lxcPath(dir string) string {
+	return fmt.Sprintf("%s/%x", runDir, sha256.Sum256([]byte(dir)))[:len(runDir)+17]
+}
 
 func (r *run) logFile() string { return filepath.Join(r.dir, r.name+".log") }
 

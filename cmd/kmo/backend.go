@@ -16,6 +16,7 @@ import (
 
 	"github.com/kindos/kmo/backends"
 	"github.com/kindos/kmo/backends/appimage"
+	"github.com/kindos/kmo/backends/lxc"
 	"github.com/kindos/kmo/backends/native"
 	"github.com/kindos/kmo/backends/plugin"
 	"github.com/kindos/kmo/backends/wasm"
@@ -41,6 +42,9 @@ func builtIns() []builtIn {
 		}},
 		{appimage.Name, "AppImages", "", func(state string, logger *slog.Logger) (backends.Backend, error) {
 			return appimage.Open(appimage.Options{State: state, Logger: logger})
+		}},
+		{lxc.Name, "LXC root file systems and images, in containers", "apt-get install --no-install-recommends lxc slirp4netns", func(state string, logger *slog.Logger) (backends.Backend, error) {
+			return lxc.Open(lxc.Options{State: state, Logger: logger})
 		}},
 	}
 }

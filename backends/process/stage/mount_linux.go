@@ -10,6 +10,7 @@ import (
 	"strconv"
 	"syscall"
 
+	securejoin "github.com/cyphar/filepath-securejoin"
 	"golang.org/x/sys/unix"
 )
 
@@ -23,6 +24,9 @@ func (r *Root) Mount() (at string, err error) {
 	}
 	return at, r.populate(at, sources)
 }
+
+// Resolve is where a path leads within a root, whose links are followed within it.
+func Resolve(root, to string) (string, error) { return securejoin.SecureJoin(root, to) }
 
 // NewUsers makes them. It needs root.
 func NewUsers(first, extra int) (*Users, error) {
