@@ -98,10 +98,7 @@ const initPath = "/sbin/init"
 
 // haltSignal is how an init, by what its path leads to, is told to stop.
 func haltSignal(target string) string {
-	switch name := filepath.Base(target); {
-	case strings.HasPrefix(name, "systemd"):
-		return "SIGRTMIN+3"
-	case strings.HasPrefix(name, "busybox"):
+	if strings.HasPrefix(filepath.Base(target), "busybox") {
 		return "SIGUSR1"
 	}
 	return "SIGPWR"

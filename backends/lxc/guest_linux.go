@@ -201,6 +201,9 @@ func build(m *monitor.Monitor, first int, c *config, connected bool) error {
 		if err != nil {
 			return err
 		}
+		if strings.HasPrefix(filepath.Base(target), "systemd") {
+			return monitor.Blame{Step: "exec " + initPath, Cause: errors.New("it is systemd, which needs cgroups of its own; a container has none here")}
+		}
 		c.halt = haltSignal(target)
 	}
 	return nil

@@ -14,9 +14,9 @@
 // # What is run
 //
 // The image's entrypoint with Run.Args or its Cmd is process 1 of the container. Where neither names a command, content of the format
-// lxc is a system container: its /sbin/init is run, and told to stop in its own way, SIGRTMIN+3 for systemd, SIGUSR1 for busybox, SIGPWR
-// for others. As user 0 it has the capabilities of its own user namespace; every other program has none, and can gain none. An init that
-// restarts its machine ends, and is started again as any program is, with its hooks.
+// lxc is a system container: its /sbin/init is run, and told to stop in its own way, by SIGUSR1 for busybox, SIGPWR for others. systemd is
+// refused, as it needs cgroups of its own. As user 0 an init has the capabilities of its own user namespace; every other program has none,
+// and can gain none. An init that restarts its machine ends, and is started again as any program is, with its hooks.
 //
 // # What it gets
 //
@@ -37,7 +37,8 @@
 // neither lxc.cgroup nor lxc.cgroup2 keys; hierarchies are hidden from LXC, which makes no cgroups then. The bound of memory is larger
 // than asked by what that costs, and the one of processes as well.
 //
-// A hook before the program is a container of its own, in the same root, network and configuration; other hooks and Exec are lxc-attach.
+// A hook before the program is a container of its own, in the same root, network and configuration; other hooks and Exec are lxc-attach,
+// which begins in /.
 package lxc
 
 import (

@@ -139,8 +139,3 @@ func stranger(t *testing.T, root string) func(*testing.T) {
 		}
 	}
 }
-
-// backendArg makes the test binary a process with a backend.
-const backendArg = "test-backend"
-
-func backend([]string) {}

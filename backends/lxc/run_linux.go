@@ -181,9 +181,6 @@ func (r *run) wait() int {
 // halt tells the program to stop, or ends it if it would not hear that.
 func (r *run) halt(name string) {
 	s := unix.SignalNum(name)
-	if name == "SIGRTMIN+3" {
-		s = 34 + 3
-	}
 	if !catches(r.pid, s) {
 		s = unix.SIGKILL
 	}
