@@ -70,8 +70,8 @@ const GuestArg = "lxc-guest"
 
 // What keeping a container costs, measured: the monitor, lxc-start, slirp4netns, and a command beside them.
 const (
-	shareMemory = 48 << 20 // bytes
-	sharePIDs   = 40       // threads; without a command it is about 16
+	shareMemory = 24 << 20 // bytes; without a command it is about 8
+	sharePIDs   = 40       // threads; without a command it is about 12
 )
 
 // Options are what a Backend needs. State is.
@@ -120,7 +120,7 @@ func features(have []backends.Feature) []backends.Feature { return append(have, 
 
 // usage takes what keeping it costs from what a workload of inner's uses.
 func usage(w backends.Workload, u backends.Usage) backends.Usage {
-	const idle = 16
+	const idle = 12
 	if u.PIDs = max(u.PIDs-idle, 1); w.Resources.PIDs > 0 {
 		u.PIDs = min(u.PIDs, w.Resources.PIDs-sharePIDs)
 	}

@@ -111,11 +111,16 @@ func leaks(state string) (list []string) {
 	return list
 }
 
+// strangers is the configuration of a container that is nobody's here.
+func strangers(root string) string {
+	return "lxc.rootfs.path = dir:" + root + "\nlxc.rootfs.options = ro\nlxc.net.0.type = none\nlxc.apparmor.profile = unconfined\n" +
+		"lxc.autodev = 0\nlxc.console.path = none\nlxc.pty.max = 0\n"
+}
+
 // stranger runs a container that somebody else has started by hand, and returns a check that it still runs.
 func stranger(t *testing.T, root string) func(*testing.T) {
 	dir := t.TempDir()
-	text := "lxc.rootfs.path = dir:" + root + "\nlxc.rootfs.options = ro\nlxc.net.0.type = none\nlxc.apparmor.profile = unconfined\nlxc.autodev = 0\nlxc.console.path = none\nlxc.pty.max = 0\n"
-	if err := os.WriteFile(filepath.Join(dir, "config"), []byte(text), 0o600); err != nil {
+	if err := os.WriteFile(filepath.Join(dir, "config"), []byte(strangers(root)), 0o600); err != nil {
 		t.Fatal(err)
 	}
 	lxc := exec.Command("unshare", "-m", "sh", "-c", `mount -t tmpfs none /sys/fs/cgroup && mount -t tmpfs none /run/lxc && exec lxc-start -F -P "$1" -n stranger -f "$1/config" -- /app wait`, "sh", dir)
