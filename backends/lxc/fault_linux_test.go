@@ -78,7 +78,7 @@ func (y *yard) workload(steps ...string) backends.Workload {
 	w := backends.Workload{
 		Name: "relay-00000001", Unit: "relay", Spec: merkle.Digest{1}, Format: backends.LXC, Image: backends.Image{Content: y.root},
 		Run:       backends.Run{Args: steps, User: 65532, Grace: 2 * time.Second},
-		Resources: backends.Resources{CPU: 2000, Memory: 64 << 20, PIDs: 32},
+		Resources: backends.Resources{CPUMin: 1000, CPU: 2000, Memory: 64 << 20, PIDs: 32},
 	}
 	w.Image.Config.Entrypoint = []string{"/app"}
 	return w

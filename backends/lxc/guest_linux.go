@@ -66,11 +66,14 @@ func keep(ctx context.Context, m *monitor.Monitor, first int) (monitor.End, erro
 		return monitor.End{}, err
 	}
 	c := config{workload: m.Workload, halt: "SIGTERM"}
-	network, err := connect(ctx, m, &c)
-	if err != nil {
-		return monitor.End{}, err
+	network, reached, err := connect(ctx, m, &c)
+	if err == nil {
+		err = build(m, first, &c, network != nil)
 	}
-	if err := build(m, first, &c, network != nil); err != nil {
+	if err == nil {
+		err = <-reached
+	}
+	if err != nil {
 		return monitor.End{}, err
 	}
 	program := argv(m.Workload)
@@ -118,20 +121,25 @@ func hide() error {
 	return nil
 }
 
-// connect makes the network of a workload that has one of its own.
-func connect(ctx context.Context, m *monitor.Monitor, c *config) (*netns.Network, error) {
+// connect makes the network of a workload that has one of its own. Reached tells when it has its way out, or why not.
+func connect(ctx context.Context, m *monitor.Monitor, c *config) (network *netns.Network, reached chan error, err error) {
+	reached = make(chan error, 1)
 	if slices.Contains(m.Workload.Security.Host, "network") {
-		return nil, nil
+		reached <- nil
+		return nil, reached, nil
 	}
-	network, err := netns.Open()
-	if err != nil {
-		return nil, err
-	}
-	if err := network.Reach(ctx, io.Discard); err != nil && !errors.Is(err, netns.ErrNoWayOut) {
-		return nil, err
+	if network, err = netns.Open(); err != nil {
+		return nil, nil, err
 	}
 	c.netns = network.Thread()
-	return network, nil
+	go func() {
+		err := network.Reach(ctx, io.Discard)
+		if errors.Is(err, netns.ErrNoWayOut) {
+			err = nil
+		}
+		reached <- err
+	}()
+	return network, reached, nil
 }
 
 func publish(m *monitor.Monitor, network *netns.Network) error {
