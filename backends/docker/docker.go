@@ -28,7 +28,7 @@
 //
 // A program has no capability and can gain none, a read-only root, and the engine's own seccomp filter. With Overlay.Size it may write
 // to /tmp, a tmpfs of that size, and to /dev/shm, another of at most 64 MiB; both are new at each start and count as the workload's memory.
-// Ports are published on the loopback only.
+// A port whose number on this host the unit names is published on every address, any other on the loopback.
 //
 // A folder of the host is mounted if no component of its path is a link. That is looked at before each start; the engine then opens
 // the path itself, so a path that others may rename things in is not safe to mount.

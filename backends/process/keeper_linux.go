@@ -355,6 +355,9 @@ func (k *Keeper) measure(entries []*entry) {
 		e.mu.Lock()
 		if e.program != nil && now.Sub(e.read) > time.Second {
 			e.usage, e.read = k.groups.Usage(e.name), now
+			if k.options.Usage != nil {
+				e.usage = k.options.Usage(e.record.Workload, e.usage)
+			}
 		}
 		e.mu.Unlock()
 	}

@@ -260,3 +260,34 @@ func TestSecretsGone(t *testing.T) {
 		t.Errorf("left in memory: %q", left)
 	}
 }
+
+// A monitor whose program was not started yet, as far as anybody knows, is undone by the next keeper, and the workload started anew.
+func TestMonitorHalfIsUndone(t *testing.T) {
+	state := t.TempDir()
+	w := workload("vm", "sleep", "1000")
+	k := monitors(t, state)
+	apply(t, k, w)
+	for _, half := range []bool{false, true} {
+		before := status(t, k, w.Name)
+		if err := k.Close(); err != nil {
+			t.Fatal(err)
+		}
+		if half {
+			if err := os.Remove(filepath.Join(k.place(&w).Dir, "begun")); err != nil {
+				t.Fatal(err)
+			}
+		}
+		k = monitors(t, state)
+		until(t, "running", func() (string, bool) {
+			s := status(t, k, w.Name)
+			return fmt.Sprintf("%+v", s), s.State == backends.Running
+		})
+		if s := status(t, k, w.Name); (s.PID != before.PID) != half {
+			t.Errorf("half %t: process %d, was %d", half, s.PID, before.PID)
+		}
+	}
+	sweep(t, k)
+	if err := k.Close(); err != nil {
+		t.Error(err)
+	}
+}

@@ -90,6 +90,8 @@ type Options struct {
 	// Publishes says that the plan gives a workload a network of its own, unless it asks for the host's: Port is then the number inside,
 	// Host the one at which the plan's program publishes it.
 	Publishes bool
+	// Usage corrects what a workload's cgroups say it uses, by what keeping it costs; nil changes nothing.
+	Usage func(backends.Workload, backends.Usage) backends.Usage
 	// Memory is a folder on storage that is memory, for secrets; "" is the first of /run/kmo and /dev/shm/kmo that can be that.
 	Memory string
 
@@ -115,6 +117,8 @@ type Program struct {
 	// but Env. Command then turns a hook, or what Exec is to run, into arguments of this binary, which are run beside it in the same way.
 	Monitor bool
 	Command func(argv []string) []string
+	// Unapplied is what this host does not let the program have, for the workload's status.
+	Unapplied []string
 }
 
 // Bind makes From of this host visible at To inside. Without mounts (a keeper that is not root) the path inside is From.

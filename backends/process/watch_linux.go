@@ -467,5 +467,5 @@ func (k *Keeper) reattach(e *entry) (p *program, half bool) {
 		p.release()
 		return nil, false
 	}
-	return p, false
+	return p, k.place(&e.record.Workload).Half()
 }

@@ -17,6 +17,7 @@ import (
 	"github.com/kindos/kmo/backends"
 	"github.com/kindos/kmo/backends/appimage"
 	"github.com/kindos/kmo/backends/docker"
+	"github.com/kindos/kmo/backends/lxc"
 	"github.com/kindos/kmo/backends/native"
 	"github.com/kindos/kmo/backends/plugin"
 	"github.com/kindos/kmo/backends/wasm"
@@ -56,6 +57,9 @@ func builtIns() []builtIn {
 		}},
 		{name: docker.Podman, runs: "images, on Podman", install: "apt-get install podman runc netavark aardvark-dns catatonit && podman system service --time=0 &", open: func(o opening) (backends.Backend, error) {
 			return docker.Open(docker.Options{Name: docker.Podman, State: o.state, Socket: o.engine, Logger: o.logger})
+		}},
+		{name: lxc.Name, runs: "LXC root file systems and images, in containers", install: "apt-get install lxc slirp4netns", open: func(o opening) (backends.Backend, error) {
+			return lxc.Open(lxc.Options{State: o.state, Logger: o.logger})
 		}},
 	}
 }

@@ -43,6 +43,8 @@ func house() map[string]room {
 		"backends/process":        {"backends backends/process/cgroup backends/process/stage policy/refusal registry/merkle", ""},
 		"backends/process/cgroup": {"backends", ""},
 		"backends/process/stage":  {"", "github.com/cyphar/filepath-securejoin"},
+		"backends/process/netns":  {"", ""},
+		"backends/lxc":            {"backends backends/process backends/process/monitor backends/process/netns backends/process/stage", ""},
 		"backends/native":         {"backends backends/process registry/merkle", ""},
 		"backends/wasm":           {"backends backends/process policy/refusal registry/merkle", "github.com/tetratelabs/wazero"},
 		"backends/fake":           {"backends registry/merkle", ""},

@@ -13,6 +13,7 @@ import (
 
 	"github.com/spf13/cobra"
 
+	"github.com/kindos/kmo/backends/lxc"
 	"github.com/kindos/kmo/backends/process"
 	"github.com/kindos/kmo/backends/wasm"
 	"github.com/kindos/kmo/policy/refusal"
@@ -43,6 +44,8 @@ func main() {
 		switch os.Args[1] {
 		case process.StageArg:
 			process.Stage()
+		case lxc.GuestArg:
+			os.Exit(lxc.Guest(os.Args[2:]))
 		case wasm.GuestArg:
 			os.Exit(wasm.Guest(os.Args[2:]))
 		}

@@ -11,6 +11,7 @@ import (
 	"testing"
 
 	"github.com/kindos/kmo/backends/fake"
+	"github.com/kindos/kmo/backends/lxc"
 	"github.com/kindos/kmo/backends/plugin"
 	"github.com/kindos/kmo/backends/process"
 	"github.com/kindos/kmo/backends/wasm"
@@ -78,7 +79,7 @@ func TestMain(m *testing.M) {
 		plugin.Serve(&fake.Backend{}, newLogger(os.Stderr))
 		return
 	}
-	if len(os.Args) > 1 && slices.Contains([]string{"backend", process.StageArg, wasm.GuestArg}, os.Args[1]) {
+	if len(os.Args) > 1 && slices.Contains([]string{"backend", process.StageArg, wasm.GuestArg, lxc.GuestArg}, os.Args[1]) {
 		main()
 	}
 	code := m.Run()

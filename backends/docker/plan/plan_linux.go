@@ -79,6 +79,7 @@ func (p *Plan) Options(w backends.Workload, image string, ports []int, argv []st
 	if err != nil {
 		return client.ContainerCreateOptions{}, err
 	}
+	asked := w.Run.Ports
 	w = resolved(w, ports)
 	config := &container.Config{
 		Image: image, Cmd: argv, Labels: labels, StopSignal: "SIGTERM", WorkingDir: w.Run.Dir,
@@ -102,7 +103,7 @@ func (p *Plan) Options(w backends.Workload, image string, ports []int, argv []st
 	p.writable(host, w)
 	grant(config, host, w)
 	if role == RoleWorkload {
-		publish(config, host, w)
+		publish(config, host, w, asked)
 	}
 	return client.ContainerCreateOptions{Name: name, Config: config, HostConfig: host}, nil
 }
@@ -201,15 +202,20 @@ func grant(config *container.Config, host *container.HostConfig, w backends.Work
 	}
 }
 
-func publish(config *container.Config, host *container.HostConfig, w backends.Workload) {
+// publish publishes the ports at the numbers they have been given: on every address where the unit names the number, otherwise on the loopback.
+func publish(config *container.Config, host *container.HostConfig, w backends.Workload, asked []backends.Port) {
 	if HostNetwork(&w) || len(w.Run.Ports) == 0 {
 		return
 	}
 	config.ExposedPorts, host.PortBindings = network.PortSet{}, network.PortMap{}
-	for _, p := range w.Run.Ports {
+	for i, p := range w.Run.Ports {
 		inside := network.MustParsePort(strconv.Itoa(p.Port) + "/tcp")
 		config.ExposedPorts[inside] = struct{}{}
-		host.PortBindings[inside] = append(host.PortBindings[inside], network.PortBinding{HostIP: netip.AddrFrom4([4]byte{127, 0, 0, 1}), HostPort: strconv.Itoa(p.Host)})
+		at := netip.IPv4Unspecified()
+		if asked[i].Host == 0 {
+			at = netip.AddrFrom4([4]byte{127, 0, 0, 1})
+		}
+		host.PortBindings[inside] = append(host.PortBindings[inside], network.PortBinding{HostIP: at, HostPort: strconv.Itoa(p.Host)})
 	}
 }
 

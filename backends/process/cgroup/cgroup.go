@@ -301,15 +301,16 @@ func members(dir string) (pids []int) {
 	return pids
 }
 
-// Remove removes a workload's cgroups, which must be empty or about to be, and those above if they are the last.
+// Remove removes a workload's cgroups and what a runtime made below them, which must be empty or about to be, and those above if they are
+// the last.
 func (c Groups) Remove(name string) error {
 	var all error
 	for _, base := range c.bases() {
 		at := filepath.Join(base.base, c.folder, name)
-		err := os.Remove(at)
+		err := removeAll(at)
 		for pause := time.Millisecond; err != nil && !errors.Is(err, os.ErrNotExist) && pause < time.Second; pause *= 2 {
 			time.Sleep(pause) // an ended process leaves its cgroup a little later
-			err = os.Remove(at)
+			err = removeAll(at)
 		}
 		if err != nil && !errors.Is(err, os.ErrNotExist) {
 			all = errors.Join(all, err)
@@ -317,6 +318,23 @@ func (c Groups) Remove(name string) error {
 		c.prune(base.base)
 	}
 	return all
+}
+
+// removeAll removes a cgroup and those in it. The files of one are the kernel's.
+func removeAll(at string) error {
+	err := os.Remove(at)
+	if err == nil || errors.Is(err, os.ErrNotExist) {
+		return err
+	}
+	inner, _ := os.ReadDir(at) // what cannot be read is not removed
+	for _, one := range inner {
+		if one.IsDir() {
+			if inner := removeAll(filepath.Join(at, one.Name())); inner != nil && !errors.Is(inner, os.ErrNotExist) {
+				return inner
+			}
+		}
+	}
+	return os.Remove(at)
 }
 
 // prune removes the folders above the workloads' if they are empty.

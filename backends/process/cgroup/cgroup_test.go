@@ -192,3 +192,22 @@ func TestHold(t *testing.T) {
 		}
 	}
 }
+
+// What a runtime made below a workload's cgroup goes with it.
+func TestRemoveNested(t *testing.T) {
+	root := t.TempDir()
+	g := Groups{folder: folder, kinds: []kind{{"memory", root, true}}}
+	at := filepath.Join(root, folder, "relay-1")
+	if err := os.MkdirAll(filepath.Join(at, "payload", "init.scope"), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.MkdirAll(filepath.Join(at, "monitor"), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	if err := g.Remove("relay-1"); err != nil {
+		t.Error(err)
+	}
+	if _, err := os.Stat(at); !os.IsNotExist(err) {
+		t.Errorf("%s is still there: %v", at, err)
+	}
+}

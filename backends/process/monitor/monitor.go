@@ -49,6 +49,8 @@ type Task struct {
 const (
 	taskFile = "task.json"
 	endFile  = "end.json"
+
+	begunFile = "begun"
 )
 
 // Write puts a task where Run finds it: in memory, as its files may be secret.
@@ -80,6 +82,13 @@ func (p Place) Read() (t Task, err error) {
 type End struct {
 	Code int  `json:"code"` // 128 + signal
 	OOM  bool `json:"oom,omitempty"`
+}
+
+// Half says that there is a monitor whose program has not been started, as far as it has got round to saying so.
+func (p Place) Half() bool {
+	_, task := os.Stat(p.file())
+	_, begun := os.Stat(filepath.Join(p.Dir, begunFile))
+	return task == nil && errors.Is(begun, os.ErrNotExist)
 }
 
 // Ended reads how a monitor's workload ended, if it has said so.
@@ -147,6 +156,9 @@ func (m *Monitor) Built() error {
 
 // Started tells the keeper that the program has been started.
 func (m *Monitor) Started() {
+	if err := os.WriteFile(filepath.Join(m.Dir, begunFile), nil, 0o600); err != nil {
+		_, _ = io.WriteString(os.Stderr, "recording that it has begun: "+err.Error()+"\n")
+	}
 	_, _ = m.report.Write([]byte{stage.Ready}) // nobody may be there to read it
 	m.close()
 }

@@ -11,6 +11,7 @@ package stage
 import (
 	"bytes"
 	"encoding/json"
+	"os"
 )
 
 // Arg is the argument that makes a process a stage.
@@ -59,6 +60,20 @@ type Root struct {
 	Binds    []Bind `json:"binds,omitempty"`
 	// Nodes are device nodes of the host. The program gets nodes of the same devices, which are its own.
 	Nodes []string `json:"nodes,omitempty"`
+	// Users says whom the owners of all of it are to be, for Mount; nil leaves them who they are.
+	Users *Users `json:"-"`
+}
+
+// idCount is how many ids a range has.
+const idCount = 1 << 16
+
+// UserCount is how many ids of the host Users take: a range, and one more for a user that is not in it.
+const UserCount = idCount + 1
+
+// Users are the users of a user namespace: id n inside is First+n on the host, for 65536 of them, and a larger one is the next.
+type Users struct {
+	First, Extra int      // Extra is a user of the workload that may be larger
+	space        *os.File // a user namespace in which that holds
 }
 
 // File is a file made in the root, read-only.
