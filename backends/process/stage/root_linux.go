@@ -30,27 +30,82 @@ func (r *Root) build() error {
 	if err := unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, ""); err != nil {
 		return fmt.Errorf("making mounts private: %v", err)
 	}
-	if err := unix.Mount("tmpfs", r.Scratch, "tmpfs", safe, "mode=0755"); err != nil {
-		return fmt.Errorf("mounting a tmpfs: %v", err)
-	}
-	layer, merged := filepath.Join(r.Scratch, "layer"), filepath.Join(r.Scratch, "merged")
-	if err := errors.Join(os.Mkdir(layer, 0o755), os.Mkdir(merged, 0o755)); err != nil { // it is the program's /
-		return err
-	}
-	sources, err := r.points(layer)
+	merged, sources, err := r.lay()
 	if err != nil {
 		return err
 	}
-	if err := r.merge(layer, merged); err != nil {
-		return err
-	}
-	if err := r.populate(layer, merged, sources); err != nil {
+	if err := r.populate(merged, sources); err != nil {
 		return err
 	}
 	if err := unix.Sethostname([]byte(r.Hostname)); err != nil {
 		return fmt.Errorf("naming the host: %v", err)
 	}
 	return pivot(merged)
+}
+
+// Lay mounts the root for a runtime that sees to the rest: it returns the folder where the content lies with its files, and the binds,
+// for which there are mount points. Their From is now a path in the caller's mount namespace, which is to be private, their To where the
+// content's links lead. Devices and proc are not in it. [Blames] says whether an error is the workload's fault.
+func (r *Root) Lay() (at string, binds []Bind, err error) {
+	at, sources, err := r.lay()
+	for i, s := range sources {
+		if err == nil {
+			s.bind.From, err = s.pin(filepath.Join(r.Scratch, "bind-"+strconv.Itoa(i)))
+		}
+		s.bind.To = s.to
+		binds = append(binds, s.bind)
+		err = errors.Join(err, unix.Close(s.fd))
+	}
+	return at, binds, err
+}
+
+// pin gives what was opened a path.
+func (s source) pin(at string) (string, error) {
+	var found unix.Stat_t
+	err := unix.Fstat(s.fd, &found)
+	if err == nil && found.Mode&unix.S_IFMT == unix.S_IFDIR {
+		err = os.Mkdir(at, 0o700)
+	} else if err == nil {
+		err = os.WriteFile(at, nil, 0o600)
+	}
+	if err == nil {
+		err = unix.Mount("/proc/self/fd/"+strconv.Itoa(s.fd), at, "", unix.MS_BIND, "")
+	}
+	if err != nil {
+		return "", fmt.Errorf("binding %s: %v", s.bind.From, err)
+	}
+	return at, nil
+}
+
+// Blames says whether an error of Lay is the workload's fault.
+func Blames(err error) bool {
+	var b blame
+	return errors.As(err, &b)
+}
+
+// lay makes the layer, merges it with the content and puts the files in their places.
+func (r *Root) lay() (merged string, sources []source, err error) {
+	if err := unix.Mount("tmpfs", r.Scratch, "tmpfs", safe, "mode=0755"); err != nil {
+		return "", nil, fmt.Errorf("mounting a tmpfs: %v", err)
+	}
+	layer, merged := filepath.Join(r.Scratch, "layer"), filepath.Join(r.Scratch, "merged")
+	if err := errors.Join(os.Mkdir(layer, 0o755), os.Mkdir(merged, 0o755)); err != nil { // it is the program's /
+		return "", nil, err
+	}
+	if sources, err = r.points(layer); err != nil {
+		return "", nil, err
+	}
+	if err := r.merge(layer, merged); err != nil {
+		return "", sources, err
+	}
+	if r.Size > 0 { // without, the whole layer is read-only already
+		for _, f := range r.Files {
+			if err := bind(filepath.Join(layer, f.To), merged, f.To, safe|unix.MS_RDONLY); err != nil {
+				return "", sources, err
+			}
+		}
+	}
+	return merged, sources, nil
 }
 
 // Devices are the files of /dev that every program has.
@@ -304,7 +359,7 @@ func escape(p string) string {
 }
 
 // populate mounts what comes from outside the content.
-func (r *Root) populate(layer, merged string, sources []source) error {
+func (r *Root) populate(merged string, sources []source) error {
 	if err := mount("proc", merged, "/proc", "proc", safe|unix.MS_NOEXEC|unix.MS_RDONLY); err != nil {
 		return fmt.Errorf("mounting proc: %v", err)
 	}
@@ -315,13 +370,6 @@ func (r *Root) populate(layer, merged string, sources []source) error {
 	}
 	if err := r.nodes(merged); err != nil {
 		return err
-	}
-	if r.Size > 0 { // without, the whole layer is read-only already
-		for _, f := range r.Files {
-			if err := bind(filepath.Join(layer, f.To), merged, f.To, safe|unix.MS_RDONLY); err != nil {
-				return err
-			}
-		}
 	}
 	for _, s := range sources {
 		flags := uintptr(safe)
