@@ -25,6 +25,9 @@ func TestMain(m *testing.M) {
 	if len(os.Args) > 1 && os.Args[1] == GuestArg {
 		os.Exit(Guest(os.Args[2:]))
 	}
+	if len(os.Args) > 1 && os.Args[1] == keeperArg {
+		keeper(os.Args[2:])
+	}
 	os.Exit(m.Run())
 }
 
