@@ -145,6 +145,29 @@ func TestMonitor(t *testing.T) {
 	}
 }
 
+// U-46: a monitor that had not started its program when its keeper ended is undone, and the workload started again.
+func TestMonitorHalf(t *testing.T) {
+	state := t.TempDir()
+	k := monitors(t, state)
+	w := workload("vm", "sleep", "1000")
+	w.Resources.Memory = 256 << 20
+	apply(t, k, w)
+	before := status(t, k, w.Name)
+	place := k.place(&w)
+	if !place.Begun() {
+		t.Error("the monitor has not said that it started its program")
+	}
+	if err := errors.Join(k.Close(), os.Remove(filepath.Join(place.Dir, "started"))); err != nil { // as if it had not
+		t.Fatal(err)
+	}
+	k = monitors(t, state)
+	defer func() { sweep(t, k); _ = k.Close() }()
+	until(t, "started again", func() (string, bool) {
+		s := status(t, k, w.Name)
+		return fmt.Sprintf("%+v", s), s.State == backends.Running && s.PID != before.PID && s.Restarts == 1
+	})
+}
+
 func TestMonitorEnds(t *testing.T) {
 	state := t.TempDir()
 	k := monitors(t, state)

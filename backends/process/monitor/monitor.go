@@ -47,8 +47,9 @@ type Task struct {
 }
 
 const (
-	taskFile = "task.json"
-	endFile  = "end.json"
+	taskFile    = "task.json"
+	startedFile = "started"
+	endFile     = "end.json"
 )
 
 // Write puts a task where Run finds it: in memory, as its files may be secret.
@@ -86,6 +87,12 @@ type End struct {
 func (p Place) Ended() (end End, ok bool) {
 	text, err := os.ReadFile(filepath.Join(p.Dir, endFile))
 	return end, err == nil && json.Unmarshal(text, &end) == nil
+}
+
+// Begun says whether a monitor has started its program.
+func (p Place) Begun() bool {
+	_, err := os.Stat(filepath.Join(p.Dir, startedFile))
+	return err == nil
 }
 
 // Blame makes an error the workload's fault, at a step such as "exec /app". Every other error of a monitor is the host's.
@@ -145,8 +152,11 @@ func (m *Monitor) Built() error {
 	return nil
 }
 
-// Started tells the keeper that the program has been started.
+// Started tells the keeper that the program has been started, and whoever keeps it later, too.
 func (m *Monitor) Started() {
+	if err := os.WriteFile(filepath.Join(m.Dir, startedFile), nil, 0o600); err != nil {
+		_, _ = io.WriteString(os.Stderr, "recording that it was started: "+err.Error()+"\n") // a later keeper starts it again
+	}
 	_, _ = m.report.Write([]byte{stage.Ready}) // nobody may be there to read it
 	m.close()
 }
