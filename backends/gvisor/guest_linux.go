@@ -3,7 +3,6 @@ package gvisor
 import (
 	"context"
 	"encoding/json"
-	"errors"
 	"fmt"
 	"os"
 	"os/signal"
@@ -19,11 +18,8 @@ import (
 	"github.com/kindos/kmo/backends/process/monitor"
 )
 
-// What a monitor leaves for the commands beside it, in the workload's folder.
-const (
-	specFile    = "spec.json" // what a sandbox of this workload is made of, once the root is there
-	startedFile = "started"   // there once the program has been started
-)
+// specFile is what a sandbox of a workload is made of, left in its folder for the commands beside its monitor once the root is there.
+const specFile = "spec.json"
 
 // statusGuest is the status of what could not be run, as a shell has it.
 const statusGuest = 127
@@ -116,7 +112,7 @@ func begin(m *monitor.Monitor, r runtime, spec specs.Spec) (pid int, gone <-chan
 	if err := s.start(spec.Process.Args); err != nil {
 		return 0, nil, err
 	}
-	return pid, gone, os.WriteFile(filepath.Join(m.Dir, startedFile), nil, 0o600)
+	return pid, gone, nil
 }
 
 // beside runs a command in the workload's sandbox, or, while its program has not been started, in one of the command's own.
@@ -138,10 +134,10 @@ func beside(r runtime, place string, argv []string) (int, error) {
 	defer os.RemoveAll(dir)
 	s := sandboxOf(r, t)
 	s.log = filepath.Join(dir, "log")
-	if _, err := os.Stat(filepath.Join(t.Dir, startedFile)); errors.Is(err, os.ErrNotExist) {
-		return alone(s, t, dir, argv, stop)
+	if t.Begun() {
+		return within(s, t, dir, argv, stop)
 	}
-	return within(s, t, dir, argv, stop)
+	return alone(s, t, dir, argv, stop)
 }
 
 // within runs a command in a sandbox that runs.

@@ -101,7 +101,7 @@ func nothing() ([]byte, error) {
 		machine uint16
 		code    []byte
 	}{
-		"amd64": {62, []byte{0xb8, 60, 0, 0, 0, 0x31, 0xff, 0x0f, 0x05}},                    // mov eax, 60; xor edi, edi; syscall
+		"amd64": {62, []byte{0xb8, 60, 0, 0, 0, 0x31, 0xff, 0x0f, 0x05}},                   // mov eax, 60; xor edi, edi; syscall
 		"arm64": {183, []byte{0xa8, 0x0b, 0x80, 0xd2, 0, 0, 0x80, 0xd2, 0x01, 0, 0, 0xd4}}, // mov x8, 93; mov x0, 0; svc 0
 	}
 	kind, ok := kinds[goruntime.GOARCH]
