@@ -22,7 +22,7 @@
 //
 // # What a program gets
 //
-// Its user is Run.User, it has no capability and can gain none, it sees 0 devices of this host. /proc, /sys and /dev are gVisor's own. Of
+// Its user is Run.User, it has no capability and can gain none, it sees no device of this host. /proc, /sys and /dev are gVisor's own. Of
 // the overlay's room /tmp and /dev/shm are parts. Kept paths, mounts and doors are read anew each time, as others may change them; what is
 // mapped there is this host's page cache, so that a memory pool is one. Unix sockets of this host are out of reach but for a workload
 // with a door via socket.
@@ -38,8 +38,8 @@
 // # Limits
 //
 // Resources.Memory and PIDs bound what is the program's; the bounds of the cgroup are larger by what the sandbox, its file server, the
-// network and the monitor cost. Memory: 160 MiB more (measured: 45 to 75 MiB, and as much again for a hook in a sandbox of its own), so that a program
-// may have up to that much more than it asked for. PIDs are kept exactly, by the sandbox itself, for each user but 0; Usage.PIDs is not told.
+// network and the monitor cost. Memory: 160 MiB more (measured: 22 to 26 MiB, as much again for a hook in a sandbox of its own, and the
+// pages of the programs' files where the workload is the first to need them), so that a program may have the rest of it beyond what it asked for. PIDs are kept exactly, by the sandbox itself, for each user but 0; Usage.PIDs is not told.
 // A sandbox that was killed for want of memory is told as 137 and OOM.
 package gvisor
 

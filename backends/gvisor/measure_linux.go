@@ -85,7 +85,7 @@ func try(ctx context.Context, r runtime, dir string) error {
 	}
 	s := sandbox{runtime: r, id: identify(dir), root: filepath.Join(dir, "runsc"), log: filepath.Join(dir, "log"), network: "none"}
 	cmd := s.command(ctx, "run", "--bundle", dir, s.id)
-	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
+	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL, Unshareflags: syscall.CLONE_NEWNS} // what it mounts goes with it
 	cmd.WaitDelay = time.Second
 	goruntime.LockOSThread() // its parent is a thread
 	defer goruntime.UnlockOSThread()

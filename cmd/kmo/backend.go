@@ -16,6 +16,7 @@ import (
 
 	"github.com/kindos/kmo/backends"
 	"github.com/kindos/kmo/backends/appimage"
+	"github.com/kindos/kmo/backends/gvisor"
 	"github.com/kindos/kmo/backends/native"
 	"github.com/kindos/kmo/backends/plugin"
 	"github.com/kindos/kmo/backends/wasm"
@@ -41,6 +42,9 @@ func builtIns() []builtIn {
 		}},
 		{appimage.Name, "AppImages", "", func(state string, logger *slog.Logger) (backends.Backend, error) {
 			return appimage.Open(appimage.Options{State: state, Logger: logger})
+		}},
+		{gvisor.Name, "images, in gVisor's sandbox", "runsc slirp4netns", func(state string, logger *slog.Logger) (backends.Backend, error) {
+			return gvisor.Open(gvisor.Options{State: state, Logger: logger})
 		}},
 	}
 }
