@@ -131,7 +131,7 @@ func beside(r runtime, place string, argv []string) (int, error) {
 	if err != nil {
 		return 0, err
 	}
-	defer os.RemoveAll(dir)
+	defer func() { _ = os.RemoveAll(dir) }() // otherwise it goes with the workload
 	s := sandboxOf(r, t)
 	s.log = filepath.Join(dir, "log")
 	if t.Begun() {
@@ -207,7 +207,9 @@ func (s sandbox) attached(stop <-chan os.Signal, kill func(), ran func() bool, w
 	case <-stop:
 		kill()
 		cancel()
-		<-ended
+		if err := <-ended; err == nil {
+			return cmd.ProcessState.ExitCode(), nil
+		}
 		return 128 + int(syscall.SIGTERM), nil
 	case err := <-ended:
 		status := cmd.ProcessState.ExitCode()

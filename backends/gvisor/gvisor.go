@@ -148,7 +148,7 @@ func (b *Backend) Fingerprint(ctx context.Context) (backends.Fingerprint, error)
 
 // missing is what the keeper lacks where that counts for a sandbox, and what a sandbox lacks.
 func (b *Backend) missing() []string {
-	list := slices.DeleteFunc(b.Keeper.Missing(), func(line string) bool {
+	list := slices.DeleteFunc(b.Missing(), func(line string) bool {
 		word, _, _ := strings.Cut(line, ":")
 		return slices.Contains([]string{"landlock", "seccomp", "network", "low-ports", "process groups"}, word)
 	})

@@ -138,7 +138,7 @@ func (n *network) publish(public bool, host, port int) error {
 	if err != nil {
 		return err
 	}
-	defer conn.Close()
+	defer func() { _ = conn.Close() }() // what matters has been answered
 	_, err = conn.Write(request)
 	if err = errors.Join(conn.SetDeadline(time.Now().Add(readyTime)), err, conn.CloseWrite()); err != nil {
 		return err
