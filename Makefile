@@ -50,7 +50,7 @@ generate: ## what is generated from the code: protocol, schemas, documents
 	$(GO) generate ./...
 
 need: ## what the tests need beside Go
-	.ci/need git ssh-keygen gcc
+	.ci/need git ssh-keygen gcc runsc slirp4netns
 
 clean:
 	rm -rf bin .cache

@@ -440,7 +440,8 @@ func (k *Keeper) finishHooks(e *entry) error {
 	return k.postInit(ctx, e)
 }
 
-// reattach finds the process of a record, if it is beyond doubt the same; half says that it had not become the program yet.
+// reattach finds the process of a record, if it is beyond doubt the same; half says that it had not become the program yet, or, as a
+// monitor, has not started it: what it is about to do nobody would see to.
 func (k *Keeper) reattach(e *entry) (p *program, half bool) {
 	id := e.record.Process
 	if id.Boot != k.boot || id.PID <= 0 {

@@ -17,6 +17,7 @@ import (
 	"github.com/kindos/kmo/backends"
 	"github.com/kindos/kmo/backends/appimage"
 	"github.com/kindos/kmo/backends/docker"
+	"github.com/kindos/kmo/backends/gvisor"
 	"github.com/kindos/kmo/backends/lxc"
 	"github.com/kindos/kmo/backends/native"
 	"github.com/kindos/kmo/backends/plugin"
@@ -60,6 +61,9 @@ func builtIns() []builtIn {
 		}},
 		{name: lxc.Name, runs: "LXC root file systems and images, in containers", install: "apt-get install lxc slirp4netns", open: func(o opening) (backends.Backend, error) {
 			return lxc.Open(lxc.Options{State: o.state, Logger: o.logger})
+		}},
+		{name: gvisor.Name, runs: "images, in gVisor's sandbox", install: "apt-get install runsc slirp4netns", open: func(o opening) (backends.Backend, error) {
+			return gvisor.Open(gvisor.Options{State: o.state, Runsc: o.engine, Logger: o.logger})
 		}},
 	}
 }

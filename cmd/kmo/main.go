@@ -13,6 +13,7 @@ import (
 
 	"github.com/spf13/cobra"
 
+	"github.com/kindos/kmo/backends/gvisor"
 	"github.com/kindos/kmo/backends/lxc"
 	"github.com/kindos/kmo/backends/process"
 	"github.com/kindos/kmo/backends/wasm"
@@ -48,6 +49,8 @@ func main() {
 			os.Exit(lxc.Guest(os.Args[2:]))
 		case wasm.GuestArg:
 			os.Exit(wasm.Guest(os.Args[2:]))
+		case gvisor.GuestArg:
+			os.Exit(gvisor.Guest(os.Args[2:]))
 		}
 	}
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)

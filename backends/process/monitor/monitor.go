@@ -154,7 +154,7 @@ func (m *Monitor) Built() error {
 	return nil
 }
 
-// Started tells the keeper that the program has been started.
+// Started tells the keeper that the program has been started, and whoever keeps it later, too.
 func (m *Monitor) Started() {
 	if err := os.WriteFile(filepath.Join(m.Dir, begunFile), nil, 0o600); err != nil {
 		_, _ = io.WriteString(os.Stderr, "recording that it has begun: "+err.Error()+"\n")

@@ -1,0 +1,176 @@
+package gvisor
+
+import (
+	"encoding/json"
+	"errors"
+	"maps"
+	"os"
+	"path"
+	"path/filepath"
+	"slices"
+	"strings"
+
+	securejoin "github.com/cyphar/filepath-securejoin"
+	specs "github.com/opencontainers/runtime-spec/specs-go"
+
+	"github.com/kindos/kmo/backends"
+	"github.com/kindos/kmo/backends/process"
+	"github.com/kindos/kmo/backends/process/monitor"
+	"github.com/kindos/kmo/backends/process/stage"
+)
+
+// resolver is where slirp4netns answers for the resolver of this host.
+const resolver = "nameserver 10.0.2.3\n"
+
+// lay mounts the root of a task, and returns what runsc is to make of it.
+func lay(t monitor.Task) (specs.Spec, error) {
+	w := t.Workload
+	scratch := filepath.Join(t.Dir, "root")
+	if err := os.Mkdir(scratch, 0o700); err != nil {
+		return specs.Spec{}, err
+	}
+	root := &stage.Root{Scratch: scratch, Content: w.Image.Content, Owner: w.Run.User, Size: overlaySize(w)}
+	for _, f := range w.Files {
+		root.Files = append(root.Files, stage.File{To: f.To, Mode: f.Mode, Content: f.Content})
+	}
+	if !onHost(w) && wantsResolver(w) {
+		root.Files = append(root.Files, stage.File{To: resolvConf, Mode: 0o444, Content: []byte(resolver)})
+	}
+	for i, keep := range w.Overlay.Keep {
+		root.Binds = append(root.Binds, stage.Bind{From: t.Kept[i], To: keep, Writable: true})
+	}
+	for _, d := range w.Doors {
+		root.Binds = append(root.Binds, stage.Bind{From: d.From, To: d.To, Writable: true})
+	}
+	for _, m := range w.Mounts {
+		root.Binds = append(root.Binds, stage.Bind{From: m.From, To: m.To, Writable: !m.ReadOnly, Strict: true})
+	}
+	at, binds, err := root.Lay()
+	if err != nil {
+		if stage.Blames(err) {
+			err = monitor.Blame{Step: "building the root", Cause: err}
+		}
+		return specs.Spec{}, err
+	}
+	spec := describe(w, at)
+	for _, b := range binds {
+		spec.Mounts = append(spec.Mounts, mount(b.From, b.To, b.Writable))
+	}
+	shared, err := sharedFolders(at, root.Size > 0)
+	spec.Mounts = append(shared, spec.Mounts...)
+	return spec, err
+}
+
+func mount(from, to string, writable bool) specs.Mount {
+	mode := "ro"
+	if writable {
+		mode = "rw"
+	}
+	return specs.Mount{Destination: to, Type: "bind", Source: from, Options: []string{"bind", mode, "nosuid", "nodev"}}
+}
+
+// sharedFolders are the two folders which every program may write, in a root that may be written. They are named because runsc
+// would otherwise put memory without a bound on a /tmp in which there is nothing.
+func sharedFolders(root string, writable bool) (list []specs.Mount, err error) {
+	for _, dir := range []string{"/tmp", "/dev/shm"} {
+		from, err := securejoin.SecureJoin(root, dir)
+		if err != nil {
+			return nil, err
+		}
+		if found, err := os.Stat(from); err == nil && found.IsDir() {
+			list = append(list, mount(from, dir, writable))
+		} else { // only where nothing may be written
+			list = append(list, specs.Mount{Destination: dir, Type: "tmpfs", Source: "tmpfs", Options: []string{"ro", "nosuid", "nodev", "mode=0755"}})
+		}
+	}
+	return list, nil
+}
+
+const resolvConf = "/etc/resolv.conf"
+
+// wantsResolver says whether neither the unit nor the image says who resolves names.
+func wantsResolver(w backends.Workload) bool {
+	within := func(outer string) bool { return resolvConf == outer || strings.HasPrefix(resolvConf, outer+"/") }
+	if slices.ContainsFunc(w.Files, func(f backends.File) bool { return within(f.To) }) ||
+		slices.ContainsFunc(w.Mounts, func(m backends.Mount) bool { return within(m.To) }) ||
+		slices.ContainsFunc(w.Doors, func(d backends.Door) bool { return within(d.To) }) || slices.ContainsFunc(w.Overlay.Keep, within) || w.Image.Content == "" {
+		return false
+	}
+	at, err := securejoin.SecureJoin(w.Image.Content, resolvConf)
+	if err != nil {
+		return false
+	}
+	found, err := os.Stat(at)
+	return errors.Is(err, os.ErrNotExist) || err == nil && found.Mode().IsRegular() && found.Size() == 0
+}
+
+// overlaySize is how many bytes may be written above the base.
+func overlaySize(w backends.Workload) int64 {
+	if w.Resources.Disk > 0 {
+		return min(w.Overlay.Size, w.Resources.Disk)
+	}
+	return w.Overlay.Size
+}
+
+// onHost says whether a workload's network is this host's.
+func onHost(w backends.Workload) bool { return slices.Contains(w.Security.Host, "network") }
+
+// describe is the part of a spec that needs no mounts.
+func describe(w backends.Workload, root string) specs.Spec {
+	likely := 1000 // the sandbox is what ends for want of memory, not what watches it
+	return specs.Spec{
+		Version: "1.0.2", Hostname: w.Name[:min(len(w.Name), 63)], Linux: &specs.Linux{},
+		Root:    &specs.Root{Path: root, Readonly: overlaySize(w) == 0},
+		Process: run(w, process.Argv(w), &likely),
+	}
+}
+
+// run is how argv is run in a workload.
+func run(w backends.Workload, argv []string, likely *int) *specs.Process {
+	user := uint32(w.Run.User)
+	p := &specs.Process{
+		User: specs.User{UID: user, GID: user}, Args: argv, Cwd: w.Run.Dir, NoNewPrivileges: true,
+		Capabilities: &specs.LinuxCapabilities{}, OOMScoreAdj: likely,
+	}
+	if p.Cwd == "" {
+		p.Cwd = w.Image.Config.Dir
+	}
+	if p.Cwd == "" {
+		p.Cwd = "/"
+	}
+	env := process.Env(w)
+	for _, name := range slices.Sorted(maps.Keys(env)) {
+		p.Env = append(p.Env, name+"="+env[name])
+	}
+	if n := pids(w); n > 0 {
+		p.Rlimits = []specs.POSIXRlimit{{Type: "RLIMIT_NPROC", Hard: uint64(n), Soft: uint64(n)}}
+	}
+	return p
+}
+
+// writeJSON writes what is nobody's secret.
+func writeJSON(at string, value any) error {
+	text, err := json.Marshal(value)
+	if err != nil {
+		return err
+	}
+	return os.WriteFile(at, text, 0o600)
+}
+
+func readJSON(at string, value any) error {
+	text, err := os.ReadFile(at)
+	if err != nil {
+		return err
+	}
+	return json.Unmarshal(text, value)
+}
+
+// bundle makes a bundle of a spec, in a network namespace where it is to have one, and returns its folder.
+func bundle(dir string, spec specs.Spec, netns string) (string, error) {
+	if netns != "" {
+		linux := *spec.Linux
+		linux.Namespaces = []specs.LinuxNamespace{{Type: specs.NetworkNamespace, Path: netns}}
+		spec.Linux = &linux
+	}
+	return dir, errors.Join(os.MkdirAll(dir, 0o700), writeJSON(path.Join(dir, "config.json"), spec))
+}

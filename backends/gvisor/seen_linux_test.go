@@ -1,0 +1,207 @@
+package gvisor
+
+import (
+	"io"
+	"net"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/kindos/kmo/backends"
+)
+
+// looking is an image with the probe of this package.
+func looking(t *testing.T) backends.Image {
+	t.Helper()
+	root := t.TempDir()
+	build := exec.CommandContext(t.Context(), "go", "build", "-trimpath", "-ldflags=-s -w", "-o", filepath.Join(root, "app"), "./testdata/probe")
+	build.Env = append(os.Environ(), "CGO_ENABLED=0")
+	if out, err := build.CombinedOutput(); err != nil {
+		t.Fatalf("building the probe: %v\n%s", err, out)
+	}
+	return backends.Image{Content: root, Config: backends.ImageConfig{Entrypoint: []string{"/app"}}}
+}
+
+// greeting listens on an address of this host, tells its number, and says hello to all.
+func greeting(t *testing.T, host string) string {
+	t.Helper()
+	listener, err := net.Listen("tcp", net.JoinHostPort(host, "0"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = listener.Close() })
+	go func() {
+		for {
+			conn, err := listener.Accept()
+			if err != nil {
+				return
+			}
+			_, _ = io.WriteString(conn, "hello")
+			_ = conn.Close()
+		}
+	}()
+	_, port, err := net.SplitHostPort(listener.Addr().String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	return port
+}
+
+// address is one of this host's that is not its loopback.
+func address(t *testing.T) string {
+	t.Helper()
+	found, err := net.InterfaceAddrs()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, one := range found {
+		if at, ok := one.(*net.IPNet); ok && at.IP.To4() != nil && at.IP.IsGlobalUnicast() {
+			return at.IP.String()
+		}
+	}
+	t.Fatal("this host has no address of version 4 but its loopback; want one to reach from within")
+	return ""
+}
+
+// A sandbox reaches what this host reaches, and nothing that listens on the host's loopback.
+func TestWayOut(t *testing.T) {
+	b, image, out := fresh(t), looking(t), address(t)
+	for name, test := range map[string]struct {
+		steps []string
+		host  []string
+		want  string
+	}{
+		"host":     {[]string{"get", net.JoinHostPort(out, greeting(t, out))}, nil, "got hello"},
+		"loopback": {[]string{"get", net.JoinHostPort("10.0.2.2", greeting(t, "127.0.0.1"))}, nil, "error: "},
+		"itself":   {[]string{"get", net.JoinHostPort("127.0.0.1", greeting(t, "127.0.0.1"))}, nil, "error: "},
+		"shared":   {[]string{"get", net.JoinHostPort("127.0.0.1", greeting(t, "127.0.0.1"))}, []string{"network"}, "got hello"},
+		"names":    {[]string{"resolve", "localhost"}, nil, "resolved "},
+	} {
+		w := unit(image, name, test.steps...)
+		w.Security.Host = test.host
+		apply(t, b, w)
+		if name == "names" { // what this host's resolver knows is not known here; that it answers is seen
+			until(t, "an answer of the resolver", func() (string, bool) {
+				text := logOf(t, b, w.Name)
+				return text, strings.Contains(text, "resolved ") || strings.Contains(text, "on 10.0.2.3:53: no such host")
+			})
+			continue
+		}
+		says(t, b, w.Name, test.want)
+	}
+}
+
+// What is mapped from a memory pool is one page for all, both ways, while it is mapped.
+func TestPoolIsOnePage(t *testing.T) {
+	b, image := fresh(t), looking(t)
+	dir, err := os.MkdirTemp("/dev/shm", "kmo-door-")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = os.RemoveAll(dir) })
+	page := make([]byte, 4096)
+	frames := filepath.Join(dir, "frames")
+	if err := os.WriteFile(frames, page, 0o666); err != nil {
+		t.Fatal(err)
+	}
+	for at, mode := range map[string]os.FileMode{dir: 0o777, frames: 0o666} { // every unit's user is to have them
+		if err := os.Chmod(at, mode); err != nil {
+			t.Fatal(err)
+		}
+	}
+	w := unit(image, "reader", "answer", "/pool/frames", "first")
+	w.Doors = []backends.Door{{From: dir, To: "/pool", Via: "memory"}}
+	apply(t, b, w)
+	says(t, b, w.Name, "mapped")
+	f, err := os.OpenFile(frames, os.O_RDWR, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	if _, err := f.WriteAt([]byte("first"), 0); err != nil {
+		t.Fatal(err)
+	}
+	says(t, b, w.Name, "heard")
+	if _, err := f.ReadAt(page, 0); err != nil || !strings.HasPrefix(string(page), "firstheard") {
+		t.Errorf("the page is %q, %v; want what was written within", page[:20], err)
+	}
+}
+
+// The bound of processes holds within: each of these has several threads.
+func TestThreadsWithin(t *testing.T) {
+	b := fresh(t)
+	w := unit(looking(t), "relay", "threads", "40")
+	w.Resources.PIDs = 32
+	apply(t, b, w)
+	if said := says(t, b, w.Name, "threads "); len(said) > 1 {
+		t.Errorf("%s processes of several threads under a bound of 32", said)
+	}
+	if s := status(t, b, w.Name); s.Usage.PIDs > 32 {
+		t.Errorf("it uses %d processes", s.Usage.PIDs)
+	}
+}
+
+// BenchmarkStart is a start until the program runs, and BenchmarkStop its removal; beside them what runsc alone takes for both together.
+func BenchmarkStart(b *testing.B) { lives(b, true, false) }
+
+// BenchmarkStop is the removal of a workload whose program ends at once.
+func BenchmarkStop(b *testing.B) { lives(b, false, true) }
+
+func lives(b *testing.B, start, stop bool) {
+	dir := b.TempDir()
+	backend := open(b, dir)
+	defer backend.Close()
+	if _, err := backend.Fingerprint(b.Context()); err != nil {
+		b.Fatal(err)
+	}
+	w := idle(b)
+	for b.Loop() {
+		toggle(b, start)
+		if err := backend.Apply(b.Context(), w); err != nil {
+			b.Fatal(err)
+		}
+		toggle(b, stop)
+		if err := backend.Remove(b.Context(), w.Name); err != nil {
+			b.Fatal(err)
+		}
+		b.StartTimer()
+	}
+}
+
+func toggle(b *testing.B, on bool) {
+	if b.StopTimer(); on {
+		b.StartTimer()
+	}
+}
+
+// idle is a workload of the program that package testprogram is, which is built beforehand.
+func idle(b *testing.B) backends.Workload {
+	b.Helper()
+	root := b.TempDir()
+	build := exec.CommandContext(b.Context(), "go", "build", "-o", filepath.Join(root, "app"), "github.com/kindos/kmo/backends/conformance/testprogram")
+	build.Env = append(os.Environ(), "CGO_ENABLED=0")
+	if out, err := build.CombinedOutput(); err != nil {
+		b.Fatalf("building the program: %v\n%s", err, out)
+	}
+	return unit(backends.Image{Content: root, Config: backends.ImageConfig{Entrypoint: []string{"/app"}}}, "relay", "wait")
+}
+
+// BenchmarkRunsc is `runsc run` of a program that ends at once, without a network: what a start and a stop cost at least.
+func BenchmarkRunsc(b *testing.B) {
+	dir := b.TempDir()
+	r, err := measure(b.Context(), Options{State: dir, Runsc: os.Getenv(variable)})
+	if err != nil {
+		b.Fatal(err)
+	}
+	for b.Loop() {
+		at, err := os.MkdirTemp(dir, "run-")
+		if err == nil {
+			err = try(b.Context(), r, at)
+		}
+		if err != nil {
+			b.Fatal(err)
+		}
+	}
+}
