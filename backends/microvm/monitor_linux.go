@@ -138,13 +138,19 @@ func keep(m *monitor.Monitor, o orders) (monitor.End, error) {
 }
 
 func vmm(o orders) machine.VMM {
+	if o.Firecracker {
+		return &machine.Firecracker{Program: o.VMM}
+	}
 	return &machine.QEMU{Program: o.VMM, Sharer: o.Sharer, KVM: o.KVM}
 }
 
 // raise boots a machine and has its guest build what the workload runs in.
 func raise(ctx context.Context, m *monitor.Monitor, o orders, v machine.VMM) (*host, error) {
 	setup := channel.Setup{
-		Stage: stageOrders(m), Resources: inside(m.Workload), Disk: "/dev/vda", Address: machine.GuestAddress, Gateway: machine.Gateway,
+		Stage: stageOrders(m), Resources: inside(m.Workload), Disk: "/dev/vda",
+	}
+	if !o.Firecracker {
+		setup.Address, setup.Gateway = machine.GuestAddress, machine.Gateway
 	}
 	c := machine.Config{
 		Dir: m.Dir, Kernel: o.Boot.Kernel, Initrd: o.Boot.Initrd, Disk: o.Base, CPUs: processors(m.Workload.Resources.CPU),

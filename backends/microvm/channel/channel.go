@@ -53,10 +53,12 @@ const (
 	MaxToHost  = 1 << 20
 )
 
-// Port is the name of the virtio-serial port, and Vsock the port of the host's to which the guest connects.
+// Port is the name of the virtio-serial port, and the tag of the shared folders. Where there is a vsock instead, Vsock is the port of the
+// host's that the guest calls, and Publish the guest's at which the host asks, by a number and a newline, for a TCP port of the guest's.
 const (
-	Port  = "kmo"
-	Vsock = 1024
+	Port    = "kmo"
+	Vsock   = 1024
+	Publish = 1025
 )
 
 // Setup is all that a guest is told of its workload.

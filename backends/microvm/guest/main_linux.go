@@ -136,11 +136,8 @@ func connect() (*os.File, error) {
 				}
 			}
 		}
-		if fd, err := unix.Socket(unix.AF_VSOCK, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0); err == nil {
-			if err = unix.Connect(fd, &unix.SockaddrVM{CID: unix.VMADDR_CID_HOST, Port: channel.Vsock}); err == nil {
-				return os.NewFile(uintptr(fd), "channel"), nil
-			}
-			_ = unix.Close(fd)
+		if stream, err := call(); err == nil {
+			return stream, publish()
 		}
 		time.Sleep(20 * time.Millisecond) // a device appears when its driver has looked at it
 	}

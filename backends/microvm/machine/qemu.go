@@ -67,7 +67,7 @@ func (q *QEMU) Arguments(c Config) []string {
 		"-accel", accel, "-cpu", model, "-smp", fmt.Sprint(c.CPUs), "-m", fmt.Sprint(c.Memory) + "M",
 		"-object", memory, "-machine", machine + ",memory-backend=memory",
 		"-kernel", c.Kernel, "-initrd", c.Initrd, "-append", command,
-		"-chardev", "file,id=console,path=" + c.inFolder("console"), "-serial", "chardev:console",
+		"-chardev", "file,id=console,path=console", "-serial", "chardev:console",
 		"-chardev", fmt.Sprint("socket,id=control,fd=", controlFD), "-mon", "chardev=control,mode=control",
 		"-device", "virtio-serial-pci,max_ports=2", "-chardev", fmt.Sprint("socket,id=channel,fd=", channelFD), "-device", "virtserialport,chardev=channel,name=kmo",
 		"-drive", "if=none,id=base,format=raw,readonly=on,file=" + strings.ReplaceAll(c.Disk, ",", ",,"), "-device", "virtio-blk-pci,drive=base",
@@ -125,7 +125,7 @@ func (q *QEMU) share(c Config) error {
 		return err
 	}
 	defer f.Close()
-	return q.launch(c, "shares", q.Sharer, []string{"--fd=3", "--rlimit-nofile=0", "-o", "announce_submounts,source=" + c.Shares}, []*os.File{f})
+	return q.launch(c, "shares", q.Sharer, []string{"--fd=3", "--rlimit-nofile=0", "-o", "source=" + c.Shares}, []*os.File{f})
 }
 
 // launch starts a program that ends with this process, and whose words go to a file.
