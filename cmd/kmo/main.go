@@ -13,6 +13,7 @@ import (
 
 	"github.com/spf13/cobra"
 
+	"github.com/kindos/kmo/backends/microvm"
 	"github.com/kindos/kmo/backends/process"
 	"github.com/kindos/kmo/backends/wasm"
 	"github.com/kindos/kmo/policy/refusal"
@@ -45,6 +46,8 @@ func main() {
 			process.Stage()
 		case wasm.GuestArg:
 			os.Exit(wasm.Guest(os.Args[2:]))
+		case microvm.MonitorArg:
+			os.Exit(microvm.Monitor(os.Args[2:]))
 		}
 	}
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)

@@ -14,6 +14,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/kindos/kmo/backends"
+	"github.com/kindos/kmo/backends/microvm"
 	"github.com/kindos/kmo/backends/native"
 	"github.com/kindos/kmo/backends/plugin"
 	"github.com/kindos/kmo/backends/wasm"
@@ -66,6 +67,8 @@ func builtIn(name, state string, stderr io.Writer) (backends.Backend, error) {
 		return native.Open(native.Options{State: state, Logger: logger})
 	case "wasm":
 		return wasm.Open(wasm.Options{State: state, Logger: logger})
+	case microvm.Name:
+		return microvm.Open(microvm.Options{State: state, Logger: logger})
 	}
 	return nil, usageError{fmt.Errorf("no built-in backend %q; there are %s", name, strings.Join(builtIns(), " and "))}
 }

@@ -24,6 +24,8 @@ import (
 type Firecracker struct {
 	Program string
 
+	environment []string // more of it, for a test
+
 	config  Config
 	client  *http.Client
 	calls   *net.UnixListener
@@ -103,7 +105,7 @@ func (f *Firecracker) launch() error {
 		return errors.New("the machine is to be stopped")
 	}
 	f.started = exec.Command(f.Program, "--api-sock", apiSocket, "--id", "kmo")
-	f.started.Dir, f.started.Stdout, f.started.Stderr, f.started.Env = f.config.Dir, said, said, []string{"PATH=" + os.Getenv("PATH")}
+	f.started.Dir, f.started.Stdout, f.started.Stderr, f.started.Env = f.config.Dir, said, said, append([]string{"PATH=" + os.Getenv("PATH")}, f.environment...)
 	if err := f.started.Start(); err != nil {
 		f.started = nil
 		return err
