@@ -58,8 +58,8 @@ const MonitorArg = "microvm-monitor"
 // What a machine costs beside its workload.
 const (
 	guestCost = 96 << 20  // bytes: kernel, first file system, guest; measured 72 MiB
-	hostCost  = 192 << 20 // bytes: QEMU with 64 MiB of translated code, virtiofsd, monitor; measured 130 MiB
-	hostPIDs  = 128       // threads of QEMU, virtiofsd, monitor and commands; measured 45
+	hostCost  = 192 << 20 // bytes: QEMU with 64 MiB of translated code, virtiofsd, monitor; measured 90 MiB
+	hostPIDs  = 128       // threads of QEMU, virtiofsd, monitor and commands; measured 12
 	unbounded = 512 << 20 // bytes of a machine whose workload has no bound
 )
 

@@ -31,25 +31,17 @@ func spawn(orders stage.Orders, joins []string, in int) (c *child, err error) {
 	if err != nil {
 		return nil, err
 	}
-	var theirs []*os.File // read by the stage: orders, output and report
-	pipe := func(mine *(*os.File), writes bool) {
-		read, write, failed := os.Pipe()
-		if err = errors.Join(err, failed); failed != nil {
-			return
-		}
-		if *mine, theirs = read, append(theirs, write); !writes {
-			*mine, theirs[len(theirs)-1] = write, read
-		}
-	}
 	c = &child{pidfd: -1, copied: make(chan struct{})}
-	pipe(&c.output, true)
-	pipe(&c.to, false)
-	pipe(&c.from, true)
-	if err != nil {
+	var output, read, report *os.File // the stage's
+	var failed [3]error
+	c.output, output, failed[0] = os.Pipe()
+	read, c.to, failed[1] = os.Pipe()
+	c.from, report, failed[2] = os.Pipe()
+	if err := errors.Join(failed[:]...); err != nil {
 		return nil, err
 	}
-	theirs = append(theirs, null)
-	files := []uintptr{null.Fd(), theirs[0].Fd(), theirs[0].Fd(), theirs[1].Fd(), theirs[2].Fd(), ^uintptr(0)}
+	theirs := []*os.File{null, output, read, report}
+	files := []uintptr{null.Fd(), output.Fd(), output.Fd(), read.Fd(), report.Fd(), ^uintptr(0)} // the last is closed
 	for _, path := range joins {
 		f, err := os.OpenFile(path, os.O_WRONLY, 0)
 		if err != nil {

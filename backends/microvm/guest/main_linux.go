@@ -27,9 +27,7 @@ func main() {
 		fmt.Fprintln(os.Stderr, "this is process 1 of a micro-VM, and of no use elsewhere")
 		os.Exit(2)
 	}
-	if err := run(); err != nil {
-		fmt.Println("kmo:", err) // on the console
-	}
+	fmt.Println("kmo:", run()) // on the console
 	powerOff()
 }
 
@@ -40,6 +38,7 @@ func powerOff() {
 	select {}
 }
 
+// run returns when there is no more to be done, and why.
 func run() error {
 	if err := load("/modules"); err != nil {
 		return err

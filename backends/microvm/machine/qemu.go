@@ -51,7 +51,7 @@ func (q *QEMU) Arguments(c Config) []string {
 	if q.KVM {
 		accel, model = "kvm", "host"
 	} else {
-		command += " mitigations=off" // an emulated processor foresees nothing
+		command += " mitigations=off no_timer_check" // it foresees nothing, and a busy host may be late with the ticks that are looked for
 	}
 	net := "user,id=net,ipv6=off"
 	for _, f := range c.Forwards {
