@@ -78,7 +78,6 @@ type Options struct {
 // Backend is backends.Backend and backends.Execer.
 type Backend struct {
 	options Options
-	tools   tools
 	cache   *boot.Cache
 	keeper  *process.Keeper
 }
@@ -89,7 +88,8 @@ func Open(o Options) (*Backend, error) {
 	if err != nil {
 		return nil, err
 	}
-	b := &Backend{options: o, tools: find(o)}
+	o.State = state
+	b := &Backend{options: o}
 	if b.cache, err = boot.Open(filepath.Join(state, "cache")); err != nil {
 		return nil, err
 	}
@@ -106,7 +106,7 @@ func Open(o Options) (*Backend, error) {
 // features adds what the guest's kernel does, and leaves out what does not reach into a machine.
 func (b *Backend) features(have []backends.Feature) []backends.Feature {
 	lacks := []backends.Feature{backends.HostNetwork, backends.MemoryPool, backends.Sockets, backends.Devices}
-	if b.tools.sharer == "" {
+	if find(b.options).sharer == "" {
 		lacks = append(lacks, backends.Keep, backends.Mounts)
 	}
 	have = slices.DeleteFunc(have, func(f backends.Feature) bool { return slices.Contains(lacks, f) })
@@ -121,7 +121,7 @@ func (b *Backend) Fingerprint(ctx context.Context) (backends.Fingerprint, error)
 	if !b.keeper.Mounts() {
 		return backends.Fingerprint{}, errors.New("micro-VMs need root with the right to mount")
 	}
-	version, err := b.tools.version(ctx)
+	version, err := find(b.options).version(ctx)
 	if err != nil {
 		return backends.Fingerprint{}, err
 	}
@@ -138,7 +138,7 @@ func (b *Backend) missing() (list []string) {
 		lacks bool
 		words string
 	}{
-		{!b.tools.kvm, "kvm: this host's processor does not run a guest's kernel; it is emulated, and ten times slower"},
+		{!find(b.options).kvm, "kvm: this host's processor does not run a guest's kernel; it is emulated, and ten times slower"},
 		{!has(backends.Keep), "keep: a kept path is a folder that several copies of a unit see, for which QEMU and virtiofsd are needed"},
 		{!has(backends.Mounts), "mounts: for a folder of this host QEMU and virtiofsd are needed"},
 		{!has(backends.Secrets), "secrets: neither /run/kmo nor /dev/shm/kmo is on storage that is memory, and this user's own"},

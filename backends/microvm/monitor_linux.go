@@ -97,7 +97,8 @@ func command(where string, argv []string) (int, error) {
 
 // keep is a machine's life.
 func keep(m *monitor.Monitor, o orders) (monitor.End, error) {
-	if err := os.Chdir(m.Dir); err != nil {
+	// A core of the machine would have its memory, and the secrets in it, on a disk.
+	if err := errors.Join(os.Chdir(m.Dir), unix.Setrlimit(unix.RLIMIT_CORE, &unix.Rlimit{})); err != nil {
 		return monitor.End{}, err
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), bootTime)
@@ -180,7 +181,7 @@ func raise(ctx context.Context, m *monitor.Monitor, o orders, v machine.VMM) (*h
 	if err != nil {
 		return nil, err
 	}
-	h := &host{conn: channel.Open(stream, channel.MaxToHost), dir: m.Dir, said: make(chan channel.Frame, 16), commands: map[uint32]*channel.Conn{}}
+	h := &host{machine: v, conn: channel.Open(stream, channel.MaxToHost), dir: m.Dir, said: make(chan channel.Frame, 16), commands: map[uint32]*channel.Conn{}}
 	go h.listen()
 	if _, err := h.expect(ctx, channel.Hello); err != nil {
 		return nil, err
@@ -199,9 +200,10 @@ func raise(ctx context.Context, m *monitor.Monitor, o orders, v machine.VMM) (*h
 
 // host is the monitor's end of a channel.
 type host struct {
-	conn *channel.Conn
-	dir  string
-	said chan channel.Frame // of the program; closed when the machine has ended
+	machine machine.VMM
+	conn    *channel.Conn
+	dir     string
+	said    chan channel.Frame // of the program; closed when the machine has ended
 
 	mu       sync.Mutex // guards what follows
 	next     uint32
@@ -279,15 +281,12 @@ func (h *host) expect(ctx context.Context, want channel.Kind) (channel.Frame, er
 	}
 }
 
-// blame tells of an end of the machine with the last words on its console.
+// blame ends the machine and tells of it, with the last words on its console.
 func (h *host) blame(err error) error {
-	words := ""
-	for _, name := range []string{"console", "qemu.said", "firecracker.said"} {
-		if text, err := os.ReadFile(filepath.Join(h.dir, name)); err == nil && len(text) > 0 {
-			words += ": " + string(text[max(0, len(text)-1000):])
-		}
+	if words := h.machine.Stop(); words != "" {
+		return fmt.Errorf("the machine: %v: %s", err, words)
 	}
-	return fmt.Errorf("the machine: %v%s", err, words)
+	return fmt.Errorf("the machine: %v", err)
 }
 
 // serve takes commands, each on a connection of its own, and ends one whose connection does.

@@ -165,7 +165,7 @@ func (b *Backend) plan(ctx context.Context, w backends.Workload, place process.P
 	if len(process.Argv(w)) == 0 {
 		return p, &backends.StartError{Workload: w.Name, Stage: "exec", Cause: "neither the image nor the unit names a command"}
 	}
-	t := b.tools
+	t := find(b.options)
 	k, err := t.kernel()
 	if err = errors.Join(t.check(), err); err != nil {
 		return p, err

@@ -11,7 +11,6 @@ import (
 	"net/http"
 	"os"
 	"os/exec"
-	"path/filepath"
 	"strings"
 	"sync"
 	"time"
@@ -27,6 +26,7 @@ type Firecracker struct {
 	environment []string // more of it, for a test
 
 	config  Config
+	words   words
 	client  *http.Client
 	calls   *net.UnixListener
 	ports   []net.Listener
@@ -94,23 +94,16 @@ func (f *Firecracker) Create(ctx context.Context, c Config) error {
 }
 
 func (f *Firecracker) launch() error {
-	said, err := os.OpenFile(f.config.inFolder("firecracker.said"), os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o600)
-	if err != nil {
-		return err
-	}
-	defer said.Close()
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	if f.stopped {
 		return errors.New("the machine is to be stopped")
 	}
-	f.started = exec.Command(f.Program, "--api-sock", apiSocket, "--id", "kmo")
-	f.started.Dir, f.started.Stdout, f.started.Stderr, f.started.Env = f.config.Dir, said, said, append([]string{"PATH=" + os.Getenv("PATH")}, f.environment...)
-	if err := f.started.Start(); err != nil {
-		f.started = nil
-		return err
+	cmd, err := launched(f.config.Dir, f.Program, []string{"--api-sock", apiSocket, "--id", "kmo"}, nil, &f.words, f.environment...)
+	if err == nil {
+		f.started = cmd
 	}
-	return nil
+	return err
 }
 
 func (f *Firecracker) lives() bool {
@@ -284,5 +277,5 @@ func (f *Firecracker) Stop() string {
 	for _, listener := range f.ports {
 		_ = listener.Close()
 	}
-	return tail(filepath.Join(f.config.Dir, "firecracker.said"))
+	return f.words.String()
 }

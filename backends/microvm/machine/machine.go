@@ -6,8 +6,10 @@ import (
 	"context"
 	"io"
 	"os"
-	"path/filepath"
+	"os/exec"
 	"strings"
+	"sync"
+	"time"
 )
 
 // VMM is one virtual machine, and the program that makes it. Its methods are called one after another, but Stop, which may come at any time.
@@ -20,7 +22,7 @@ type VMM interface {
 	Connect(context.Context) (io.ReadWriteCloser, error)
 	// State asks the program.
 	State(context.Context) (State, error)
-	// Stop ends the machine at once, and the program. It returns what the program said, if it said anything.
+	// Stop ends the machine at once, and the program. It returns the last that the program and the guest's kernel said.
 	Stop() string
 }
 
@@ -36,7 +38,7 @@ const (
 
 // Config is a machine.
 type Config struct {
-	Dir      string // for sockets and what the program says; the working folder of this process, as a socket's path may be no longer than 107 bytes
+	Dir      string // for sockets; the working folder of this process, as a socket's path may be no longer than 107 bytes
 	Kernel   string
 	Initrd   string
 	Command  string // what the kernel is told, beside what the program's machine needs
@@ -76,15 +78,35 @@ func Accelerated() bool {
 	return hardware || !strings.Contains(string(text), "vendor_id") // other architectures have no such flag
 }
 
-// tail is the end of what a program wrote to a file.
-func tail(path string) string {
-	text, err := os.ReadFile(path)
-	if err != nil {
-		return ""
-	}
-	const most = 2000
-	return strings.TrimSpace(string(text[max(0, len(text)-most):]))
+// words are the last that programs and the guest's kernel said: no more is kept of them, and none on a disk.
+type words struct {
+	mu   sync.Mutex
+	text []byte
 }
 
-// inFolder is a file of a machine's own.
-func (c Config) inFolder(name string) string { return filepath.Join(c.Dir, name) }
+const wordsKept = 2000
+
+// Write keeps the end of what there is.
+func (w *words) Write(text []byte) (int, error) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.text = append(w.text, text...)
+	w.text = append([]byte{}, w.text[max(0, len(w.text)-wordsKept):]...)
+	return len(text), nil
+}
+
+// String is what there is.
+func (w *words) String() string {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return strings.TrimSpace(string(w.text))
+}
+
+// launched is a program whose words are kept, in a machine's folder.
+func launched(dir, program string, args []string, files []*os.File, said *words, environment ...string) (*exec.Cmd, error) {
+	cmd := exec.Command(program, args...)
+	cmd.Dir, cmd.Stdout, cmd.Stderr, cmd.ExtraFiles = dir, said, said, files
+	cmd.Env = append([]string{"PATH=" + os.Getenv("PATH")}, environment...)
+	cmd.WaitDelay = time.Second // for what it has left behind
+	return cmd, cmd.Start()
+}

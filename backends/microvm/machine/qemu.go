@@ -23,7 +23,7 @@ type QEMU struct {
 	Sharer  string // virtiofsd; needed for shares
 	KVM     bool   // otherwise the processor is emulated
 
-	folder  string
+	words   words
 	control *os.File // QMP
 	said    *bufio.Reader
 	channel *os.File
@@ -46,7 +46,7 @@ const (
 
 // Arguments are the command line for a machine.
 func (q *QEMU) Arguments(c Config) []string {
-	accel, machine, command := "tcg,tb-size=64", "q35,usb=off,smbus=off,sata=off,vmport=off,hpet=off", "console=ttyS0 quiet panic=-1 reboot=t "+c.Command
+	accel, machine, command := "tcg,tb-size=64", "q35,usb=off,smbus=off,sata=off,vmport=off,hpet=off,dump-guest-core=off", "console=ttyS0 quiet panic=-1 reboot=t "+c.Command
 	model := "max"
 	if q.KVM {
 		accel, model = "kvm", "host"
@@ -67,7 +67,7 @@ func (q *QEMU) Arguments(c Config) []string {
 		"-accel", accel, "-cpu", model, "-smp", fmt.Sprint(c.CPUs), "-m", fmt.Sprint(c.Memory) + "M",
 		"-object", memory, "-machine", machine + ",memory-backend=memory",
 		"-kernel", c.Kernel, "-initrd", c.Initrd, "-append", command,
-		"-chardev", "file,id=console,path=console", "-serial", "chardev:console",
+		"-chardev", "stdio,id=console,signal=off", "-serial", "chardev:console",
 		"-chardev", fmt.Sprint("socket,id=control,fd=", controlFD), "-mon", "chardev=control,mode=control",
 		"-device", "virtio-serial-pci,max_ports=2", "-chardev", fmt.Sprint("socket,id=channel,fd=", channelFD), "-device", "virtserialport,chardev=channel,name=kmo",
 		"-drive", "if=none,id=base,format=raw,readonly=on,file=" + strings.ReplaceAll(c.Disk, ",", ",,"), "-device", "virtio-blk-pci,drive=base",
@@ -81,7 +81,6 @@ func (q *QEMU) Arguments(c Config) []string {
 
 // Create starts QEMU, and virtiofsd before it.
 func (q *QEMU) Create(ctx context.Context, c Config) error {
-	q.folder = c.Dir
 	if c.Shares != "" {
 		if err := q.share(c); err != nil {
 			return fmt.Errorf("starting %s: %v", q.Sharer, err)
@@ -99,7 +98,7 @@ func (q *QEMU) Create(ctx context.Context, c Config) error {
 		*mine = os.NewFile(uintptr(pair[0]), "machine")
 		theirs = append(theirs, os.NewFile(uintptr(pair[1]), "machine"))
 	}
-	err := q.launch(c, "qemu", q.Program, q.Arguments(c), theirs)
+	err := q.launch(c, q.Program, q.Arguments(c), theirs)
 	for _, f := range theirs {
 		err = errors.Join(err, f.Close())
 	}
@@ -125,28 +124,21 @@ func (q *QEMU) share(c Config) error {
 		return err
 	}
 	defer f.Close()
-	return q.launch(c, "shares", q.Sharer, []string{"--fd=3", "--rlimit-nofile=0", "-o", "source=" + c.Shares}, []*os.File{f})
+	return q.launch(c, q.Sharer, []string{"--fd=3", "--rlimit-nofile=0", "-o", "source=" + c.Shares}, []*os.File{f})
 }
 
-// launch starts a program that ends with this process, and whose words go to a file.
-func (q *QEMU) launch(c Config, name, program string, args []string, files []*os.File) error {
-	said, err := os.OpenFile(c.inFolder(name+".said"), os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o600)
-	if err != nil {
-		return err
-	}
-	defer said.Close()
-	cmd := exec.Command(program, args...)
-	cmd.Dir, cmd.Stdout, cmd.Stderr, cmd.ExtraFiles, cmd.Env = c.Dir, said, said, files, []string{"PATH=" + os.Getenv("PATH")}
+// launch starts a program that Stop ends.
+func (q *QEMU) launch(c Config, program string, args []string, files []*os.File) error {
 	q.mu.Lock()
 	defer q.mu.Unlock()
 	if q.stopped {
 		return errors.New("the machine is to be stopped")
 	}
-	if err := cmd.Start(); err != nil {
-		return err
+	cmd, err := launched(c.Dir, program, args, files, &q.words)
+	if err == nil {
+		q.started = append(q.started, cmd)
 	}
-	q.started = append(q.started, cmd)
-	return nil
+	return err
 }
 
 // Start lets the processor run.
@@ -187,7 +179,7 @@ func (q *QEMU) Stop() string {
 		_ = cmd.Wait()
 	}
 	q.started = nil
-	return strings.TrimSpace(tail(q.folder+"/qemu.said") + "\n" + tail(q.folder+"/shares.said"))
+	return q.words.String()
 }
 
 // ask runs a command of QMP and returns its answer. Events on the way are of no interest.
