@@ -70,7 +70,7 @@ func bare(b *testing.B) (end func()) {
 	dir := b.TempDir()
 	b.Chdir(dir)
 	q := &machine.QEMU{Program: t.vmm, KVM: t.kvm}
-	c := machine.Config{Dir: dir, Kernel: made.Kernel, Initrd: made.Initrd, Disk: base, CPUs: 2, Memory: (64<<20 + guestCost) >> 20, Command: kernelCommand}
+	c := machine.Config{Dir: dir, Kernel: made.Kernel, Initrd: made.Initrd, Disk: base, CPUs: 1, Memory: (64<<20 + guestCost) >> 20, Command: kernelCommand}
 	ctx := context.Background()
 	if err := q.Create(ctx, c); err != nil {
 		b.Fatal(err)

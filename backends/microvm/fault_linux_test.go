@@ -21,7 +21,7 @@ import (
 func workload(unit string, steps ...string) backends.Workload {
 	w := backends.Workload{
 		Unit: unit, Backend: Name, Tier: 3, Format: backends.OCI, Image: backends.Image{Content: ground.image, ContentRoot: merkle.Digest{1}},
-		Run: backends.Run{Args: steps, User: 65532, Grace: 2 * time.Second}, Resources: backends.Resources{CPU: 2000, Memory: 64 << 20, PIDs: 64},
+		Run: backends.Run{Args: steps, User: 65532, Grace: 2 * time.Second}, Resources: backends.Resources{Memory: 64 << 20, PIDs: 64},
 	}
 	w.Image.Config.Entrypoint = []string{"/app"}
 	w.Spec = merkle.Digest{1: byte(len(steps)), 2: 7}

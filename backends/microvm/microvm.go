@@ -19,7 +19,7 @@
 //
 // Resources.Memory and Resources.PIDs bound the program and its hooks in the machine, by the guest's kernel, which tells an end for want of
 // memory from others. The machine has guestCost more, and the cgroup of this host has hostCost and hostPIDs beside that, for QEMU, virtiofsd
-// and the monitor. Resources.CPU bounds all of it on the host, from the first instruction of the boot on. Usage is the program's own memory
+// and the monitor. Resources.CPU bounds all of it on the host, from the first instruction of the boot on; where the processor is emulated it is the weight among others, too, if CPUMin is less. Usage is the program's own memory
 // and processes, and everybody's processor time.
 //
 // # State
@@ -176,7 +176,7 @@ func (b *Backend) Apply(ctx context.Context, w backends.Workload) error {
 	if w.Format != backends.OCI {
 		return &backends.FeatureError{Backend: Name, Feature: backends.Feature(w.Format), Detail: "it runs the format image only"}
 	}
-	return b.keeper.Apply(ctx, inner(w))
+	return b.keeper.Apply(ctx, find(b.options).inner(w))
 }
 
 // Remove runs the exit hooks, stops the program and its machine, and clears everything of it but kept paths.

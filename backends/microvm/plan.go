@@ -125,7 +125,10 @@ func (t tools) modules() []string {
 }
 
 // inner is the workload that the keeper is asked for: with bounds for the machine as well. It is what is recorded.
-func inner(w backends.Workload) backends.Workload {
+func (t tools) inner(w backends.Workload) backends.Workload {
+	if !t.kvm { // starved, an emulated processor loses the ticks of its clock, and takes minutes to boot
+		w.Resources.CPUMin = max(w.Resources.CPUMin, cmp.Or(w.Resources.CPU, 1000))
+	}
 	if w.Resources.Memory > 0 {
 		w.Resources.Memory += guestCost + hostCost
 	}
