@@ -9,7 +9,8 @@ TOOLS   := .cache/tools
 
 .PHONY: build demo test test-fast check vulnerabilities bench fuzz generate cross clean need
 
-build: ## the one binary, and the programs of the demo
+build: ## the one binary, with the guest of micro-VMs in it, and the programs of the demo
+	GOOS=linux CGO_ENABLED=0 $(GO) build -trimpath -buildvcs=false -ldflags '-s -w' -o backends/microvm/built/guest-$$($(GO) env GOARCH) ./backends/microvm/guest
 	CGO_ENABLED=0 $(GO) build -trimpath -ldflags '$(LDFLAGS)' -o bin/kmo ./cmd/kmo
 	CGO_ENABLED=0 $(GO) build -trimpath -ldflags '-s -w' -o bin/programs/relay-1 ./fixtures/programs/relay
 	CGO_ENABLED=0 $(GO) build -trimpath -ldflags '-s -w -X main.version=2 -X main.health=500' -o bin/programs/relay-2 ./fixtures/programs/relay
@@ -50,7 +51,8 @@ generate: ## what is generated from the code: protocol, schemas, documents
 	$(GO) generate ./...
 
 need: ## what the tests need beside Go
-	.ci/need git ssh-keygen gcc runsc slirp4netns
+	.ci/need git ssh-keygen gcc ip iptables mksquashfs dockerd containerd runc podman conmon /usr/lib/podman/netavark lxc-start slirp4netns runsc qemu-system-x86_64 mkfs.ext4
+	.ci/kernel >/dev/null
 
 clean:
 	rm -rf bin .cache

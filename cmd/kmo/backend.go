@@ -19,6 +19,7 @@ import (
 	"github.com/kindos/kmo/backends/docker"
 	"github.com/kindos/kmo/backends/gvisor"
 	"github.com/kindos/kmo/backends/lxc"
+	"github.com/kindos/kmo/backends/microvm"
 	"github.com/kindos/kmo/backends/native"
 	"github.com/kindos/kmo/backends/plugin"
 	"github.com/kindos/kmo/backends/wasm"
@@ -64,6 +65,9 @@ func builtIns() []builtIn {
 		}},
 		{name: gvisor.Name, runs: "images, in gVisor's sandbox", install: "apt-get install runsc slirp4netns", open: func(o opening) (backends.Backend, error) {
 			return gvisor.Open(gvisor.Options{State: o.state, Runsc: o.engine, Logger: o.logger})
+		}},
+		{name: microvm.Name, runs: "images, each with a kernel of its own", install: "apt-get install qemu-system-x86 linux-image-cloud-amd64", open: func(o opening) (backends.Backend, error) {
+			return microvm.Open(microvm.Options{State: o.state, Kernel: o.engine, Logger: o.logger})
 		}},
 	}
 }

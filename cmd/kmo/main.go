@@ -15,6 +15,7 @@ import (
 
 	"github.com/kindos/kmo/backends/gvisor"
 	"github.com/kindos/kmo/backends/lxc"
+	"github.com/kindos/kmo/backends/microvm"
 	"github.com/kindos/kmo/backends/process"
 	"github.com/kindos/kmo/backends/wasm"
 	"github.com/kindos/kmo/policy/refusal"
@@ -51,6 +52,8 @@ func main() {
 			os.Exit(wasm.Guest(os.Args[2:]))
 		case gvisor.GuestArg:
 			os.Exit(gvisor.Guest(os.Args[2:]))
+		case microvm.MonitorArg:
+			os.Exit(microvm.Monitor(os.Args[2:]))
 		}
 	}
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)

@@ -1,0 +1,153 @@
+package main
+
+import (
+	"bytes"
+	"encoding/json"
+	"errors"
+	"io"
+	"os"
+	"strconv"
+	"strings"
+	"syscall"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/kindos/kmo/backends/process/stage"
+)
+
+// child is a stage, and then what it becomes.
+type child struct {
+	pid, pidfd int
+	to, from   *os.File // orders and report
+	output     *os.File
+	copied     chan struct{} // closed when all output has been sent
+}
+
+// spawn clones a stage, in namespaces of its own or in those of the process that pidfd in holds.
+func spawn(orders stage.Orders, joins []string, in int) (c *child, err error) {
+	orders.Cgroups = len(joins)
+	null, err := os.OpenFile(os.DevNull, os.O_RDONLY, 0)
+	if err != nil {
+		return nil, err
+	}
+	c = &child{pidfd: -1, copied: make(chan struct{})}
+	var output, read, report *os.File // the stage's
+	var failed [3]error
+	c.output, output, failed[0] = os.Pipe()
+	read, c.to, failed[1] = os.Pipe()
+	c.from, report, failed[2] = os.Pipe()
+	if err := errors.Join(failed[:]...); err != nil {
+		return nil, err
+	}
+	theirs := []*os.File{null, output, read, report}
+	files := []uintptr{null.Fd(), output.Fd(), output.Fd(), read.Fd(), report.Fd(), ^uintptr(0)} // the last is closed
+	for _, path := range joins {
+		f, err := os.OpenFile(path, os.O_WRONLY, 0)
+		if err != nil {
+			return nil, err
+		}
+		theirs, files = append(theirs, f), append(files, f.Fd())
+	}
+	sys := &syscall.SysProcAttr{Setsid: true}
+	if in >= 0 {
+		files = append(files, uintptr(in))
+	} else {
+		sys.Cloneflags = unix.CLONE_NEWNS | unix.CLONE_NEWPID | unix.CLONE_NEWIPC | unix.CLONE_NEWUTS
+	}
+	stage.OnThread(func() {
+		if in >= 0 {
+			err = unix.Setns(in, unix.CLONE_NEWPID)
+		}
+		if err == nil {
+			c.pid, err = syscall.ForkExec("/proc/self/exe", []string{"kmo", stage.Arg}, &syscall.ProcAttr{Dir: "/", Env: []string{}, Files: files, Sys: sys})
+		}
+	})
+	for _, f := range theirs {
+		_ = f.Close() // they are the stage's
+	}
+	if err == nil {
+		c.pidfd, err = unix.PidfdOpen(c.pid, 0)
+	}
+	if err != nil {
+		return nil, err
+	}
+	text, err := json.Marshal(orders)
+	if err == nil {
+		_, err = io.Copy(c.to, bytes.NewReader(text))
+	}
+	return c, err
+}
+
+// copy sends what it writes to w.
+func (c *child) copy(w io.Writer) {
+	defer close(c.copied)
+	_, _ = io.Copy(w, c.output) // ends with the child, or with the monitor
+}
+
+// built waits until the stage has built the root.
+func (c *child) built() *stage.Failure {
+	var first [1]byte
+	if n, err := c.from.Read(first[:]); err == nil && n == 1 && first[0] == stage.Built {
+		return nil
+	}
+	return c.said(first[:])
+}
+
+// begin lets the stage go on, and waits until it has executed its program.
+func (c *child) begin() *stage.Failure {
+	_, _ = c.to.Write([]byte{'.'}) // one that does not wait reads no more
+	defer c.to.Close()
+	return c.said(nil)
+}
+
+func (c *child) said(first []byte) *stage.Failure {
+	rest, err := io.ReadAll(io.LimitReader(c.from, 1<<16))
+	if err = errors.Join(err, c.from.Close()); err != nil {
+		return &stage.Failure{Step: "the stage", Cause: err.Error()}
+	}
+	if f, ok := stage.Report(append(bytes.TrimRight(first, "\x00"), rest...)); !ok {
+		return &f
+	}
+	return nil
+}
+
+// wait returns the status of what has ended and whose output has been sent. What it left behind does not hold it up.
+func (c *child) wait() int {
+	var status unix.WaitStatus
+	for {
+		if _, err := unix.Wait4(c.pid, &status, 0, nil); !errors.Is(err, unix.EINTR) {
+			break
+		}
+	}
+	_ = unix.Kill(-c.pid, unix.SIGKILL) // its group
+	_ = c.output.SetReadDeadline(time.Now().Add(time.Second))
+	<-c.copied
+	if status.Signaled() {
+		return 128 + int(status.Signal())
+	}
+	return status.ExitStatus()
+}
+
+// signal reaches the child, and its group if it has one. SIGTERM ends a process 1 that does not catch it, as it would end any other.
+func (c *child) signal(number unix.Signal, group bool) {
+	if group {
+		_ = unix.Kill(-c.pid, number)
+		return
+	}
+	if number == unix.SIGTERM && !c.catches(number) {
+		number = unix.SIGKILL
+	}
+	_ = unix.PidfdSendSignal(c.pidfd, number, nil, 0)
+}
+
+func (c *child) catches(number unix.Signal) bool {
+	text, err := os.ReadFile("/proc/" + strconv.Itoa(c.pid) + "/status")
+	if err != nil {
+		return true
+	}
+	_, mask, _ := strings.Cut(string(text), "SigCgt:")
+	mask, _, _ = strings.Cut(mask, "\n")
+	bits, err := strconv.ParseUint(strings.TrimSpace(mask), 16, 64)
+	return err != nil || bits&(1<<(uint(number)-1)) != 0
+}

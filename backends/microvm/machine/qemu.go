@@ -1,0 +1,210 @@
+package machine
+
+import (
+	"bufio"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"os"
+	"os/exec"
+	"strings"
+	"sync"
+	"syscall"
+	"time"
+)
+
+// QEMU makes a q35 machine, with virtio devices on PCI, user networking, and a virtio-serial port for the guest's channel. It is told what
+// to do by QMP. Programs are qemu-system-<arch> and virtiofsd.
+type QEMU struct {
+	Program string // qemu-system-x86_64
+	Sharer  string // virtiofsd; needed for shares
+	KVM     bool   // otherwise the processor is emulated
+
+	words   words
+	control *os.File // QMP
+	said    *bufio.Reader
+	channel *os.File
+	mu      sync.Mutex // guards what follows
+	started []*exec.Cmd
+	stopped bool
+}
+
+// What QEMU gets, by the numbers of its descriptors.
+const (
+	channelFD = 3
+	controlFD = 4
+)
+
+// Guest is where the guest lies in the network that QEMU makes for it, and the way out.
+const (
+	GuestAddress = "10.0.2.15/24"
+	Gateway      = "10.0.2.2"
+)
+
+// Arguments are the command line for a machine.
+func (q *QEMU) Arguments(c Config) []string {
+	accel, machine, command := "tcg,tb-size=64", "q35,usb=off,smbus=off,sata=off,vmport=off,hpet=off,dump-guest-core=off", "console=ttyS0 quiet panic=-1 reboot=t "+c.Command
+	model := "max"
+	if q.KVM {
+		accel, model = "kvm", "host"
+	} else {
+		command += " mitigations=off no_timer_check" // it foresees nothing, and a busy host may be late with the ticks that are looked for
+	}
+	net := "user,id=net,ipv6=off"
+	for _, f := range c.Forwards {
+		net += fmt.Sprintf(",hostfwd=tcp:%s:%d-:%d", f.Address, f.Host, f.Guest)
+	}
+	memory := fmt.Sprintf("memory-backend-ram,id=memory,size=%dM", c.Memory)
+	if c.Shares != "" {
+		memory = fmt.Sprintf("memory-backend-memfd,id=memory,size=%dM,share=on", c.Memory)
+	}
+	args := []string{
+		"-nodefaults", "-no-user-config", "-display", "none", "-no-reboot", "-S",
+		"-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny",
+		"-accel", accel, "-cpu", model, "-smp", fmt.Sprint(c.CPUs), "-m", fmt.Sprint(c.Memory) + "M",
+		"-object", memory, "-machine", machine + ",memory-backend=memory",
+		"-kernel", c.Kernel, "-initrd", c.Initrd, "-append", command,
+		"-chardev", "stdio,id=console,signal=off", "-serial", "chardev:console",
+		"-chardev", fmt.Sprint("socket,id=control,fd=", controlFD), "-mon", "chardev=control,mode=control",
+		"-device", "virtio-serial-pci,max_ports=2", "-chardev", fmt.Sprint("socket,id=channel,fd=", channelFD), "-device", "virtserialport,chardev=channel,name=kmo",
+		"-drive", "if=none,id=base,format=raw,readonly=on,file=" + strings.ReplaceAll(c.Disk, ",", ",,"), "-device", "virtio-blk-pci,drive=base",
+		"-netdev", net, "-device", "virtio-net-pci,netdev=net,romfile=",
+	}
+	if c.Shares != "" {
+		args = append(args, "-chardev", "socket,id=shares,path=shares.sock", "-device", "vhost-user-fs-pci,chardev=shares,tag=kmo")
+	}
+	return args
+}
+
+// Create starts QEMU, and virtiofsd before it.
+func (q *QEMU) Create(ctx context.Context, c Config) error {
+	if c.Shares != "" {
+		if err := q.share(c); err != nil {
+			return fmt.Errorf("starting %s: %v", q.Sharer, err)
+		}
+	}
+	var theirs []*os.File
+	for _, mine := range []**os.File{&q.channel, &q.control} {
+		pair, err := syscall.Socketpair(syscall.AF_UNIX, syscall.SOCK_STREAM, 0)
+		if err != nil {
+			return err
+		}
+		syscall.CloseOnExec(pair[0])
+		syscall.CloseOnExec(pair[1])
+		_ = syscall.SetNonblock(pair[0], true) // in the runtime's poller, so that Close ends a read
+		*mine = os.NewFile(uintptr(pair[0]), "machine")
+		theirs = append(theirs, os.NewFile(uintptr(pair[1]), "machine"))
+	}
+	err := q.launch(c, q.Program, q.Arguments(c), theirs)
+	for _, f := range theirs {
+		err = errors.Join(err, f.Close())
+	}
+	if err != nil {
+		return err
+	}
+	q.said = bufio.NewReader(q.control)
+	if _, err := q.ask(ctx, "qmp_capabilities"); err != nil {
+		return fmt.Errorf("%s: %v: %s", q.Program, err, q.Stop())
+	}
+	return nil
+}
+
+// share starts virtiofsd over the folder, with the socket at which QEMU will call.
+func (q *QEMU) share(c Config) error {
+	listener, err := net.ListenUnix("unix", &net.UnixAddr{Name: "shares.sock", Net: "unix"})
+	if err != nil {
+		return err
+	}
+	listener.SetUnlinkOnClose(false)
+	f, err := listener.File()
+	if err = errors.Join(err, listener.Close()); err != nil {
+		return err
+	}
+	defer f.Close()
+	return q.launch(c, q.Sharer, []string{"--fd=3", "--rlimit-nofile=0", "-o", "source=" + c.Shares}, []*os.File{f})
+}
+
+// launch starts a program that Stop ends.
+func (q *QEMU) launch(c Config, program string, args []string, files []*os.File) error {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	if q.stopped {
+		return errors.New("the machine is to be stopped")
+	}
+	cmd, err := launched(c.Dir, program, args, files, &q.words)
+	if err == nil {
+		q.started = append(q.started, cmd)
+	}
+	return err
+}
+
+// Start lets the processor run.
+func (q *QEMU) Start(ctx context.Context) error {
+	_, err := q.ask(ctx, "cont")
+	return err
+}
+
+// Connect returns the machine's end of the virtio-serial port. What is written before the guest has opened it waits there.
+func (q *QEMU) Connect(context.Context) (io.ReadWriteCloser, error) { return q.channel, nil }
+
+// State asks QEMU.
+func (q *QEMU) State(ctx context.Context) (State, error) {
+	answer, err := q.ask(ctx, "query-status")
+	if err != nil {
+		return "", err
+	}
+	var status struct{ Status string }
+	if err := json.Unmarshal(answer, &status); err != nil {
+		return "", err
+	}
+	switch status.Status {
+	case "prelaunch":
+		return Created, nil
+	case "running":
+		return Running, nil
+	}
+	return Stopped, nil
+}
+
+// Stop kills what Create has started.
+func (q *QEMU) Stop() string {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	q.stopped = true
+	for _, cmd := range q.started {
+		_ = cmd.Process.Kill()
+		_ = cmd.Wait()
+	}
+	q.started = nil
+	return q.words.String()
+}
+
+// ask runs a command of QMP and returns its answer. Events on the way are of no interest.
+func (q *QEMU) ask(ctx context.Context, command string) (json.RawMessage, error) {
+	defer context.AfterFunc(ctx, func() { _ = q.control.SetDeadline(time.Now()) })()
+	if _, err := fmt.Fprintf(q.control, `{"execute":%q}`+"\n", command); err != nil {
+		return nil, fmt.Errorf("%s: %v", command, err)
+	}
+	for {
+		line, err := q.said.ReadBytes('\n')
+		if err != nil {
+			return nil, errors.Join(ctx.Err(), fmt.Errorf("%s: %v", command, err))
+		}
+		var answer struct {
+			Return json.RawMessage
+			Error  *struct{ Desc string }
+		}
+		if err := json.Unmarshal(line, &answer); err != nil {
+			return nil, fmt.Errorf("%s: %v", command, err)
+		}
+		switch {
+		case answer.Error != nil:
+			return nil, fmt.Errorf("%s: %s", command, answer.Error.Desc)
+		case answer.Return != nil:
+			return answer.Return, nil
+		}
+	}
+}

@@ -1,0 +1,193 @@
+// Package microvm runs OCI images in virtual machines of their own, with a kernel of their own: by QEMU, or by Firecracker.
+//
+// # What a workload gets
+//
+// One machine, which package process keeps as it keeps a program: a monitor, this binary again, starts the machine, and what both started
+// ends with it. The machine boots the host's kernel, or one that Options name, with a first file system that holds the guest and nothing
+// else of a workload; package boot makes that. The guest (folder guest) builds the workload's root by package stage, exactly as the backend
+// native builds it on the host: the image, read-only, from a disk made of Content; above it a bounded tmpfs, if there is an overlay; files
+// and secrets, which come over the channel (package channel) and lie in the machine's memory alone. The program has no capability, can
+// gain none, is held by seccomp and landlock, and is process 1 of a pid namespace.
+//
+// Kept paths and mounts are folders of this host, seen by virtiofs: the same to every copy of a unit, old and new. A lock that a program
+// takes there holds in its own machine only. Firecracker has no such thing, and so neither keep nor mounts.
+//
+// The network is QEMU's own, of one machine: it has 10.0.2.15, the host's loopback is 10.0.2.2, a resolver 10.0.2.3, and what the host
+// reaches it reaches. Ports are published by QEMU, which accepts a connection before the program listens: that is the gate's business.
+//
+// # Bounds
+//
+// Resources.Memory and Resources.PIDs bound the program and its hooks in the machine, by the guest's kernel, which tells an end for want of
+// memory from others. The machine has guestCost more, and the cgroup of this host has hostCost and hostPIDs beside that, for QEMU, virtiofsd
+// and the monitor. Resources.CPU bounds all of it on the host, from the first instruction of the boot on; where the processor is emulated it is the weight among others, too, if CPUMin is less. Usage is the program's own memory
+// and processes, and everybody's processor time.
+//
+// # State
+//
+//	machines/      package process's
+//	cache/boot-…   kernels and first file systems
+//	cache/base-…   disks of images, by their content root
+//
+// A command's main must, before anything else, and the same for process.StageArg:
+//
+//	if len(os.Args) > 1 && os.Args[1] == microvm.MonitorArg {
+//		os.Exit(microvm.Monitor(os.Args[2:]))
+//	}
+package microvm
+
+import (
+	"context"
+	"errors"
+	"io"
+	"log/slog"
+	"path/filepath"
+	"slices"
+	"time"
+
+	"github.com/kindos/kmo/backends"
+	"github.com/kindos/kmo/backends/microvm/boot"
+	"github.com/kindos/kmo/backends/process"
+)
+
+// Name is the backend's name.
+const Name = "microvm"
+
+// MonitorArg as its first argument makes a process the monitor of a machine, or a command beside one.
+const MonitorArg = "microvm-monitor"
+
+// What a machine costs beside its workload.
+const (
+	guestCost = 96 << 20  // bytes: kernel, first file system, guest; measured 72 MiB
+	hostCost  = 192 << 20 // bytes: QEMU with 64 MiB of translated code, virtiofsd, monitor; measured 90 MiB
+	hostPIDs  = 128       // threads of QEMU, virtiofsd, monitor and commands; measured 12
+	unbounded = 512 << 20 // bytes of a machine whose workload has no bound
+)
+
+// Options are what a Backend needs. State is.
+type Options struct {
+	State   string                           // the state folder; made if there is none
+	Kernel  string                           // a kernel to boot; "" is the newest /boot/vmlinuz-*
+	Modules string                           // its modules; "" is /lib/modules/<version> with the newest, and none with Kernel
+	Guest   string                           // the guest, a static program; "" is the one in this binary
+	VMM     string                           // path of qemu-system-<arch> or firecracker; "" is the first of them in PATH
+	Memory  string                           // as process.Options has it
+	Logger  *slog.Logger                     // nil is silent
+	Backoff func(restarts int) time.Duration // as process.Options has it
+}
+
+// Backend is backends.Backend and backends.Execer.
+type Backend struct {
+	options Options
+	cache   *boot.Cache
+	keeper  *process.Keeper
+}
+
+// Open makes or finds the state and takes over the machines that run. It needs Linux. What it boots and by what is looked for at each use.
+func Open(o Options) (*Backend, error) {
+	state, err := filepath.Abs(o.State)
+	if err != nil {
+		return nil, err
+	}
+	o.State = state
+	b := &Backend{options: o}
+	if b.cache, err = boot.Open(filepath.Join(state, "cache")); err != nil {
+		return nil, err
+	}
+	b.keeper, err = process.Open(process.Options{
+		Backend: Name, State: filepath.Join(state, "machines"), Plan: b.plan, Features: b.features, Publishes: true,
+		Logger: o.Logger, Backoff: o.Backoff, Memory: o.Memory,
+	})
+	if err != nil {
+		return nil, err
+	}
+	return b, nil
+}
+
+// features adds what the guest's kernel does, and leaves out what does not reach into a machine.
+func (b *Backend) features(have []backends.Feature) []backends.Feature {
+	lacks := []backends.Feature{backends.HostNetwork, backends.MemoryPool, backends.Sockets, backends.Devices}
+	if find(b.options).sharer == "" {
+		lacks = append(lacks, backends.Keep, backends.Mounts)
+	}
+	have = slices.DeleteFunc(have, func(f backends.Feature) bool { return slices.Contains(lacks, f) })
+	return append(have, backends.PortMap, backends.LowPorts, backends.Overlays, backends.OverlayRoot, backends.LimitDisk)
+}
+
+// Close ends this process's part. No machine notices.
+func (b *Backend) Close() error { return b.keeper.Close() }
+
+// Fingerprint says what this host can boot. It returns an error that says what to install where it can boot nothing.
+func (b *Backend) Fingerprint(ctx context.Context) (backends.Fingerprint, error) {
+	if !b.keeper.Mounts() {
+		return backends.Fingerprint{}, errors.New("micro-VMs need root with the right to mount")
+	}
+	version, err := find(b.options).version(ctx)
+	if err != nil {
+		return backends.Fingerprint{}, err
+	}
+	return backends.Fingerprint{
+		Backend: Name, Version: version, Formats: []backends.Format{backends.OCI}, Platforms: []string{"linux/" + architecture},
+		Isolation: backends.IsolationMachine, Features: b.keeper.Features(), Missing: b.missing(),
+	}, nil
+}
+
+// missing is what neither this host nor a machine lets be applied.
+func (b *Backend) missing() (list []string) {
+	has := func(f backends.Feature) bool { return slices.Contains(b.keeper.Features(), f) }
+	for _, one := range []struct {
+		lacks bool
+		words string
+	}{
+		{!find(b.options).kvm, "kvm: this host's processor does not run a guest's kernel; it is emulated, and ten times slower"},
+		{!has(backends.Keep), "keep: a kept path is a folder that several copies of a unit see, for which QEMU and virtiofsd are needed"},
+		{!has(backends.Mounts), "mounts: for a folder of this host QEMU and virtiofsd are needed"},
+		{!has(backends.Secrets), "secrets: neither /run/kmo nor /dev/shm/kmo is on storage that is memory, and this user's own"},
+		{true, "memory-pool: a machine's memory is its own"},
+		{true, "sockets: a unix socket does not reach out of a machine"},
+		{true, "devices: no device of this host is given to a machine"},
+		{true, "host-network: a machine has a network of its own"},
+		{true, "host-namespace: a machine has a kernel of its own"},
+		{true, "privileged: a machine has nothing of the host to give"},
+		{!has(backends.LimitMemory), "limit-memory: no memory cgroup takes a bound on this host"},
+		{!has(backends.LimitCPU), "limit-cpu: no cpu cgroup takes a bound on this host"},
+		{!has(backends.LimitPIDs), "limit-pids: no pids cgroup takes a bound on this host"},
+	} {
+		if one.lacks {
+			list = append(list, one.words)
+		}
+	}
+	return list
+}
+
+// Observe lists the workloads, with what they use inside.
+func (b *Backend) Observe(ctx context.Context) ([]backends.Status, error) {
+	list, err := b.keeper.Observe(ctx)
+	for i := range list {
+		inside := usage(filepath.Join(b.options.State, "machines", "work", list[i].Name, "own"))
+		if list[i].PID != 0 {
+			list[i].Usage.Memory, list[i].Usage.PIDs = inside.Memory, inside.PIDs
+		}
+	}
+	return list, err
+}
+
+// Apply starts a machine for the workload.
+func (b *Backend) Apply(ctx context.Context, w backends.Workload) error {
+	if w.Format != backends.OCI {
+		return &backends.FeatureError{Backend: Name, Feature: backends.Feature(w.Format), Detail: "it runs the format image only"}
+	}
+	return b.keeper.Apply(ctx, find(b.options).inner(w))
+}
+
+// Remove runs the exit hooks, stops the program and its machine, and clears everything of it but kept paths.
+func (b *Backend) Remove(ctx context.Context, name string) error { return b.keeper.Remove(ctx, name) }
+
+// Logs returns what the program wrote.
+func (b *Backend) Logs(ctx context.Context, name string, options backends.LogOptions) (io.ReadCloser, error) {
+	return b.keeper.Logs(ctx, name, options)
+}
+
+// Exec runs a command in the machine, confined and bounded as the program is.
+func (b *Backend) Exec(ctx context.Context, name string, argv []string) (int, []byte, error) {
+	return b.keeper.Exec(ctx, name, argv)
+}

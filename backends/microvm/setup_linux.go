@@ -1,0 +1,149 @@
+package microvm
+
+import (
+	"cmp"
+	"errors"
+	"fmt"
+	"maps"
+	"os"
+	"path/filepath"
+	"runtime"
+	"slices"
+	"strconv"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/kindos/kmo/backends/microvm/channel"
+	"github.com/kindos/kmo/backends/microvm/machine"
+	"github.com/kindos/kmo/backends/process"
+	"github.com/kindos/kmo/backends/process/monitor"
+	"github.com/kindos/kmo/backends/process/stage"
+)
+
+// kernelCommand leaves out of a boot what no workload needs: tests of ciphers, security modules but the one that is used, clearing memory
+// that nobody has used before.
+const kernelCommand = "cryptomgr.notests=1 lsm=landlock init_on_alloc=0 audit=0 8250.nr_uarts=1"
+
+// processors is how many a machine needs for so many thousandths.
+func processors(cpu int64) int {
+	if cpu <= 0 {
+		return 1
+	}
+	return int(min((cpu+999)/1000, int64(runtime.NumCPU())))
+}
+
+// forwards are the ports to publish.
+func forwards(m *monitor.Monitor) (list []machine.Forward) {
+	for _, p := range m.Workload.Run.Ports {
+		f := machine.Forward{Address: "127.0.0.1", Host: p.Host, Guest: p.Port}
+		if slices.Contains(m.Public, p.Name) {
+			f.Address = ""
+		}
+		list = append(list, f)
+	}
+	return list
+}
+
+// stageOrders are what the guest's stage is told: the same that the keeper of package process tells one on the host.
+func stageOrders(m *monitor.Monitor) stage.Orders {
+	w := m.Workload
+	o := stage.Orders{Argv: process.Argv(w), Dir: cmp.Or(w.Run.Dir, w.Image.Config.Dir, "/"), Confine: stage.Confine{User: w.Run.User, Execute: []string{"/"}}}
+	env := process.Env(w)
+	for _, name := range slices.Sorted(maps.Keys(env)) {
+		o.Env = append(o.Env, name+"="+env[name])
+	}
+	for _, p := range w.Run.Ports {
+		o.Confine.Ports = append(o.Confine.Ports, p.Port)
+	}
+	for _, device := range stage.Devices() {
+		o.Confine.Write = append(o.Confine.Write, "/dev/"+device)
+	}
+	o.Root = &stage.Root{Scratch: channel.Scratch, Hostname: w.Name[:min(len(w.Name), 63)], Content: channel.Base, Size: w.Overlay.Size, Owner: w.Run.User}
+	if w.Resources.Disk > 0 {
+		o.Root.Size = min(o.Root.Size, w.Resources.Disk)
+	}
+	if o.Root.Size > 0 {
+		o.Confine.Write = append(o.Confine.Write, "/")
+	}
+	for _, f := range w.Files {
+		o.Root.Files = append(o.Root.Files, stage.File{To: f.To, Mode: f.Mode, Content: f.Content})
+	}
+	for i, keep := range w.Overlay.Keep {
+		o.Root.Binds = append(o.Root.Binds, stage.Bind{From: shared(i, true), To: keep, Writable: true})
+		o.Confine.Write = append(o.Confine.Write, keep)
+	}
+	for i, mount := range w.Mounts {
+		folder := true
+		if found, err := os.Stat(mount.From); err == nil {
+			folder = found.IsDir()
+		}
+		o.Root.Binds = append(o.Root.Binds, stage.Bind{From: shared(len(w.Overlay.Keep)+i, folder), To: mount.To, Writable: !mount.ReadOnly})
+		if !mount.ReadOnly {
+			o.Confine.Write = append(o.Confine.Write, mount.To)
+		}
+	}
+	return o
+}
+
+// shared is where the guest sees a folder of the host's, or a file.
+func shared(i int, folder bool) string {
+	at := filepath.Join(channel.Shares, strconv.Itoa(i))
+	if folder {
+		return at
+	}
+	return filepath.Join(at, "file")
+}
+
+// share gathers kept paths and mounts in one folder, by mounts that nobody else sees, in the order of the stage's binds.
+func share(m *monitor.Monitor, root *stage.Root) (string, error) {
+	if len(root.Binds) == 0 {
+		return "", nil
+	}
+	top := filepath.Join(m.Dir, "shares")
+	if err := os.Mkdir(top, 0o700); err != nil {
+		return "", err
+	}
+	for i, kept := range m.Kept {
+		if err := expose(kept, filepath.Join(top, strconv.Itoa(i)), 0, 0); err != nil {
+			return "", err
+		}
+	}
+	for i, mount := range m.Workload.Mounts {
+		flags := uintptr(0)
+		if mount.ReadOnly {
+			flags = unix.MS_RDONLY
+		}
+		if err := expose(mount.From, filepath.Join(top, strconv.Itoa(len(m.Kept)+i)), flags, unix.RESOLVE_NO_SYMLINKS); err != nil {
+			return "", err
+		}
+	}
+	return top, nil
+}
+
+func expose(from, at string, flags uintptr, resolve uint64) error {
+	fd, err := unix.Openat2(unix.AT_FDCWD, from, &unix.OpenHow{Flags: unix.O_PATH | unix.O_CLOEXEC, Resolve: resolve})
+	if errors.Is(err, unix.ELOOP) {
+		return monitor.Blame{Step: "mounting " + from, Cause: errors.New("it has a link in it; want a path without")}
+	}
+	if err != nil {
+		return fmt.Errorf("mounting %s: %v", from, err)
+	}
+	defer unix.Close(fd)
+	var found unix.Stat_t
+	if err := errors.Join(unix.Fstat(fd, &found), os.Mkdir(at, 0o700)); err != nil {
+		return err
+	}
+	if found.Mode&unix.S_IFMT != unix.S_IFDIR {
+		at = filepath.Join(at, "file")
+		if err := os.WriteFile(at, nil, 0o600); err != nil {
+			return err
+		}
+	}
+	if err := unix.Mount("/proc/self/fd/"+strconv.Itoa(fd), at, "", unix.MS_BIND, ""); err != nil {
+		return fmt.Errorf("mounting %s: %v", from, err)
+	}
+	if err := unix.Mount("", at, "", unix.MS_BIND|unix.MS_REMOUNT|unix.MS_NOSUID|unix.MS_NODEV|flags, ""); err != nil {
+		return fmt.Errorf("mounting %s again: %v", from, err)
+	}
+	return nil
+}
