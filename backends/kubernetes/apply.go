@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"reflect"
 	"regexp"
 	"strings"
 	"time"
@@ -178,11 +179,31 @@ func (b *Backend) ours(ctx context.Context, c *cluster, p *plan) (*item, error) 
 		}
 	}
 	if p.files != nil {
-		if _, err := check(configMaps, p.files); err != nil {
+		files, err := check(configMaps, p.files)
+		if err != nil {
+			return nil, err
+		}
+		if err := c.replaceable(ctx, files, p.files); err != nil {
 			return nil, err
 		}
 	}
 	return check(deployments, p.deployment)
+}
+
+// replaceable deletes a ConfigMap of ours that holds something else than it should, since what it holds cannot be changed.
+func (c *cluster) replaceable(ctx context.Context, files *item, want object) error {
+	if files == nil {
+		return nil
+	}
+	var now map[string]any
+	if err := c.get(ctx, configMaps, files.Metadata.Name, &now); err != nil {
+		return err
+	}
+	same := reflect.DeepEqual(now["binaryData"], plain(want["binaryData"])) && now["data"] == nil && now["immutable"] == true
+	if same && files.Metadata.DeletionTimestamp == nil {
+		return nil
+	}
+	return c.remove(ctx, configMaps, files.Metadata)
 }
 
 // refused says what it means that the cluster does not take an object.

@@ -160,10 +160,14 @@ func (c *cluster) annotate(ctx context.Context, k kind, m meta, annotations map[
 	return do(ctx, r, nil)
 }
 
-// remove deletes the one object that was seen, and none that has taken its name since; what hangs on it goes before it does.
+// remove deletes the one object that was seen, and none that has taken its name since; what hangs on a Deployment goes before it does.
 func (c *cluster) remove(ctx context.Context, k kind, m meta) error {
+	policy := "Background"
+	if k == deployments || k == replicaSets {
+		policy = "Foreground"
+	}
 	text, err := json.Marshal(object{
-		"apiVersion": "v1", "kind": "DeleteOptions", "propagationPolicy": "Foreground", "preconditions": object{"uid": m.UID},
+		"apiVersion": "v1", "kind": "DeleteOptions", "propagationPolicy": policy, "preconditions": object{"uid": m.UID},
 	})
 	if err != nil {
 		return err

@@ -29,6 +29,7 @@ import (
 	"fmt"
 	"io/fs"
 	"log/slog"
+	"net"
 	"net/http"
 	"os"
 	"path/filepath"
@@ -174,7 +175,8 @@ func (b *Backend) answer(err error) error {
 	case apierrors.IsForbidden(err):
 		return fmt.Errorf("the cluster refuses it to this account (%v); want the rights of the manifest", err)
 	}
-	if told := apierrors.APIStatus(nil); errors.As(err, &told) || errors.Is(err, context.Canceled) || errors.Is(err, context.DeadlineExceeded) {
+	var silent net.Error
+	if !errors.As(err, &silent) || errors.Is(err, context.Canceled) || errors.Is(err, context.DeadlineExceeded) {
 		return err
 	}
 	return fmt.Errorf("the cluster does not answer: %v; want its API server to be reachable", err)
