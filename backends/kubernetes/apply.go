@@ -116,7 +116,11 @@ func (b *Backend) place(ctx context.Context, c *cluster, w backends.Workload, p 
 			return false, err
 		}
 	}
-	return there == nil, b.send(ctx, c, w, p, false)
+	err = b.send(ctx, c, w, p, false)
+	if there == nil && err != nil && ctx.Err() == nil && !silent(err) { // a trial does not try everything
+		err = errors.Join(err, b.clear(ctx, w.Name))
+	}
+	return there == nil, err
 }
 
 // send applies the objects of a plan, or only asks the cluster whether it would take them all as they are.

@@ -165,7 +165,7 @@ func (b *Backend) hook(ctx context.Context, name, moment string, argv []string) 
 func (b *Backend) begun(ctx context.Context, c *cluster, w backends.Workload) error {
 	bounded, cancel := context.WithTimeout(ctx, beginTime+time.Duration(len(w.Hooks.PreInit))*b.hookTime)
 	defer cancel()
-	since, hook := time.Now(), -1 // the hook that runs, and since when
+	since, hook, seen := time.Now(), -1, "" // the hook that runs, and since when; what is waited for
 	for pause := 20 * time.Millisecond; ; pause = min(pause*3/2, time.Second) {
 		f, err := b.one(bounded, w.Name)
 		if err != nil && bounded.Err() == nil {
@@ -176,6 +176,7 @@ func (b *Backend) begun(ctx context.Context, c *cluster, w backends.Workload) er
 			if s.State != backends.Starting {
 				return nil // it was started, whatever became of it
 			}
+			seen = s.Detail
 			now, failed := f.preInit()
 			if now != hook {
 				since, hook = time.Now(), now
@@ -196,7 +197,7 @@ func (b *Backend) begun(ctx context.Context, c *cluster, w backends.Workload) er
 			if ctx.Err() != nil {
 				return ctx.Err()
 			}
-			return fmt.Errorf("%s has not begun: its pod is not placed, or its image not pulled, in %v", w.Name, beginTime)
+			return fmt.Errorf("%s has not begun in %v: %s", w.Name, beginTime, seen)
 		}
 	}
 }
@@ -220,11 +221,14 @@ func (f *found) preInit() (hook int, failed string) {
 	return -1, ""
 }
 
-// stuck says that a pod waits for what does not come by itself.
+// stuck says that a pod waits for what does not come by itself, or not soon.
 func stuck(f *found) bool {
 	pod := f.pod()
 	if pod == nil {
 		return false
+	}
+	if slices.ContainsFunc(pod.Status.Conditions, func(c condition) bool { return c.Reason == "Unschedulable" }) {
+		return true
 	}
 	return slices.ContainsFunc(slices.Concat(pod.Status.InitContainerStatuses, pod.Status.ContainerStatuses), func(c containerStatus) bool {
 		return c.State.Waiting != nil && slices.Contains([]string{"ImagePullBackOff", "InvalidImageName", "CreateContainerConfigError"}, c.State.Waiting.Reason)

@@ -175,11 +175,16 @@ func (b *Backend) answer(err error) error {
 	case apierrors.IsForbidden(err):
 		return fmt.Errorf("the cluster refuses it to this account (%v); want the rights of the manifest", err)
 	}
-	var silent net.Error
-	if !errors.As(err, &silent) || errors.Is(err, context.Canceled) || errors.Is(err, context.DeadlineExceeded) {
+	if !silent(err) || errors.Is(err, context.Canceled) || errors.Is(err, context.DeadlineExceeded) {
 		return err
 	}
 	return fmt.Errorf("the cluster does not answer: %v; want its API server to be reachable", err)
+}
+
+// silent says that no answer came.
+func silent(err error) bool {
+	var failed net.Error
+	return errors.As(err, &failed)
 }
 
 // Fingerprint asks the cluster what it is.

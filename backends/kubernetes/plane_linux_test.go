@@ -162,7 +162,7 @@ func (p *plane) node() error {
 	labels := object{"kubernetes.io/os": "linux", "kubernetes.io/arch": runtime.GOARCH}
 	node := object{
 		"apiVersion": "v1", "kind": "Node", "metadata": object{"name": "node-0", "labels": labels},
-		"status": object{"allocatable": room, "capacity": room},
+		"status": object{"allocatable": room, "capacity": room, "declaredFeatures": []any{"RestartAllContainersOnContainerExits"}},
 	}
 	if err := p.call(context.Background(), http.MethodPost, "/api/v1/nodes", "application/json", node, nil); err != nil {
 		return err
