@@ -21,9 +21,9 @@ func TestExec(t *testing.T) {
 	w := workload("relay", "1")
 	b.apply(w)
 	b.running()
-	status, output, err := b.Exec(t.Context(), w.Name, shell("echo out; echo err >&2; exit 7"))
-	if err != nil || status != 7 || !strings.Contains(string(output), "out\n") || !strings.Contains(string(output), "err\n") {
-		t.Errorf("exec: %d, %q, %v; want 7, and both streams", status, output, err)
+	status, output, err := b.Exec(t.Context(), w.Name, shell("echo out; echo err >&2"))
+	if err != nil || status != 0 || !strings.Contains(string(output), "out\n") || !strings.Contains(string(output), "err\n") {
+		t.Errorf("exec: %d, %q, %v; want 0, and both streams", status, output, err)
 	}
 	status, output, err = b.Exec(t.Context(), w.Name, shell("yes | head -c 200000"))
 	if err != nil || status != 0 || len(output) != maxOutput {
@@ -38,6 +38,23 @@ func TestExec(t *testing.T) {
 		t.Errorf("exec whose context ends: %v", err)
 	}
 	b.remove(w.Name)
+}
+
+// TestExitStatus: what a kubelet says of how a command ended; KWOK does not tell its status.
+func TestExitStatus(t *testing.T) {
+	for text, want := range map[string]int{
+		`{"metadata":{},"status":"Success"}`: 0,
+		`{"metadata":{},"status":"Failure","message":"command terminated with non-zero exit code","reason":"NonZeroExitCode","details":{"causes":[{"reason":"ExitCode","message":"7"}]}}`: 7,
+	} {
+		if got, err := exitStatus([]byte(text)); got != want || err != nil {
+			t.Errorf("%s is %d, %v; want %d", text, got, err, want)
+		}
+	}
+	for _, text := range []string{`{"status":"Failure","message":"no such container"}`, `x`} {
+		if _, err := exitStatus([]byte(text)); err == nil {
+			t.Errorf("%s is no error", text)
+		}
+	}
 }
 
 func TestLogs(t *testing.T) {
@@ -99,7 +116,8 @@ func TestHooks(t *testing.T) {
 	w := workload("relay", "3")
 	w.Hooks.PreInit = [][]string{{"/app", "one"}, {"/app", "two"}}
 	w.Hooks.PostInit = [][]string{shell("printf 1 >>" + said), shell("printf 2 >>" + said)}
-	w.Hooks.Exit = [][]string{shell("printf 3 >>" + said), shell("exit 9"), shell("printf 4 >>" + said)}
+	w.Hooks.Exit = [][]string{shell("printf 3 >>" + said), shell("exec sleep 1"), shell("printf 4 >>" + said)}
+	b.hookTime = 500 * time.Millisecond // the second exit hook takes longer, and holds nobody
 	b.apply(w)
 	expect("12")
 	if s := b.status(); s.State != backends.Running {
@@ -114,6 +132,7 @@ func TestHooks(t *testing.T) {
 	b.running()
 	expect("1212")
 	reopened := &bench{t, open(t, b.options), b.options, b.namespace}
+	reopened.hookTime = b.hookTime
 	reopened.running()
 	reopened.remove(w.Name)
 	expect("121234")
@@ -136,13 +155,14 @@ func TestPostInitFails(t *testing.T) {
 	b := newBench(t)
 	marker := filepath.Join(t.TempDir(), "marker")
 	w := workload("relay", "5")
-	w.Hooks.PostInit = [][]string{shell("echo because-of-this; test -e " + marker)}
+	b.hookTime = 500 * time.Millisecond
+	w.Hooks.PostInit = [][]string{shell("echo because-of-this; test -e " + marker + " || exec sleep 2")}
 	for range 2 {
 		var start *backends.StartError
 		if err := b.Apply(t.Context(), w); !errors.As(err, &start) || !strings.Contains(start.Output, "because-of-this") {
 			t.Errorf("apply: %v; want a *StartError with what the hook wrote", err)
 		}
-		if s := b.status(); s.State != backends.Damaged || !strings.Contains(s.Detail, "exit status 1") || strings.Contains(s.Detail, "because") {
+		if s := b.status(); s.State != backends.Damaged || !strings.Contains(s.Detail, "it has not ended in") {
 			t.Errorf("it is %+v, want it damaged, and why", s)
 		}
 	}

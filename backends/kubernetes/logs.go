@@ -8,6 +8,7 @@ import (
 	"net/http"
 	"slices"
 	"strconv"
+	"strings"
 	"time"
 
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
@@ -87,7 +88,7 @@ func (c *cluster) log(ctx context.Context, pod string, previous, follow bool, ta
 		r = r.Param("tailLines", strconv.Itoa(tail))
 	}
 	body, err := stream(ctx, r)
-	if apierrors.IsBadRequest(err) || missing(err) {
+	if missing(err) || apierrors.IsBadRequest(err) && (previous || strings.Contains(err.Error(), "waiting to start")) {
 		return io.NopCloser(bytes.NewReader(nil)), nil
 	}
 	return body, err

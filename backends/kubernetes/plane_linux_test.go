@@ -203,9 +203,17 @@ func (p *plane) files() error {
 	return errors.Join(
 		os.WriteFile(p.file("kwok.yaml"), append(stages, inside...), 0o600),
 		os.WriteFile(p.file("tokens.csv"), []byte("admin-token,admin,admin-uid,\"system:masters\"\n"), 0o600),
-		os.WriteFile(p.podLog, []byte("one\ntwo\nthree\n"), 0o600),
-		os.WriteFile(p.podLog+".previous", []byte("zero\n"), 0o600),
+		os.WriteFile(p.podLog, criLog("one", "two", "three"), 0o600),
+		os.WriteFile(p.podLog+".previous", criLog("zero"), 0o600),
 		p.kubeconfig(p.admin, "admin-token"))
+}
+
+// criLog is lines as a container runtime keeps them.
+func criLog(lines ...string) (text []byte) {
+	for _, line := range lines {
+		text = fmt.Appendln(text, "2026-01-01T00:00:00.000000000Z stdout F", line)
+	}
+	return text
 }
 
 func (p *plane) kubeconfig(path, token string) error {
