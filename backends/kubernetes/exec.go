@@ -86,7 +86,7 @@ func (c *cluster) exec(ctx context.Context, pod string, argv []string) (status i
 	if err != nil {
 		return 0, nil, fmt.Errorf("%w: %v", errNoExec, err)
 	}
-	defer conn.Close()
+	defer conn.Close() //nolint:errcheck // it was read to its end, or is given up
 	stop := context.AfterFunc(ctx, func() { conn.Close() }) //nolint:errcheck // it is cut off on purpose
 	defer stop()
 	return receive(conn)

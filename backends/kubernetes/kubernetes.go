@@ -126,7 +126,7 @@ func whichInstance(state string) (string, error) {
 			return "", err
 		}
 		var random [8]byte
-		rand.Read(random[:]) //nolint:errcheck // it never fails
+		rand.Read(random[:])
 		if err := makeOnce(path, hex.EncodeToString(random[:])+"\n"); err != nil {
 			return "", err
 		}

@@ -38,7 +38,7 @@ func (b *Backend) Logs(ctx context.Context, name string, options backends.LogOpt
 	from, to := io.Pipe()
 	go func() {
 		defer cancel()
-		to.CloseWithError(b.follow(ctx, c, name, options.Tail, to)) //nolint:errcheck // it always returns nil
+		to.CloseWithError(b.follow(ctx, c, name, options.Tail, to))
 	}()
 	return &follower{from, cancel}, nil
 }
@@ -179,7 +179,7 @@ func (c *chain) Read(p []byte) (int, error) {
 		if !errors.Is(err, io.EOF) {
 			return n, err
 		}
-		(*c)[0].Close() //nolint:errcheck // it was only read
+		(*c)[0].Close()
 		*c = (*c)[1:]
 		if n > 0 {
 			return n, nil
@@ -191,7 +191,7 @@ func (c *chain) Read(p []byte) (int, error) {
 // Close closes those that were not read to their end.
 func (c *chain) Close() error {
 	for _, one := range *c {
-		one.Close() //nolint:errcheck // it was only read
+		one.Close()
 	}
 	*c = nil
 	return nil
