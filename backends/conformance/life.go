@@ -120,7 +120,7 @@ func sideBySide(b *bench) {
 	if !ok || after.State != before.State || after.PID != before.PID {
 		b.Errorf("removing %s changed %s: %+v, was %+v", one.Name, two.Name, after, before)
 	}
-	if b.subject.Inert {
+	if b.subject.programless() {
 		return
 	}
 	if text := b.log(two.Name); strings.Contains(text, "one") {
@@ -168,7 +168,7 @@ func newProcess(b *bench) {
 	if !ok || after.State != before.State || after.PID != before.PID || !after.Started.Equal(before.Started) || after.Restarts != 0 {
 		b.Fatalf("the new process sees %+v, the old one saw %+v", after, before)
 	}
-	if !b.subject.Inert {
+	if !b.subject.programless() {
 		b.line(w.Name, "before")
 	}
 	b.apply(w)

@@ -18,6 +18,7 @@ import (
 	"github.com/kindos/kmo/backends/appimage"
 	"github.com/kindos/kmo/backends/docker"
 	"github.com/kindos/kmo/backends/gvisor"
+	"github.com/kindos/kmo/backends/kubernetes"
 	"github.com/kindos/kmo/backends/lxc"
 	"github.com/kindos/kmo/backends/microvm"
 	"github.com/kindos/kmo/backends/native"
@@ -39,6 +40,7 @@ type builtIn struct {
 type opening struct {
 	state  string // its folder
 	engine string // where its runtime is, "" where that usually is
+	site   string // the site's name
 	logger *slog.Logger
 }
 
@@ -66,6 +68,9 @@ func builtIns() []builtIn {
 		{name: gvisor.Name, runs: "images, in gVisor's sandbox", install: "apt-get install runsc slirp4netns", open: func(o opening) (backends.Backend, error) {
 			return gvisor.Open(gvisor.Options{State: o.state, Runsc: o.engine, Logger: o.logger})
 		}},
+		{name: kubernetes.Name, runs: "images, as Deployments of a cluster", open: func(o opening) (backends.Backend, error) {
+			return kubernetes.Open(kubernetes.Options{State: o.state, Kubeconfig: o.engine, Namespace: o.site, Logger: o.logger})
+		}},
 		{name: microvm.Name, runs: "images, each with a kernel of its own", install: "apt-get install qemu-system-x86 linux-image-cloud-amd64", open: func(o opening) (backends.Backend, error) {
 			return microvm.Open(microvm.Options{State: o.state, Kernel: o.engine, Logger: o.logger})
 		}},
@@ -89,7 +94,21 @@ func findBuiltIn(name string) (builtIn, error) {
 }
 
 func backendCommand() *cobra.Command {
-	return group("backend", "What this host can run things with", backendList(), backendCheck(), backendFit(), backendServe())
+	return group("backend", "What this host can run things with", backendList(), backendCheck(), backendFit(), backendManifest(), backendServe())
+}
+
+func backendManifest() *cobra.Command {
+	return &cobra.Command{
+		Use:     "manifest NAMESPACE",
+		Short:   "Print the account and the rights that the kubernetes backend needs in a cluster, for one site's namespace",
+		Long:    "Print the account and the least rights that the kubernetes backend needs in a cluster, for one site's namespace.\n\nExit statuses: 0 good, 1 error, 2 usage.",
+		Example: "  kmo backend manifest north-sea | kubectl apply -f -",
+		Args:    oneArg("a namespace"),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			_, err := io.WriteString(cmd.OutOrStdout(), kubernetes.Manifest(args[0]))
+			return err
+		},
+	}
 }
 
 func backendServe() *cobra.Command {
@@ -114,6 +133,7 @@ func backendServe() *cobra.Command {
 		},
 	}
 	serve.Flags().StringVar(&o.state, "state", "", "the backend's state folder")
+	serve.Flags().StringVar(&o.site, "site", "", "the site's name")
 	serve.Flags().StringVar(&o.engine, "engine", "", "where its runtime is")
 	return serve
 }
@@ -143,7 +163,7 @@ func look(cmd *cobra.Command, all []builtIn, engines map[string]string) (list []
 	logger := newLogger(cmd.ErrOrStderr())
 	for _, b := range all {
 		f := found{Runs: b.runs, Fingerprint: backends.Fingerprint{Backend: b.name}}
-		backend, err := b.open(opening{filepath.Join(folder, b.name), engines[b.name], logger})
+		backend, err := b.open(opening{state: filepath.Join(folder, b.name), engine: engines[b.name], site: "kmo", logger: logger})
 		if err == nil {
 			f.Fingerprint, err = backend.Fingerprint(cmd.Context())
 			err = errors.Join(err, closed(backend))

@@ -66,12 +66,12 @@ type demo struct {
 	backend  string
 
 	enginePath string // of the backend, "" where it usually is
-	dir      string
-	self     string
-	agent    *exec.Cmd
-	registry string
-	pins     map[string]string // variant lines of unit.yaml by program
-	begun    time.Time
+	dir        string
+	self       string
+	agent      *exec.Cmd
+	registry   string
+	pins       map[string]string // variant lines of unit.yaml by program
+	begun      time.Time
 }
 
 // act is one push and how it must end.
