@@ -50,9 +50,11 @@ fuzz: ## every fuzz target for FUZZ each
 generate: ## what is generated from the code: protocol, schemas, documents
 	$(GO) generate ./...
 
-need: ## what the tests need beside Go
-	.ci/need git ssh-keygen gcc ip iptables mksquashfs dockerd containerd runc podman conmon /usr/lib/podman/netavark lxc-start slirp4netns runsc qemu-system-x86_64 mkfs.ext4
+need: ## what the tests need beside Go: tools, engines, a guest's kernel, and servers, which are built once into .cache
+	.ci/need git ssh-keygen gcc ip iptables mksquashfs dockerd containerd runc podman conmon /usr/lib/podman/netavark lxc-start slirp4netns runsc \
+		qemu-system-x86_64 mkfs.ext4 /usr/bin/python3 $(addprefix /usr/lib/python3/dist-packages/,grpc google/protobuf cryptography)
 	.ci/kernel >/dev/null
+	.ci/servers >/dev/null
 
 clean:
 	rm -rf bin .cache
