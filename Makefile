@@ -1,13 +1,15 @@
 # Two commands set everything up: `make demo` plays the main job, `make test` runs every test.
 GO      ?= go
-PKGS    ?= ./...
+PKGS    ?= $(shell $(GO) list ./... | grep -Ev '$(ENGINES)')
+# Packages whose tests start an engine, a machine or a cluster: one after another, as each wants the machine for itself.
+ENGINES := /backends/(docker|gvisor|kubernetes|lxc|microvm)$$|/fixtures/plugin-python$$
 FUZZ    ?= 10s
 COUNT   ?= 6
 VERSION := $(shell git describe --tags --always --dirty 2>/dev/null || echo unknown)
 LDFLAGS := -s -w -X main.version=$(VERSION)
 TOOLS   := .cache/tools
 
-.PHONY: build demo test test-fast check vulnerabilities bench fuzz generate cross clean need
+.PHONY: build demo test test-engines test-fast need-engines check vulnerabilities bench fuzz generate cross clean need
 
 build: ## the one binary, with the guest of micro-VMs in it, and the programs of the demo
 	GOOS=linux CGO_ENABLED=0 $(GO) build -trimpath -buildvcs=false -ldflags '-s -w' -o backends/microvm/built/guest-$$($(GO) env GOARCH) ./backends/microvm/guest
@@ -26,11 +28,14 @@ demo: build ## the whole story on this machine, in a temporary folder; git signs
 test: need check cross ## everything, with the race detector
 	$(GO) test -race -timeout 30m $(PKGS)
 
+test-engines: need-engines ## the backends on their real engines, with the race detector
+	$(GO) list ./... | grep -E '$(ENGINES)' | xargs $(GO) test -race -p 1 -timeout 60m
+
 test-fast: ## the edit loop
 	$(GO) test -short $(PKGS)
 
 check: ## formatting, vet, linters; known vulnerabilities, or a loud word that nobody looked for them
-	$(GO) vet $(PKGS)
+	$(GO) vet ./...
 	$(GO) tool -modfile=.ci/tools/go.mod golangci-lint run
 	.ci/vulnerabilities || [ $$? -eq 75 ]
 
@@ -50,9 +55,12 @@ fuzz: ## every fuzz target for FUZZ each
 generate: ## what is generated from the code: protocol, schemas, documents
 	$(GO) generate ./...
 
-need: ## what the tests need beside Go: tools, engines, a guest's kernel, and servers, which are built once into .cache
-	.ci/need git ssh-keygen gcc ip iptables mksquashfs dockerd containerd runc podman conmon /usr/lib/podman/netavark lxc-start slirp4netns runsc \
-		qemu-system-x86_64 mkfs.ext4 /usr/bin/python3 $(addprefix /usr/lib/python3/dist-packages/,grpc google/protobuf cryptography)
+need: ## what the tests need beside Go
+	.ci/need git ssh-keygen gcc mksquashfs slirp4netns mkfs.ext4
+
+need-engines: need ## engines, a guest's kernel, and servers, which are built once into .cache
+	.ci/need ip iptables dockerd containerd runc podman conmon /usr/lib/podman/netavark lxc-start runsc qemu-system-x86_64 \
+		/usr/bin/python3 $(addprefix /usr/lib/python3/dist-packages/,grpc google/protobuf cryptography)
 	.ci/kernel >/dev/null
 	.ci/servers >/dev/null
 

@@ -68,6 +68,7 @@ func TestConformance(t *testing.T) {
 	conformance.Test(t, func(t *testing.T) conformance.Subject {
 		dir := t.TempDir()
 		return conformance.Subject{
+			Table:    "testdata/features",
 			Open:     func(t *testing.T) backends.Backend { return open(t, dir) },
 			Images:   map[backends.Format]backends.Image{backends.OCI: {Content: image.Content}},
 			Patience: time.Minute,

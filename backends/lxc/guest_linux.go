@@ -188,7 +188,7 @@ func build(m *monitor.Monitor, first int, c *config, connected bool) error {
 		if err != nil {
 			return err
 		}
-		defer u.Close()
+		defer func() { _ = u.Close() }() // it has been used
 		root.Users, c.ids = u, u.Ranges()
 	}
 	if err := os.Mkdir(rootDir, 0o755); err != nil {

@@ -177,7 +177,7 @@ func (b *Backend) Fingerprint(ctx context.Context) (backends.Fingerprint, error)
 
 // missing is what the keeper lacks that counts here, and what LXC does.
 func (b *Backend) missing() []string {
-	list := slices.DeleteFunc(b.Keeper.Missing(), func(line string) bool {
+	list := slices.DeleteFunc(b.Missing(), func(line string) bool {
 		subject, _, _ := strings.Cut(line, ":")
 		return subject == "landlock" || subject == "network" || subject == "low-ports" || subject == "process groups"
 	})

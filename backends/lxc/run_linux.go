@@ -229,7 +229,7 @@ func attach(ctx context.Context, dir string, w backends.Workload, argv []string)
 	err = lxc.Wait()
 	var exit *exec.ExitError
 	switch {
-	case errors.As(err, &exit) && exit.Sys().(interface{ Signaled() bool }).Signaled():
+	case errors.As(err, &exit) && !exit.Exited():
 		return 0, fmt.Errorf("lxc-attach ended: %v", err)
 	case errors.As(err, &exit):
 		return exit.ExitCode(), nil

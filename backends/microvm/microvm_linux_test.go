@@ -109,6 +109,7 @@ func TestConformance(t *testing.T) {
 	conformance.Test(t, func(t *testing.T) conformance.Subject {
 		state := stateFolder(t)
 		return conformance.Subject{
+			Table:    "testdata/features",
 			Open:     func(t *testing.T) backends.Backend { return open(t, state) },
 			Images:   map[backends.Format]backends.Image{backends.OCI: {Content: ground.image, ContentRoot: merkle.Digest{1}}},
 			Patience: 120 * time.Second,

@@ -23,11 +23,8 @@ import (
 
 // Keeper keeps the programs of one state folder. All its methods may be called concurrently.
 type Keeper struct {
+	measured
 	options Options
-	support stage.Support
-	groups  cgroup.Groups
-	boot    string
-	secrets secret.Store
 	lock    *os.File     // held on the state folder: one keeper at a time
 	step    func(string) // called at each step of a start; a test ends this process there
 
@@ -42,6 +39,14 @@ type Keeper struct {
 	entries map[string]*entry
 	ports   map[int]string // chosen ports, and whose they are
 	next    int            // where in the list of workloads reading their usage goes on
+}
+
+// measured is what this host lets a keeper do.
+type measured struct {
+	support stage.Support
+	groups  cgroup.Groups
+	secrets secret.Store
+	boot    string
 }
 
 // entry is one workload. Whoever holds its turn may change it; mu is for what others look at meanwhile.

@@ -164,6 +164,38 @@ func (k *Keeper) unapplied(w backends.Workload, o stage.Orders) (list []string) 
 	return list
 }
 
+// boundFiles bounds every file, and so the log, of a program that writes nowhere but in its overlay of so many bytes and to devices.
+func (k *Keeper) boundFiles(o *stage.Orders, overlay int64) {
+	if len(o.Confine.Write) == len(stage.Devices()) {
+		o.Confine.FileSize = max(logTimes*k.options.LogSize, overlay)
+	}
+}
+
+// bare adapts the orders to a keeper that cannot mount: the program runs where it lies, and landlock hides the rest.
+func bare(o *stage.Orders, p Program) {
+	o.Confine.Bare = true
+	o.Argv[0] = outside(p, o.Argv[0])
+	for _, b := range p.Binds {
+		o.Confine.Execute = append(o.Confine.Execute, b.From)
+		if b.Writable {
+			o.Confine.Write = append(o.Confine.Write, b.From)
+		}
+	}
+}
+
+// outside is where a path of the program lies on this host.
+func outside(p Program, path string) string {
+	for _, b := range p.Binds {
+		if rest, below := strings.CutPrefix(path, b.To+"/"); below {
+			return filepath.Join(b.From, rest)
+		}
+		if b.To == path {
+			return b.From
+		}
+	}
+	return path
+}
+
 // freePorts is the first port number that a program may listen on.
 func (k *Keeper) freePorts() int {
 	if k.options.Publishes {

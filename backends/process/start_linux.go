@@ -11,7 +11,6 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
-	"strings"
 	"syscall"
 	"time"
 
@@ -41,25 +40,9 @@ func (k *Keeper) start(ctx context.Context, e *entry, p *Program) (err error) {
 	if p, err = k.settle(ctx, e, p); err != nil {
 		return err
 	}
-	files, err := k.secrets.Reveal(r.Workload)
+	orders, hooks, err := k.prepare(e, p)
 	if err != nil {
 		return err
-	}
-	e.mu.Lock()
-	r.Workload.Files = files
-	e.mu.Unlock()
-	orders, hooks, err := k.orders(k.resolved(r), *p, e.dir)
-	if err != nil {
-		return err
-	}
-	if err := os.MkdirAll(filepath.Join(e.dir, "root"), 0o700); err != nil {
-		return err
-	}
-	if p.Monitor {
-		t, err := k.task(r)
-		if err = errors.Join(err, t.Write()); err != nil {
-			return err
-		}
 	}
 	log, err := openLog(e.dir)
 	if err != nil {
@@ -69,12 +52,6 @@ func (k *Keeper) start(ctx context.Context, e *entry, p *Program) (err error) {
 	before, err := log.Stat()
 	if err != nil {
 		return err
-	}
-	if err := k.groups.Remove(e.name); err != nil { // a fresh one counts from 0
-		return fmt.Errorf("%s: removing its old cgroup: %v", e.name, err)
-	}
-	if err := k.groups.Make(e.name, r.Workload.Resources); err != nil {
-		return errors.Join(fmt.Errorf("%s: making its cgroup: %v", e.name, err), k.groups.Remove(e.name))
 	}
 	k.step("clone")
 	c, err := spawn(orders, k.groups.Joins(e.name), log, -1, k.kin())
@@ -100,6 +77,37 @@ func (k *Keeper) start(ctx context.Context, e *entry, p *Program) (err error) {
 	k.step("started")
 	k.adopt(e, c.program)
 	return nil
+}
+
+// prepare makes on this host what a start needs: the secrets, the workload's folders, a cgroup that counts from 0.
+func (k *Keeper) prepare(e *entry, p *Program) (o stage.Orders, hooks [][]string, err error) {
+	r := &e.record
+	files, err := k.secrets.Reveal(r.Workload)
+	if err != nil {
+		return o, nil, err
+	}
+	e.mu.Lock()
+	r.Workload.Files = files
+	e.mu.Unlock()
+	if o, hooks, err = k.orders(k.resolved(r), *p, e.dir); err != nil {
+		return o, nil, err
+	}
+	if err := os.MkdirAll(filepath.Join(e.dir, "root"), 0o700); err != nil {
+		return o, nil, err
+	}
+	if p.Monitor {
+		t, err := k.task(r)
+		if err = errors.Join(err, t.Write()); err != nil {
+			return o, nil, err
+		}
+	}
+	if err := k.groups.Remove(e.name); err != nil {
+		return o, nil, fmt.Errorf("%s: removing its old cgroup: %v", e.name, err)
+	}
+	if err := k.groups.Make(e.name, r.Workload.Resources); err != nil {
+		return o, nil, errors.Join(fmt.Errorf("%s: making its cgroup: %v", e.name, err), k.groups.Remove(e.name))
+	}
+	return o, hooks, nil
 }
 
 // preInit is what runs the hooks before a program, inside what its stage has built, or nil if there are none.
@@ -147,7 +155,7 @@ func (k *Keeper) hook(ctx context.Context, e *entry, moment string, argv []strin
 	return fault
 }
 
-// orders is what the stage is told. The kept folders are made here.
+// orders is what the stage is told.
 func (k *Keeper) orders(w backends.Workload, p Program, dir string) (o stage.Orders, preInit [][]string, err error) {
 	o = stage.Orders{Argv: slices.Clone(p.Argv), Dir: p.Dir, Confine: stage.Confine{User: w.Run.User}}
 	if o.Dir == "" {
@@ -175,31 +183,9 @@ func (k *Keeper) orders(w backends.Workload, p Program, dir string) (o stage.Ord
 		}
 		return o, preInit, nil
 	}
-	root := &stage.Root{Scratch: filepath.Join(dir, "root"), Hostname: w.Name[:min(len(w.Name), 63)], Content: p.Root, Owner: w.Run.User}
-	if root.Size = w.Overlay.Size; w.Resources.Disk > 0 {
-		root.Size = min(root.Size, w.Resources.Disk)
-	}
-	for _, b := range p.Binds {
-		root.Binds = append(root.Binds, stage.Bind{From: b.From, To: b.To, Writable: b.Writable})
-	}
-	kept, err := k.kept(w)
+	root, err := k.root(w, p, dir)
 	if err != nil {
 		return o, nil, err
-	}
-	for i, keep := range w.Overlay.Keep {
-		root.Binds = append(root.Binds, stage.Bind{From: kept[i], To: keep, Writable: true})
-	}
-	for _, d := range w.Doors {
-		root.Binds = append(root.Binds, stage.Bind{From: d.From, To: d.To, Writable: true})
-	}
-	for _, m := range w.Mounts {
-		root.Binds = append(root.Binds, stage.Bind{From: m.From, To: m.To, Writable: !m.ReadOnly, Strict: true})
-	}
-	for _, f := range w.Files {
-		root.Files = append(root.Files, stage.File{To: f.To, Mode: f.Mode, Content: f.Content})
-	}
-	for _, d := range w.Resources.Devices {
-		root.Nodes = append(root.Nodes, d.Nodes...)
 	}
 	o.Confine.Write = append(o.Confine.Write, root.Nodes...)
 	o.Root = root
@@ -216,36 +202,35 @@ func (k *Keeper) orders(w backends.Workload, p Program, dir string) (o stage.Ord
 	return o, w.Hooks.PreInit, nil
 }
 
-// boundFiles bounds every file, and so the log, of a program that writes nowhere but in its overlay of so many bytes and to devices.
-func (k *Keeper) boundFiles(o *stage.Orders, overlay int64) {
-	if len(o.Confine.Write) == len(stage.Devices()) {
-		o.Confine.FileSize = max(logTimes*k.options.LogSize, overlay)
+// root is what the program will see. The kept folders are made here.
+func (k *Keeper) root(w backends.Workload, p Program, dir string) (*stage.Root, error) {
+	root := &stage.Root{Scratch: filepath.Join(dir, "root"), Hostname: w.Name[:min(len(w.Name), 63)], Content: p.Root, Owner: w.Run.User}
+	if root.Size = w.Overlay.Size; w.Resources.Disk > 0 {
+		root.Size = min(root.Size, w.Resources.Disk)
 	}
-}
-
-// bare adapts the orders to a keeper that cannot mount: the program runs where it lies, and landlock hides the rest.
-func bare(o *stage.Orders, p Program) {
-	o.Confine.Bare = true
-	o.Argv[0] = outside(p, o.Argv[0])
 	for _, b := range p.Binds {
-		o.Confine.Execute = append(o.Confine.Execute, b.From)
-		if b.Writable {
-			o.Confine.Write = append(o.Confine.Write, b.From)
-		}
+		root.Binds = append(root.Binds, stage.Bind{From: b.From, To: b.To, Writable: b.Writable})
 	}
-}
-
-// outside is where a path of the program lies on this host.
-func outside(p Program, path string) string {
-	for _, b := range p.Binds {
-		if rest, below := strings.CutPrefix(path, b.To+"/"); below {
-			return filepath.Join(b.From, rest)
-		}
-		if b.To == path {
-			return b.From
-		}
+	kept, err := k.kept(w)
+	if err != nil {
+		return nil, err
 	}
-	return path
+	for i, keep := range w.Overlay.Keep {
+		root.Binds = append(root.Binds, stage.Bind{From: kept[i], To: keep, Writable: true})
+	}
+	for _, d := range w.Doors {
+		root.Binds = append(root.Binds, stage.Bind{From: d.From, To: d.To, Writable: true})
+	}
+	for _, m := range w.Mounts {
+		root.Binds = append(root.Binds, stage.Bind{From: m.From, To: m.To, Writable: !m.ReadOnly, Strict: true})
+	}
+	for _, f := range w.Files {
+		root.Files = append(root.Files, stage.File{To: f.To, Mode: f.Mode, Content: f.Content})
+	}
+	for _, d := range w.Resources.Devices {
+		root.Nodes = append(root.Nodes, d.Nodes...)
+	}
+	return root, nil
 }
 
 // child is a stage that waits for its orders, and may become a program.

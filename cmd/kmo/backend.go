@@ -32,7 +32,6 @@ type builtIn struct {
 	name    string
 	runs    string // what, in a few words
 	install string // what the runtime needs on Debian; "" is nothing
-	engine  string // what Config.Engines says of it; "" is nothing
 	open    func(o opening) (backends.Backend, error)
 }
 

@@ -211,3 +211,24 @@ func loadConfig(path string) (Config, error) {
 	}
 	return c, nil
 }
+
+// devices are the named devices that this host has: one with a node that is not there is none.
+func (c Config) devices() map[string][]string {
+	var found map[string][]string
+	for name, nodes := range c.Devices {
+		var list []string
+		for _, node := range nodes {
+			if _, err := os.Stat(string(node)); err == nil {
+				list = append(list, string(node))
+			}
+		}
+		if len(list) < len(nodes) {
+			continue
+		}
+		if found == nil {
+			found = map[string][]string{}
+		}
+		found[string(name)] = list
+	}
+	return found
+}

@@ -342,18 +342,7 @@ func hostFacts(config Config, dir string) (template.Host, error) {
 	for name, value := range config.Labels {
 		facts.Labels[string(name)] = string(value)
 	}
-	for name, nodes := range config.Devices {
-		if facts.Devices == nil {
-			facts.Devices = map[string][]string{}
-		}
-		for _, node := range nodes {
-			if _, err := os.Stat(string(node)); err != nil {
-				delete(facts.Devices, string(name)) // a device with a node that is not there is none
-				break
-			}
-			facts.Devices[string(name)] = append(facts.Devices[string(name)], string(node))
-		}
-	}
+	facts.Devices = config.devices()
 	return facts, measure(&facts, dir)
 }
 
