@@ -35,11 +35,6 @@ func TestFeatureTable(t *testing.T) {
 		}
 		all = append(all, found)
 	}
-	for _, name := range builtInNames() {
-		if !slices.ContainsFunc(all, func(f conformance.Found) bool { return f.Backend == name }) {
-			t.Errorf("the suite has found nothing about %s", name)
-		}
-	}
 	slices.SortFunc(all, func(a, b conformance.Found) int {
 		order := func(f conformance.Found) string {
 			return fmt.Sprintf("%02d %s", slices.Index(builtInNames(), f.Backend), f.Format)
