@@ -139,9 +139,7 @@ func (c *cluster) apply(ctx context.Context, k kind, o object, dry bool, into an
 	if err != nil {
 		return err
 	}
-	r := c.rest.Patch(types.ApplyPatchType).AbsPath("/").SetHeader("Accept", "application/json")
-	api, plural := k.split()
-	r = r.AbsPath(api).Namespace(c.namespace).Resource(plural).Name(o.name()).
+	r := c.request(http.MethodPatch, k, o.name()).SetHeader("Content-Type", string(types.ApplyPatchType)).
 		Param("fieldManager", fieldManager).Param("force", "true").Param("fieldValidation", "Strict").Body(text)
 	if dry {
 		r = r.Param("dryRun", "All")
