@@ -13,7 +13,9 @@ import (
 	"github.com/kindos/kmo/backends"
 )
 
-func many(i int) backends.Workload { return workload(fmt.Sprint("unit-", i), fmt.Sprintf("%x", i%16)) }
+func many(i int) backends.Workload {
+	return workload(fmt.Sprint("unit-", i), fmt.Sprintf("%x", 1+i%15))
+}
 
 // BenchmarkObserve looks at 100 workloads.
 func BenchmarkObserve(b *testing.B) {

@@ -10,6 +10,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/go-logr/logr"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/runtime"
@@ -17,11 +18,13 @@ import (
 	"k8s.io/apimachinery/pkg/types"
 	"k8s.io/client-go/rest"
 	"k8s.io/client-go/tools/clientcmd"
+	"k8s.io/klog/v2"
 )
 
 const (
 	fieldManager = "kmo"
 	callTime     = 30 * time.Second // for one call of the API that is no stream
+	writeTime    = 2 * time.Second  // for a write to end whose caller has gone
 )
 
 // kind is a kind of object, as its path below the API's root.
@@ -98,11 +101,29 @@ func (c *cluster) request(verb string, k kind, name string, sub ...string) *rest
 
 // do makes a call and reads its answer.
 func do(ctx context.Context, r *rest.Request, into any) error {
+	bounded, cancel := context.WithTimeout(quiet(ctx), callTime)
+	defer cancel()
+	return answered(ctx, bounded, r, into)
+}
+
+// write is do for a call that changes something. Once it is made it is not cut off at once: the cluster might do it all the same, after
+// whatever is done next.
+func write(ctx context.Context, r *rest.Request, into any) error {
+	bounded, cancel := context.WithTimeout(context.WithoutCancel(quiet(ctx)), callTime)
+	defer cancel()
+	stop := context.AfterFunc(ctx, func() { time.AfterFunc(writeTime, cancel) })
+	defer stop()
+	return answered(ctx, bounded, r, into)
+}
+
+// quiet keeps the client's own log, which says again what is returned, from this process's output.
+func quiet(ctx context.Context) context.Context { return klog.NewContext(ctx, logr.Discard()) }
+
+// answered makes a call in the one context, for a caller of the other.
+func answered(ctx, bounded context.Context, r *rest.Request, into any) error {
 	if err := ctx.Err(); err != nil {
 		return err
 	}
-	bounded, cancel := context.WithTimeout(ctx, callTime)
-	defer cancel()
 	result := r.Do(bounded)
 	text, err := result.Raw()
 	switch {
@@ -139,14 +160,12 @@ func (c *cluster) apply(ctx context.Context, k kind, o object, dry bool, into an
 	if err != nil {
 		return err
 	}
-	r := c.rest.Patch(types.ApplyPatchType).AbsPath("/").SetHeader("Accept", "application/json")
-	api, plural := k.split()
-	r = r.AbsPath(api).Namespace(c.namespace).Resource(plural).Name(o.name()).
+	r := c.request(http.MethodPatch, k, o.name()).SetHeader("Content-Type", string(types.ApplyPatchType)).
 		Param("fieldManager", fieldManager).Param("force", "true").Param("fieldValidation", "Strict").Body(text)
 	if dry {
 		r = r.Param("dryRun", "All")
 	}
-	return do(ctx, r, into)
+	return write(ctx, r, into)
 }
 
 // annotate changes annotations of one object, and nothing else of it.
@@ -157,7 +176,7 @@ func (c *cluster) annotate(ctx context.Context, k kind, m meta, annotations map[
 	}
 	r := c.request(http.MethodPatch, k, m.Name).SetHeader("Content-Type", string(types.MergePatchType)).
 		Param("fieldManager", fieldManager+"-hooks").Body(text)
-	return do(ctx, r, nil)
+	return write(ctx, r, nil)
 }
 
 // remove deletes the one object that was seen, and none that has taken its name since; what hangs on a Deployment goes before it does.
@@ -172,7 +191,7 @@ func (c *cluster) remove(ctx context.Context, k kind, m meta) error {
 	if err != nil {
 		return err
 	}
-	err = do(ctx, c.request(http.MethodDelete, k, m.Name).SetHeader("Content-Type", "application/json").Body(text), nil)
+	err = write(ctx, c.request(http.MethodDelete, k, m.Name).SetHeader("Content-Type", "application/json").Body(text), nil)
 	if apierrors.IsNotFound(err) || apierrors.IsConflict(err) {
 		return nil
 	}
@@ -181,7 +200,7 @@ func (c *cluster) remove(ctx context.Context, k kind, m meta) error {
 
 // stream opens what goes on: a log.
 func stream(ctx context.Context, r *rest.Request) (io.ReadCloser, error) {
-	body, err := r.Stream(ctx)
+	body, err := r.Stream(quiet(ctx))
 	if err != nil && ctx.Err() != nil {
 		return nil, ctx.Err()
 	}
@@ -194,7 +213,7 @@ func (c *cluster) makeNamespace(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	err = do(ctx, c.request(http.MethodPost, namespaces, "").SetHeader("Content-Type", "application/json").Body(text), nil)
+	err = write(ctx, c.request(http.MethodPost, namespaces, "").SetHeader("Content-Type", "application/json").Body(text), nil)
 	if apierrors.IsAlreadyExists(err) {
 		return nil
 	}
