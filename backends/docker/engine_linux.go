@@ -14,6 +14,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/containerd/errdefs"
@@ -39,8 +40,11 @@ type Backend struct {
 	hookTime time.Duration
 
 	life
-	images   images
-	settling chan struct{} // holds one token: who asks for the first time what there is
+	images images
+	server atomic.Pointer[string] // what answers, by its own words
+
+	settling  chan struct{} // holds one token: who asks for the first time what there is
+	measuring chan struct{} // holds one token: who asks for the first time what the engine can do
 
 	mu sync.Mutex // guards what follows
 	known
@@ -82,7 +86,7 @@ func Open(o Options) (*Backend, error) {
 	o.State = state
 	b := &Backend{
 		options: o, plan: plan.Plan{Engine: o.Name, State: state}, door: engine.Door{Name: o.Name, Socket: o.Socket}, step: func(string) {}, hookTime: hookTime,
-		life: life{wake: make(chan struct{}, 1), starts: make(chan struct{}, 4)}, images: newImages(), settling: make(chan struct{}, 1),
+		life: life{wake: make(chan struct{}, 1), starts: make(chan struct{}, 4)}, images: newImages(), settling: make(chan struct{}, 1), measuring: make(chan struct{}, 1),
 		known: known{entries: map[string]*entry{}, ports: map[int]string{}},
 	}
 	for _, dir := range []string{"", "work", "images", "kept"} {
@@ -97,7 +101,7 @@ func Open(o Options) (*Backend, error) {
 		return nil, err
 	}
 	if b.plan.Instance, err = instance(filepath.Join(state, "instance")); err == nil {
-		b.engine, err = b.door.Client()
+		b.engine, err = b.door.Client(func(server string) { b.server.Store(&server) })
 	}
 	if err != nil {
 		return nil, errors.Join(err, b.lock.Close())
@@ -276,33 +280,38 @@ func (b *Backend) discard(ctx context.Context, id string) error {
 	}
 }
 
-// Fingerprint asks the engine what it can do now.
+// Fingerprint asks the engine what it can do now. It is one question: Podman takes seconds for each that makes it ask others for their versions.
 func (b *Backend) Fingerprint(ctx context.Context) (backends.Fingerprint, error) {
-	version, err := b.engine.ServerVersion(ctx, client.ServerVersionOptions{})
+	found, err := b.engine.Info(ctx, client.InfoOptions{})
 	if err != nil {
 		return backends.Fingerprint{}, b.plain(ctx, err)
 	}
-	isPodman := slices.ContainsFunc(version.Components, func(c system.ComponentVersion) bool { return c.Name == "Podman Engine" })
-	if isPodman != (b.options.Name == Podman) {
-		return backends.Fingerprint{}, fmt.Errorf("%s: what answers at %s is another engine: version %s of %v", b.options.Name, strings.Join(b.door.Sockets(), ", "), version.Version, version.Components)
+	info, server := found.Info, ""
+	if heard := b.server.Load(); heard != nil {
+		server = *heard
 	}
-	info, err := b.engine.Info(ctx, client.InfoOptions{})
-	if err != nil {
-		return backends.Fingerprint{}, b.plain(ctx, err)
+	if want := map[string]string{Docker: "Docker/", Podman: "Libpod/"}[b.options.Name]; !strings.HasPrefix(server, want) {
+		return backends.Fingerprint{}, fmt.Errorf("%s: what answers at %s is %.100q; want %s", b.options.Name, strings.Join(b.door.Sockets(), ", "), server, want)
 	}
 	able := backends.Fingerprint{
-		Backend: b.options.Name, Version: version.Version, Isolation: backends.IsolationContainer,
-		Formats: []backends.Format{backends.OCI}, Platforms: []string{"linux/" + engine.Arch(version.Arch)},
+		Backend: b.options.Name, Version: info.ServerVersion, Isolation: backends.IsolationContainer,
+		Formats: []backends.Format{backends.OCI}, Platforms: []string{"linux/" + engine.Arch(info.Architecture)},
 	}
-	b.measure(&able, info.Info)
+	b.measure(&able, info)
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	b.able = &able
 	return able, nil
 }
 
-// abilities are those that were found last, or else are found now.
+// abilities are those that were found last, or else are found now, once for all who want them.
 func (b *Backend) abilities(ctx context.Context) (backends.Fingerprint, error) {
+	select {
+	case b.measuring <- struct{}{}:
+		defer func() { <-b.measuring }()
+	case <-ctx.Done():
+		return backends.Fingerprint{}, ctx.Err()
+	}
 	b.mu.Lock()
 	able := b.able
 	b.mu.Unlock()

@@ -164,6 +164,7 @@ func (b *Backend) nudge() {
 // watch looks at all containers when there is reason to, and now and then.
 func (b *Backend) watch() {
 	const seldom, soon = 10 * time.Second, 300 * time.Millisecond
+	b.working.Go(func() { _, _ = b.abilities(b.ctx) }) // before anybody asks, who is told what goes wrong with it
 	for {
 		ctx, cancel := context.WithTimeout(b.ctx, time.Minute)
 		err := b.ready(ctx)

@@ -75,6 +75,7 @@ func TestConformance(t *testing.T) {
 			Open:     func(t *testing.T) backends.Backend { return open(t, dir) },
 			Images:   map[backends.Format]backends.Image{backends.OCI: {Content: root}, backends.LXC: {Content: root}},
 			Leaks:    func(t *testing.T) []string { return leaks(dir) },
+			Patience: time.Minute, // on a machine that others use, with the race detector, a start takes seconds
 			Disk:     []string{dir, "/run/lxc", "/var/lib/lxc"},
 			Stranger: func(t *testing.T) func(*testing.T) { return stranger(t, root) },
 		}

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"math/bits"
 	"net"
+	"net/http"
 	"os"
 	"path/filepath"
 	"strconv"
@@ -22,9 +23,13 @@ type Door struct {
 	Socket string // "" is where it usually is
 }
 
-// Client asks the engine. It need not be there yet.
-func (d Door) Client() (*client.Client, error) {
-	return client.New(client.WithHost("unix:///engine"), client.WithDialContext(d.dial))
+// Client asks the engine. It need not be there yet. Each answer tells heard, if that is not nil, what program gave it: "Libpod/4.3.1 (linux)".
+func (d Door) Client(heard func(server string)) (*client.Client, error) {
+	return client.New(client.WithHost("unix:///engine"), client.WithDialContext(d.dial), client.WithResponseHook(func(r *http.Response) {
+		if server := r.Header.Get("Server"); server != "" && heard != nil {
+			heard(server)
+		}
+	}))
 }
 
 // Sockets are where the engine may be, likeliest first.

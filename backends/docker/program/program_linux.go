@@ -226,7 +226,7 @@ func number(at, file, key string) int64 {
 // KillSession ends the processes of the session that a process of the container with that id leads, or led: what a command was executed as,
 // and what it has started.
 func KillSession(leader int, id string) {
-	if leader <= 1 {
+	if leader <= 1 || id == "" {
 		return
 	}
 	for range 5 { // until nobody is left who could start another
