@@ -128,7 +128,7 @@ var defects = []defect{
 		}}
 	}},
 	{claimed, func(b *fake.Backend) backends.Backend {
-		b.Print.Features = append(slices.Clone(b.Print.Features), backends.Privileged)
+		b.Print.Features = append(slices.Clone(b.Print.Features), "moonlight")
 		return b
 	}},
 	{"a failing preInit is an error with its output, and no program", func(b *fake.Backend) backends.Backend {
@@ -240,7 +240,7 @@ func TestSuiteNoticesDefects(t *testing.T) {
 			name := strings.ReplaceAll(defect.check, " ", "_")
 			pattern, said := "^TestConformance$/^value$/^native$/^"+name+"$", "--- FAIL: TestConformance/value/native/"+name
 			if defect.check == claimed {
-				pattern, said = "^TestConformance$/^value$/^native$", "the fingerprint has privileged, which no check exercises"
+				pattern, said = "^TestConformance$/^value$/^native$", "the fingerprint has moonlight, which no check exercises"
 			}
 			suite := exec.Command(os.Args[0], "-test.run="+pattern, "-test.v")
 			suite.Env = append(os.Environ(), "KMO_DEFECT=defect "+defect.check)

@@ -4,6 +4,7 @@ import (
 	"bufio"
 	"context"
 	"encoding/json"
+	"errors"
 	"io"
 	"net"
 	"os"
@@ -303,10 +304,10 @@ func TestStuckCgroup(t *testing.T) {
 		t.Fatal(err)
 	}
 	inner := filepath.Join(filepath.Dir(k.groups.Joins(name)[0]), "inner")
-	if err := os.Mkdir(inner, 0o755); err != nil {
+	if err := errors.Join(os.Mkdir(inner, 0o755), syscall.Mount("tmpfs", inner, "tmpfs", 0, "")); err != nil { // what is mounted on stays
 		t.Fatal(err)
 	}
-	defer os.Remove(inner)
+	defer syscall.Unmount(inner, 0)
 	apply(t, k, workload("well", "wait"))
 	if err := k.Close(); err != nil {
 		t.Fatal(err)
@@ -325,7 +326,7 @@ func TestStuckCgroup(t *testing.T) {
 	if err := again.Remove(t.Context(), name); err == nil {
 		t.Error("it was removed")
 	}
-	if err := os.Remove(inner); err != nil {
+	if err := syscall.Unmount(inner, 0); err != nil {
 		t.Fatal(err)
 	}
 	sweep(t, again)

@@ -36,7 +36,7 @@ func newWorld(t testing.TB, extra string) *world {
 	if err != nil {
 		t.Fatal(err)
 	}
-	w := &world{t: t, demo: demo{out: io.Discard, dir: dir, self: b.kmo, programs: b.programs, begun: time.Now()}}
+	w := &world{t: t, demo: demo{out: io.Discard, dir: dir, self: b.kmo, programs: b.programs, backend: "native", begun: time.Now()}}
 	t.Cleanup(w.end)
 	if err := os.Mkdir(filepath.Join(dir, "keys"), 0o700); err != nil {
 		t.Fatal(err)
