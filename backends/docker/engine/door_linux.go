@@ -25,7 +25,7 @@ type Door struct {
 
 // Client asks the engine. It need not be there yet. Each answer tells heard, if that is not nil, what program gave it: "Libpod/4.3.1 (linux)".
 func (d Door) Client(heard func(server string)) (*client.Client, error) {
-	return client.New(client.WithHost("unix:///engine"), client.WithDialContext(d.dial), client.WithResponseHook(func(r *http.Response) {
+	return client.New(client.WithHost("unix:///engine"), client.WithDialContext(d.dial), client.WithHTTPResponseHook(func(r *http.Response) {
 		if server := r.Header.Get("Server"); server != "" && heard != nil {
 			heard(server)
 		}
