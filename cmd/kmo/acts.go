@@ -96,7 +96,7 @@ func (d *demo) tampered(ctx context.Context) (pins string, err error) {
 	if err != nil {
 		return "", err
 	}
-	program[len(program)-1] ^= 1
+	program[len(program)/2] ^= 1
 	path := filepath.Join(d.dir, "tampered")
 	if err := os.WriteFile(path, program, 0o755); err != nil {
 		return "", err
