@@ -38,7 +38,6 @@ package microvm
 import (
 	"context"
 	"errors"
-	"io"
 	"log/slog"
 	"path/filepath"
 	"slices"
@@ -65,9 +64,10 @@ const (
 
 // Options are what a Backend needs. State is.
 type Options struct {
-	State   string                           // the state folder; made if there is none
-	Kernel  string                           // a kernel to boot; "" is the newest /boot/vmlinuz-*
-	Modules string                           // its modules; "" is /lib/modules/<version> with the newest, and none with Kernel
+	State string // the state folder; made if there is none
+	// Kernel is a folder in which boot/vmlinuz-* are with their lib/modules, of which the newest is booted, or a kernel that needs no
+	// modules; "" is this host's own.
+	Kernel  string
 	Guest   string                           // the guest, a static program; "" is the one in this binary
 	VMM     string                           // path of qemu-system-<arch> or firecracker; "" is the first of them in PATH
 	Memory  string                           // as process.Options has it
@@ -77,9 +77,9 @@ type Options struct {
 
 // Backend is backends.Backend and backends.Execer.
 type Backend struct {
+	*process.Keeper
 	options Options
 	cache   *boot.Cache
-	keeper  *process.Keeper
 }
 
 // Open makes or finds the state and takes over the machines that run. It needs Linux. What it boots and by what is looked for at each use.
@@ -93,7 +93,7 @@ func Open(o Options) (*Backend, error) {
 	if b.cache, err = boot.Open(filepath.Join(state, "cache")); err != nil {
 		return nil, err
 	}
-	b.keeper, err = process.Open(process.Options{
+	b.Keeper, err = process.Open(process.Options{
 		Backend: Name, State: filepath.Join(state, "machines"), Plan: b.plan, Features: b.features, Publishes: true,
 		Logger: o.Logger, Backoff: o.Backoff, Memory: o.Memory,
 	})
@@ -113,12 +113,9 @@ func (b *Backend) features(have []backends.Feature) []backends.Feature {
 	return append(have, backends.PortMap, backends.LowPorts, backends.Overlays, backends.OverlayRoot, backends.LimitDisk)
 }
 
-// Close ends this process's part. No machine notices.
-func (b *Backend) Close() error { return b.keeper.Close() }
-
 // Fingerprint says what this host can boot. It returns an error that says what to install where it can boot nothing.
 func (b *Backend) Fingerprint(ctx context.Context) (backends.Fingerprint, error) {
-	if !b.keeper.Mounts() {
+	if !b.Mounts() {
 		return backends.Fingerprint{}, errors.New("micro-VMs need root with the right to mount")
 	}
 	version, err := find(b.options).version(ctx)
@@ -127,13 +124,13 @@ func (b *Backend) Fingerprint(ctx context.Context) (backends.Fingerprint, error)
 	}
 	return backends.Fingerprint{
 		Backend: Name, Version: version, Formats: []backends.Format{backends.OCI}, Platforms: []string{"linux/" + architecture},
-		Isolation: backends.IsolationMachine, Features: b.keeper.Features(), Missing: b.missing(),
+		Isolation: backends.IsolationMachine, Features: b.Features(), Missing: b.missing(),
 	}, nil
 }
 
 // missing is what neither this host nor a machine lets be applied.
 func (b *Backend) missing() (list []string) {
-	has := func(f backends.Feature) bool { return slices.Contains(b.keeper.Features(), f) }
+	has := func(f backends.Feature) bool { return slices.Contains(b.Features(), f) }
 	for _, one := range []struct {
 		lacks bool
 		words string
@@ -161,7 +158,7 @@ func (b *Backend) missing() (list []string) {
 
 // Observe lists the workloads, with what they use inside.
 func (b *Backend) Observe(ctx context.Context) ([]backends.Status, error) {
-	list, err := b.keeper.Observe(ctx)
+	list, err := b.Keeper.Observe(ctx)
 	for i := range list {
 		inside := usage(filepath.Join(b.options.State, "machines", "work", list[i].Name, "own"))
 		if list[i].PID != 0 {
@@ -176,18 +173,5 @@ func (b *Backend) Apply(ctx context.Context, w backends.Workload) error {
 	if w.Format != backends.OCI {
 		return &backends.FeatureError{Backend: Name, Feature: backends.Feature(w.Format), Detail: "it runs the format image only"}
 	}
-	return b.keeper.Apply(ctx, find(b.options).inner(w))
-}
-
-// Remove runs the exit hooks, stops the program and its machine, and clears everything of it but kept paths.
-func (b *Backend) Remove(ctx context.Context, name string) error { return b.keeper.Remove(ctx, name) }
-
-// Logs returns what the program wrote.
-func (b *Backend) Logs(ctx context.Context, name string, options backends.LogOptions) (io.ReadCloser, error) {
-	return b.keeper.Logs(ctx, name, options)
-}
-
-// Exec runs a command in the machine, confined and bounded as the program is.
-func (b *Backend) Exec(ctx context.Context, name string, argv []string) (int, []byte, error) {
-	return b.keeper.Exec(ctx, name, argv)
+	return b.Keeper.Apply(ctx, find(b.options).inner(w))
 }

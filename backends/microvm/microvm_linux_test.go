@@ -23,6 +23,7 @@ import (
 type world struct {
 	dir, guest, image, cache string
 	kernel                   boot.Kernel
+	home                     string // of the kernel
 }
 
 var ground world // written by TestMain alone
@@ -61,6 +62,7 @@ func makeWorld(dir string) (w world, err error) {
 		return w, fmt.Errorf("a guest's kernel, by .ci/kernel: %v", err)
 	}
 	at := strings.TrimSpace(string(kernel))
+	w.home = at
 	if w.kernel, err = boot.Find(filepath.Join(at, "boot"), filepath.Join(at, "lib/modules")); err != nil {
 		return w, err
 	}
@@ -81,7 +83,7 @@ func makeWorld(dir string) (w world, err error) {
 
 func options(state string) Options {
 	return Options{
-		State: state, Kernel: ground.kernel.Image, Modules: ground.kernel.Modules, Guest: ground.guest,
+		State: state, Kernel: ground.home, Guest: ground.guest,
 		Backoff: func(n int) time.Duration { return 10 * time.Millisecond << min(n, 6) },
 	}
 }

@@ -77,10 +77,15 @@ func (t tools) check() error {
 
 // kernel is what machines boot.
 func (t tools) kernel() (boot.Kernel, error) {
-	if t.options.Kernel != "" {
-		return boot.Kernel{Image: t.options.Kernel, Modules: t.options.Modules}, nil
+	root := cmp.Or(t.options.Kernel, "/")
+	found, err := os.Stat(root)
+	if err == nil && !found.IsDir() {
+		return boot.Kernel{Image: root}, nil
 	}
-	return boot.Find("/boot", cmp.Or(t.options.Modules, "/lib/modules"))
+	if err != nil {
+		return boot.Kernel{}, err
+	}
+	return boot.Find(filepath.Join(root, "boot"), filepath.Join(root, "lib/modules"))
 }
 
 // guest is the program that is process 1 in a machine.

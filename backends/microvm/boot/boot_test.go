@@ -15,6 +15,8 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"github.com/pierrec/lz4/v4"
 )
 
 func TestFindTakesTheNewestWithModules(t *testing.T) {
@@ -68,8 +70,8 @@ func TestUnpack(t *testing.T) {
 	if got, ok := unpack(image(packed.Bytes())); !ok || !bytes.Equal(got, want) {
 		t.Errorf("gzip: %t, %d bytes, want %d", ok, len(got), len(want))
 	}
-	lz4 := legacy(want)
-	if got, ok := unpack(image(lz4)); !ok || !bytes.Equal(got, want) {
+	framed := legacy(t, want)
+	if got, ok := unpack(image(framed)); !ok || !bytes.Equal(got, want) {
 		t.Errorf("lz4: %t, %d bytes, want %d", ok, len(got), len(want))
 	}
 	for _, broken := range [][]byte{nil, []byte("MZ"), want[:4096], image(nil), image([]byte("(\xb5/\xfd"))} {
@@ -78,62 +80,25 @@ func TestUnpack(t *testing.T) {
 		}
 	}
 	for range 2000 { // what is broken is no kernel, or another, and nobody panics
-		broken := slices.Clone(lz4[:min(len(lz4), 4096)])
+		broken := slices.Clone(framed[:min(len(framed), 4096)])
 		broken[4+random.IntN(len(broken)-4)] ^= byte(1 + random.IntN(255))
 		_, _ = unpack(image(broken[:random.IntN(len(broken))]))
 	}
 }
 
-// legacy packs text as LZ4's legacy frames, with matches where the last four bytes are found again.
-func legacy(text []byte) []byte {
-	out := []byte{0x02, 0x21, 0x4c, 0x18}
-	for len(text) > 0 {
-		block := compress(text[:min(len(text), 8<<20)])
-		out = binary.LittleEndian.AppendUint32(out, uint32(len(block)))
-		out, text = append(out, block...), text[min(len(text), 8<<20):]
+// legacy packs text as the kernel's build does: LZ4's legacy frame, and behind it the size.
+func legacy(t *testing.T, text []byte) []byte {
+	t.Helper()
+	var out bytes.Buffer
+	w := lz4.NewWriter(&out)
+	err := w.Apply(lz4.LegacyOption(true))
+	if err == nil {
+		_, err = w.Write(text)
 	}
-	return append(out, 0, 0, 0, 0) // the size, which the kernel's build appends
-}
-
-func compress(text []byte) (out []byte) {
-	seen := map[uint32]int{}
-	begin := 0
-	length := func(n int) {
-		for n -= 15; n >= 255; n -= 255 {
-			out = append(out, 255)
-		}
-		out = append(out, byte(n))
+	if err = errors.Join(err, w.Close()); err != nil {
+		t.Fatal(err)
 	}
-	sequence := func(end, offset, match int) {
-		literal := end - begin
-		out = append(out, byte(min(literal, 15)<<4|min(max(match-4, 0), 15)))
-		if literal >= 15 {
-			length(literal)
-		}
-		if out = append(out, text[begin:end]...); match == 0 {
-			return
-		}
-		if out = binary.LittleEndian.AppendUint16(out, uint16(offset)); match-4 >= 15 {
-			length(match - 4)
-		}
-	}
-	for i := 0; i+16 < len(text); i++ {
-		word := binary.LittleEndian.Uint32(text[i:])
-		at, ok := seen[word]
-		seen[word] = i
-		if !ok || i-at > 65535 {
-			continue
-		}
-		n := 4
-		for i+n+8 < len(text) && text[i+n] == text[at+n] {
-			n++
-		}
-		sequence(i, i-at, n)
-		i += n - 1
-		begin = i + 1
-	}
-	sequence(len(text), 0, 0)
-	return out
+	return binary.LittleEndian.AppendUint32(out.Bytes(), uint32(len(text)))
 }
 
 func TestModulesComeAfterWhatTheyNeed(t *testing.T) {

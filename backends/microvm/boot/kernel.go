@@ -14,6 +14,8 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+
+	"github.com/pierrec/lz4/v4"
 )
 
 // unpack returns the vmlinux in an x86 bzImage. It is false for any other image, and for one packed otherwise.
@@ -33,7 +35,8 @@ func unpack(image []byte) ([]byte, bool) {
 	var err error
 	switch {
 	case bytes.HasPrefix(packed, []byte{0x02, 0x21, 0x4c, 0x18}):
-		unpacked, err = lz4(packed[4:])
+		// What the kernel's build appends to the frame, the size of all, is no part of it.
+		unpacked, err = io.ReadAll(io.LimitReader(lz4.NewReader(bytes.NewReader(packed[:len(packed)-4])), 1<<28))
 	case bytes.HasPrefix(packed, []byte{0x1f, 0x8b}):
 		var r *gzip.Reader
 		if r, err = gzip.NewReader(bytes.NewReader(packed)); err == nil {
@@ -44,70 +47,6 @@ func unpack(image []byte) ([]byte, bool) {
 		return nil, false
 	}
 	return unpacked, err == nil && bytes.HasPrefix(unpacked, []byte(elf.ELFMAG))
-}
-
-var errPacked = errors.New("the kernel is packed otherwise than LZ4's legacy frames are")
-
-// lz4 unpacks the blocks of a legacy frame, each of which unpacks to at most 8 MiB, up to the size that the kernel's build appends.
-func lz4(packed []byte) (out []byte, err error) {
-	for len(packed) > 4 {
-		size := binary.LittleEndian.Uint32(packed)
-		if packed = packed[4:]; uint64(size) > uint64(len(packed)) {
-			return nil, errPacked
-		}
-		if out, err = block(out, packed[:size]); err != nil || len(out) > 1<<28 {
-			return nil, errPacked
-		}
-		packed = packed[size:]
-	}
-	return out, nil
-}
-
-// block appends what one block unpacks to (github.com/lz4/lz4, doc/lz4_Block_format.md). Blocks do not refer to one another.
-func block(out, in []byte) ([]byte, error) {
-	begin := len(out)
-	length := func(n int) (int, bool) {
-		if n != 15 {
-			return n, true
-		}
-		for {
-			if len(in) == 0 {
-				return 0, false
-			}
-			more := in[0]
-			in, n = in[1:], n+int(more)
-			if more != 255 {
-				return n, true
-			}
-		}
-	}
-	for len(in) > 0 {
-		token := in[0]
-		in = in[1:]
-		literal, ok := length(int(token >> 4))
-		if !ok || literal > len(in) {
-			return nil, errPacked
-		}
-		out, in = append(out, in[:literal]...), in[literal:]
-		if len(in) == 0 {
-			return out, nil // the last sequence has literals only
-		}
-		if len(in) < 2 {
-			return nil, errPacked
-		}
-		offset := int(binary.LittleEndian.Uint16(in))
-		in = in[2:]
-		match, ok := length(int(token & 15))
-		if !ok || offset == 0 || offset > len(out)-begin {
-			return nil, errPacked
-		}
-		for match += 4; match > 0; { // what is copied may be what this copy has just made
-			n := min(match, offset)
-			out = append(out, out[len(out)-offset:len(out)-offset+n]...)
-			match -= n
-		}
-	}
-	return out, nil
 }
 
 // module is a kernel module, unpacked.
