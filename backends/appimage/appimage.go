@@ -18,7 +18,6 @@ package appimage
 import (
 	"context"
 	"errors"
-	"io"
 	"log/slog"
 	"os"
 	"path/filepath"
@@ -48,9 +47,8 @@ type Options struct {
 
 // Backend runs AppImages. It is a backends.Backend and a backends.Execer.
 type Backend struct {
-	keeper *process.Keeper // may be looked at once opened is closed
-	opened chan struct{}
-	apps   *apps
+	*process.Keeper
+	apps *apps
 }
 
 // Open goes on with what an earlier process left in the state folder.
@@ -62,12 +60,11 @@ func Open(o Options) (*Backend, error) {
 	if err := os.MkdirAll(state, 0o700); err != nil {
 		return nil, err
 	}
-	b := &Backend{opened: make(chan struct{})}
+	b := &Backend{}
 	if b.apps, err = openApps(filepath.Join(state, "apps")); err != nil {
 		return nil, err
 	}
-	defer close(b.opened) // programs that are to be started again are planned meanwhile
-	b.keeper, err = process.Open(process.Options{
+	b.Keeper, err = process.Open(process.Options{
 		Backend: Name, State: filepath.Join(state, "programs"), Plan: b.plan, Logger: o.Logger, Backoff: o.Backoff,
 	})
 	if err != nil {
@@ -76,25 +73,17 @@ func Open(o Options) (*Backend, error) {
 	return b, nil
 }
 
-// Close ends this process's part. No program notices.
-func (b *Backend) Close() error { return b.keeper.Close() }
-
 // Fingerprint says what was measured when the backend was opened.
 func (b *Backend) Fingerprint(context.Context) (backends.Fingerprint, error) {
 	p := backends.Fingerprint{
-		Backend: Name, Version: b.keeper.Kernel(), Platforms: []string{runtime.GOOS + "/" + runtime.GOARCH},
-		Isolation: backends.IsolationProcess, Features: b.keeper.Features(),
-		Missing: append(b.keeper.Missing(), "a base of its own: the libraries of this host are seen inside, read-only, and are not verified"),
+		Backend: Name, Version: b.Kernel(), Platforms: []string{runtime.GOOS + "/" + runtime.GOARCH},
+		Isolation: backends.IsolationProcess, Features: b.Features(),
+		Missing: append(b.Missing(), "a base of its own: the libraries of this host are seen inside, read-only, and are not verified"),
 	}
-	if b.keeper.Confines() {
+	if b.Confines() {
 		p.Formats = []backends.Format{backends.AppImage}
 	}
 	return p, nil
-}
-
-// Observe lists the programs.
-func (b *Backend) Observe(ctx context.Context) ([]backends.Status, error) {
-	return b.keeper.Observe(ctx)
 }
 
 // Apply unpacks the image, if that was not done before, and starts its AppRun.
@@ -111,7 +100,7 @@ func (b *Backend) Apply(ctx context.Context, w backends.Workload) error {
 	}
 	b.apps.want(w.Image.Content, 1)
 	defer b.apps.want(w.Image.Content, -1)
-	return b.keeper.Apply(ctx, w)
+	return b.Keeper.Apply(ctx, w)
 }
 
 // seen is a command as it is inside.
@@ -124,10 +113,10 @@ func seen(argv []string) []string {
 
 // Remove clears everything of a program but its kept paths, and unpacked images that nobody uses any more.
 func (b *Backend) Remove(ctx context.Context, name string) error {
-	if err := b.keeper.Remove(ctx, name); err != nil {
+	if err := b.Keeper.Remove(ctx, name); err != nil {
 		return err
 	}
-	list, err := b.keeper.Observe(ctx)
+	list, err := b.Observe(ctx)
 	if err != nil {
 		return err
 	}
@@ -138,26 +127,13 @@ func (b *Backend) Remove(ctx context.Context, name string) error {
 	return b.apps.keep(used)
 }
 
-// Logs returns what the program wrote.
-func (b *Backend) Logs(ctx context.Context, name string, options backends.LogOptions) (io.ReadCloser, error) {
-	return b.keeper.Logs(ctx, name, options)
-}
-
 // Exec runs a command inside a running workload.
 func (b *Backend) Exec(ctx context.Context, name string, argv []string) (int, []byte, error) {
-	return b.keeper.Exec(ctx, name, seen(argv))
+	return b.Keeper.Exec(ctx, name, seen(argv))
 }
 
 // plan says what of a workload is run, and how.
-func (b *Backend) plan(ctx context.Context, w backends.Workload, _ process.Place) (process.Program, error) {
-	select {
-	case <-b.opened:
-	case <-ctx.Done():
-		return process.Program{}, ctx.Err()
-	}
-	if b.keeper == nil {
-		return process.Program{}, errors.New("the backend is not open")
-	}
+func (b *Backend) plan(ctx context.Context, w backends.Workload, place process.Place) (process.Program, error) {
 	dir, err := b.apps.ready(ctx, w.Image.Content)
 	var bad *imageError
 	if errors.As(err, &bad) {
@@ -169,7 +145,7 @@ func (b *Backend) plan(ctx context.Context, w backends.Workload, _ process.Place
 	p := process.Program{Argv: append([]string{appRun}, process.Argv(w)...), Env: process.Env(w), Dir: w.Run.Dir}
 	p.Binds = []process.Bind{{From: dir, To: appDir}}
 	p.Env["APPDIR"] = appDir
-	if !b.keeper.Mounts() {
+	if place.Bare {
 		p.Env["APPDIR"] = dir
 	}
 	for _, path := range baseSystem() {

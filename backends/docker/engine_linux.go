@@ -26,6 +26,7 @@ import (
 	"github.com/kindos/kmo/backends"
 	"github.com/kindos/kmo/backends/docker/engine"
 	"github.com/kindos/kmo/backends/docker/plan"
+	"github.com/kindos/kmo/backends/process"
 	"github.com/kindos/kmo/backends/process/secret"
 )
 
@@ -94,10 +95,7 @@ func Open(o Options) (*Backend, error) {
 			return nil, err
 		}
 	}
-	if err := trusted(state); err != nil {
-		return nil, err
-	}
-	if b.lock, err = lock(state); err != nil {
+	if b.lock, err = process.Lock(state); err != nil {
 		return nil, err
 	}
 	if b.plan.Instance, err = instance(filepath.Join(state, "instance")); err == nil {
@@ -123,34 +121,6 @@ func (b *Backend) Close() error {
 	}
 	b.working.Wait()
 	return errors.Join(b.engine.Close(), b.lock.Close())
-}
-
-// trusted sees that nobody else can write the state folder: whoever writes there says what is mounted.
-func trusted(state string) error {
-	var found unix.Stat_t
-	if err := unix.Stat(state, &found); err != nil {
-		return err
-	}
-	if int(found.Uid) != os.Geteuid() || found.Mode&0o022 != 0 {
-		return fmt.Errorf("%s: owner %d, mode %#o; want owner %d and nobody else to write: chown %d, chmod 0700", state, found.Uid, found.Mode&0o7777, os.Geteuid(), os.Geteuid())
-	}
-	return nil
-}
-
-// lock takes the state folder for this process alone. A process that was just killed may hold it a little longer.
-func lock(state string) (*os.File, error) {
-	f, err := os.Open(state)
-	if err != nil {
-		return nil, err
-	}
-	for deadline := time.Now().Add(3 * time.Second); ; time.Sleep(20 * time.Millisecond) {
-		if err = unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); err == nil {
-			return f, nil
-		}
-		if time.Now().After(deadline) {
-			return nil, errors.Join(fmt.Errorf("%s: another process keeps the containers of this folder; end it first: %v", state, err), f.Close())
-		}
-	}
 }
 
 // instance reads what tells this folder's containers from others', or makes it up.

@@ -5,9 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"hash/fnv"
 	"maps"
-	"net"
 	"os"
 	"path/filepath"
 	"slices"
@@ -21,6 +19,7 @@ import (
 	"github.com/kindos/kmo/backends"
 	"github.com/kindos/kmo/backends/docker/engine"
 	"github.com/kindos/kmo/backends/docker/plan"
+	"github.com/kindos/kmo/backends/process"
 )
 
 // ready asks the engine once what an earlier process has left, and goes on with it: programs that run are kept, those that ended are
@@ -90,7 +89,7 @@ func (b *Backend) recall(c container.Summary) (*entry, error) {
 	if err := errors.Join(json.Unmarshal([]byte(c.Labels[plan.LabelWorkload]), &e.workload), json.Unmarshal([]byte(c.Labels[plan.LabelPorts]), &e.ports)); err != nil {
 		return nil, fmt.Errorf("its labels: %v", err)
 	}
-	if e.workload.Name != e.name || !plan.Names().MatchString(e.name) || len(e.ports) != len(e.workload.Run.Ports) {
+	if e.workload.Name != e.name || !backends.ValidName(e.name) || len(e.ports) != len(e.workload.Run.Ports) {
 		return nil, fmt.Errorf("its labels speak of %.100q with %d ports", e.workload.Name, len(e.ports))
 	}
 	e.id, e.image = c.ID, imageID(c.ImageID)
@@ -260,7 +259,7 @@ func (b *Backend) look(ctx context.Context) error {
 
 // sweep clears away what is left of a workload that has no container, or one that was not made to the end, unless somebody is at it.
 func (b *Backend) sweep(ctx context.Context, name string) {
-	if !plan.Names().MatchString(name) {
+	if !backends.ValidName(name) {
 		return
 	}
 	b.mu.Lock()
@@ -296,29 +295,20 @@ func (b *Backend) sweep(ctx context.Context, name string) {
 	}
 }
 
-// choosePorts gives every port of a workload its number on this host. Those that are free to choose lie below the range from which the
-// kernel takes its own, and begin at a place that depends on the name alone, so that they seldom change. Those in taken are not chosen.
+// choosePorts gives every port of a workload its number on this host. Those in taken are not chosen.
 func (b *Backend) choosePorts(w backends.Workload, taken []int) (ports []int, err error) {
-	const first, count = 20000, 12000
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	for _, p := range w.Run.Ports {
 		port := plan.NamedPort(&w, p)
-		if port != 0 && !portFree(port) && b.ports[port] != w.Name {
+		if port != 0 && errors.Is(process.FreePort(port), unix.EADDRINUSE) && b.ports[port] != w.Name {
 			return nil, takenError(w.Name, p.Name, port)
 		}
 		if port == 0 {
-			hash := fnv.New32a()
-			_, _ = hash.Write([]byte(w.Name + "/" + p.Name))
-			for i := range count {
-				candidate := first + int((hash.Sum32()+uint32(i))%uint32(count))
-				if b.ports[candidate] == "" && !slices.Contains(ports, candidate) && !slices.Contains(taken, candidate) && portFree(candidate) {
-					port = candidate
-					break
-				}
-			}
-			if port == 0 {
-				return nil, fmt.Errorf("%s: port %s: none of %d numbers from %d on is free", w.Name, p.Name, count, first)
+			if port, err = process.ChoosePort(w.Name, p.Name, func(candidate int) bool {
+				return b.ports[candidate] == "" && !slices.Contains(ports, candidate) && !slices.Contains(taken, candidate)
+			}); err != nil {
+				return nil, err
 			}
 			b.ports[port] = w.Name
 		}
@@ -329,17 +319,6 @@ func (b *Backend) choosePorts(w backends.Workload, taken []int) (ports []int, er
 
 func takenError(workload, name string, port int) error {
 	return fmt.Errorf("%s: port %s: port %d is taken by another program of this host", workload, name, port)
-}
-
-// portFree is false for a port on which anybody listens, on whatever address.
-func portFree(port int) bool {
-	for _, address := range []net.IP{net.IPv4(127, 0, 0, 1), nil} {
-		listener, err := net.ListenTCP("tcp", &net.TCPAddr{IP: address, Port: port})
-		if err != nil || listener.Close() != nil {
-			return !errors.Is(err, unix.EADDRINUSE)
-		}
-	}
-	return true
 }
 
 // releasePorts lets go of the numbers that were chosen for a workload.

@@ -16,11 +16,12 @@ import (
 	"github.com/kindos/kmo/backends"
 	"github.com/kindos/kmo/backends/process"
 	"github.com/kindos/kmo/backends/process/monitor"
+	"github.com/kindos/kmo/backends/process/netns"
 	"github.com/kindos/kmo/backends/process/stage"
 )
 
 // resolver is where slirp4netns answers for the resolver of this host.
-const resolver = "nameserver 10.0.2.3\n"
+const resolver = "nameserver " + netns.Resolver + "\n"
 
 // lay mounts the root of a task, and returns what runsc is to make of it.
 func lay(t monitor.Task) (specs.Spec, error) {

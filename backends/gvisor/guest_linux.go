@@ -16,6 +16,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/kindos/kmo/backends/process/monitor"
+	"github.com/kindos/kmo/backends/process/netns"
 )
 
 // specFile is what a sandbox of a workload is made of, left in its folder for the commands beside its monitor once the root is there.
@@ -86,15 +87,15 @@ func keep(m *monitor.Monitor, r runtime) (end monitor.End, err error) {
 // begin starts the program in its sandbox, and returns that one's process and what tells that its network is gone.
 func begin(m *monitor.Monitor, r runtime, spec specs.Spec) (pid int, gone <-chan error, err error) {
 	s := sandboxOf(r, m.Task)
-	netns := ""
-	var n *network
+	space := ""
+	var n *netns.Network
 	if !onHost(m.Workload) {
 		if n, err = openNetwork(r, m.Dir); err != nil {
 			return 0, nil, err
 		}
-		netns, gone = n.path(), n.gone
+		space, gone = n.Path(), n.Gone()
 	}
-	dir, err := bundle(filepath.Join(m.Dir, "bundle"), spec, netns)
+	dir, err := bundle(filepath.Join(m.Dir, "bundle"), spec, space)
 	if err != nil {
 		return 0, nil, err
 	}
@@ -105,7 +106,7 @@ func begin(m *monitor.Monitor, r runtime, spec specs.Spec) (pid int, gone <-chan
 		if n == nil {
 			break
 		}
-		if err := n.publish(slices.Contains(m.Public, p.Name), p.Host, p.Port); err != nil {
+		if err := n.Forward(slices.Contains(m.Public, p.Name), p.Host, p.Port); err != nil {
 			return 0, nil, err
 		}
 	}
@@ -167,16 +168,16 @@ func alone(s sandbox, t monitor.Task, dir string, argv []string, stop <-chan os.
 		return 0, err
 	}
 	spec.Process = run(t.Workload, argv, spec.Process.OOMScoreAdj)
-	netns := ""
+	space := ""
 	if !onHost(t.Workload) {
 		n, err := openNetwork(s.runtime, dir)
 		if err != nil {
 			return 0, err
 		}
-		defer n.close()
-		netns = n.path()
+		defer func() { _ = n.Close() }() // the command has ended
+		space = n.Path()
 	}
-	if _, err := bundle(dir, spec, netns); err != nil {
+	if _, err := bundle(dir, spec, space); err != nil {
 		return 0, err
 	}
 	s.id = identify(dir)

@@ -87,9 +87,8 @@ type Options struct {
 
 // Backend is backends.Backend and backends.Execer.
 type Backend struct {
-	*process.Keeper // may be looked at once opened is closed
-	opened          chan struct{}
-	options         Options
+	*process.Keeper
+	options Options
 
 	mu      sync.Mutex // guards what follows
 	found   runtime    // as measured, and not again
@@ -111,11 +110,10 @@ func Open(o Options) (*Backend, error) {
 		return nil, err
 	}
 	o.State = state
-	b := &Backend{options: o, opened: make(chan struct{}), measure: measure}
+	b := &Backend{options: o, measure: measure}
 	if err := os.MkdirAll(state, 0o700); err != nil {
 		return nil, err
 	}
-	defer close(b.opened) // workloads that are to be started again are planned meanwhile
 	b.Keeper, err = process.Open(process.Options{
 		Backend: Name, State: state, Plan: b.plan, Publishes: true, Features: features, Logger: o.Logger, Backoff: o.Backoff,
 	})
@@ -132,6 +130,9 @@ func features(have []backends.Feature) []backends.Feature {
 
 // Fingerprint says what was measured when it was first asked for. Without runsc or slirp4netns it is an error that says what to install.
 func (b *Backend) Fingerprint(ctx context.Context) (backends.Fingerprint, error) {
+	if !b.Mounts() {
+		return backends.Fingerprint{}, errBare
+	}
 	r, err := b.runtime(ctx)
 	if err != nil {
 		return backends.Fingerprint{}, err
@@ -159,15 +160,14 @@ func (b *Backend) missing() []string {
 		"network: TCP ports are published to addresses of version 4 only, and seem to be listened on before they are")
 }
 
+var errBare = errors.New("runsc needs root, with the right to mount")
+
 // runtime looks for what runs sandboxes, and once it is found not again.
 func (b *Backend) runtime(ctx context.Context) (runtime, error) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	if b.found.Platform != "" {
 		return b.found, nil
-	}
-	if !b.Mounts() {
-		return runtime{}, errors.New("runsc needs root, with the right to mount")
 	}
 	found, err := b.measure(ctx, b.options)
 	if err == nil {
@@ -214,13 +214,8 @@ func (b *Backend) Observe(ctx context.Context) ([]backends.Status, error) {
 
 // plan is what package process runs for a workload of inner's.
 func (b *Backend) plan(ctx context.Context, w backends.Workload, place process.Place) (process.Program, error) {
-	select {
-	case <-b.opened:
-	case <-ctx.Done():
-		return process.Program{}, ctx.Err()
-	}
-	if b.Keeper == nil {
-		return process.Program{}, errors.New("the backend is not open")
+	if place.Bare {
+		return process.Program{}, errBare
 	}
 	r, err := b.runtime(ctx)
 	if err != nil {

@@ -23,7 +23,7 @@ package kubernetes
 import (
 	"context"
 	"crypto/rand"
-	_ "embed" // the manifest
+	"embed" // the manifest
 	"encoding/hex"
 	"errors"
 	"fmt"
@@ -277,11 +277,15 @@ func fingerprint(v version) backends.Fingerprint {
 }
 
 //go:embed manifest.yaml
-var manifest string
+var manifests embed.FS
 
 // Manifest is what an administrator applies so that kMO may work in a namespace, with the least rights, as its service account kmo.
 func Manifest(namespace string) string {
-	return strings.ReplaceAll(manifest, "NAMESPACE", namespace)
+	text, err := manifests.ReadFile("manifest.yaml")
+	if err != nil {
+		panic(err) // it is embedded
+	}
+	return strings.ReplaceAll(string(text), "NAMESPACE", namespace)
 }
 
 // namespaceObject is the manifest's, where kMO may make it.

@@ -389,7 +389,12 @@ func (p *plane) account(t testing.TB, namespace, name string) string {
 		} `json:"status"`
 	}
 	request := object{"apiVersion": "authentication.k8s.io/v1", "kind": "TokenRequest", "spec": object{"expirationSeconds": 3600}}
-	p.must(t, http.MethodPost, "/api/v1/namespaces/"+namespace+"/serviceaccounts/"+name+"/token", "application/json", request, &token)
+	at := "/api/v1/namespaces/" + namespace + "/serviceaccounts/" + name + "/token"
+	if err := p.until("the account "+name, time.Minute, func() error { // one is made by the cluster itself
+		return p.call(t.Context(), http.MethodPost, at, "application/json", request, &token)
+	}); err != nil {
+		t.Fatal(err)
+	}
 	path := filepath.Join(t.TempDir(), "kubeconfig")
 	if err := p.kubeconfig(path, token.Status.Token); err != nil {
 		t.Fatal(err)

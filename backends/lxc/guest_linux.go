@@ -5,7 +5,6 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
 	"io/fs"
 	"os"
 	"os/signal"
@@ -133,7 +132,7 @@ func connect(ctx context.Context, m *monitor.Monitor, c *config) (network *netns
 	}
 	c.netns = network.Thread()
 	go func() {
-		err := network.Reach(ctx, io.Discard)
+		err := network.Reach(ctx, netns.WayOut{})
 		if errors.Is(err, netns.ErrNoWayOut) {
 			err = nil
 		}

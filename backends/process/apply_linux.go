@@ -5,11 +5,8 @@ import (
 	"crypto/sha256"
 	"errors"
 	"fmt"
-	"math"
 	"os"
 	"path/filepath"
-	"regexp"
-	"strconv"
 	"strings"
 	"time"
 
@@ -276,7 +273,7 @@ func (k *Keeper) kept(w backends.Workload) (list []string, err error) {
 
 // place is where a monitor finds what belongs to a workload.
 func (k *Keeper) place(w *backends.Workload) Place {
-	p := Place{Dir: filepath.Join(k.options.State, "work", w.Name, "own"), Memory: k.secrets.Folder(w.Name)}
+	p := Place{Dir: filepath.Join(k.options.State, "work", w.Name, "own"), Memory: k.secrets.Folder(w.Name), Bare: !k.support.Mounts}
 	for _, keep := range w.Overlay.Keep {
 		p.Kept = append(p.Kept, k.keptPath(w.Unit, keep))
 	}
@@ -291,53 +288,19 @@ func (k *Keeper) keptPath(unit, to string) string {
 
 // check refuses what cannot be done, before anything is.
 func (k *Keeper) check(w backends.Workload) error {
-	names := regexp.MustCompile(`^[a-z0-9][a-z0-9._-]{0,99}$`)
-	if !names.MatchString(w.Name) || !names.MatchString(w.Unit) {
-		return &refusal.Error{Code: "E_PATH", Subject: "workload name and unit", Got: fmt.Sprintf("%.100q, %.100q", w.Name, w.Unit), Want: names.String()}
-	}
-	if w.Run.User < 0 || w.Run.User > math.MaxInt32 {
-		return &refusal.Error{Code: "E_DECODE", Subject: w.Unit + ": run.user", Got: strconv.Itoa(w.Run.User), Want: fmt.Sprintf("0 to %d", math.MaxInt32)}
-	}
 	if !k.Confines() {
 		return &backends.FeatureError{Backend: k.options.Backend, Feature: backends.Feature(w.Format), Detail: "without root a program needs landlock and seccomp to be kept from what is its user's"}
 	}
 	// The bounds are among it: what is to be bounded never runs unbounded. The format is the plan's to look at.
 	able := backends.Fingerprint{Backend: k.options.Backend, Formats: []backends.Format{w.Format}, Features: k.Features(), Missing: k.Missing()}
-	if err := able.Admit(w); err != nil {
+	if err := able.Check(w, k.options.State, "/proc", "/dev"); err != nil {
 		return err
 	}
-	if err := checkPaths(w, k.options.State); err != nil {
-		return err
-	}
-	for _, d := range w.Resources.Devices {
-		if err := there(d); err != nil {
-			return &backends.FeatureError{Backend: k.options.Backend, Feature: backends.Devices, Detail: err.Error()}
-		}
-	}
-	free := k.freePorts()
+	free := unprivilegedPorts()
 	for _, p := range w.Run.Ports {
-		if port := max(p.Port, p.Host); port != 0 && port < free {
+		if port := max(p.Port, p.Host); port != 0 && port < free && !k.publishes(w) {
 			return &backends.FeatureError{Backend: k.options.Backend, Feature: backends.LowPorts,
 				Detail: fmt.Sprintf("port %s: numbers below %d need a capability; a program here has none", p.Name, free)}
-		}
-	}
-	return nil
-}
-
-// there says why a device cannot be given.
-func there(d backends.Device) error {
-	if len(d.Nodes) == 0 {
-		return fmt.Errorf("device %s: this host gives it no nodes", d.Name)
-	}
-	for _, node := range d.Nodes {
-		found, err := os.Stat(node)
-		switch {
-		case !clean(node) || !within(node, "/dev") || node == "/dev":
-			return fmt.Errorf("device %s: %s; want a path below /dev", d.Name, node)
-		case err != nil:
-			return fmt.Errorf("device %s: %v", d.Name, err)
-		case found.Mode()&os.ModeDevice == 0:
-			return fmt.Errorf("device %s: %s is no device", d.Name, node)
 		}
 	}
 	return nil
@@ -392,56 +355,4 @@ func (k *Keeper) planned(ctx context.Context, e *entry) (*Program, error) {
 		e.plan = p
 	}
 	return p, nil
-}
-
-// checkPaths sees that every path has one spelling and that none lies below a folder that the program can write.
-func checkPaths(w backends.Workload, state string) error {
-	refuse := func(subject, got, want string) error {
-		return &refusal.Error{Code: "E_PATH", Subject: w.Unit + ": " + subject, Got: strconv.Quote(refusal.Clip(got, 200)), Want: want}
-	}
-	var open []string
-	for _, keep := range w.Overlay.Keep {
-		if !clean(keep) {
-			return refuse("overlay.keep", keep, "a clean absolute path")
-		}
-		open = append(open, keep)
-	}
-	for _, m := range w.Mounts {
-		if !clean(m.To) || !clean(m.From) {
-			return refuse("mounts", m.From+" at "+m.To, "clean absolute paths")
-		}
-		if within(m.From, state) || within(state, m.From) {
-			return refuse("mounts", m.From, "nothing of kMO's own state")
-		}
-		open = append(open, m.To)
-	}
-	for _, d := range w.Doors {
-		if !clean(d.To) || !clean(d.From) {
-			return refuse("doors", d.From+" at "+d.To, "clean absolute paths")
-		}
-		open = append(open, d.To)
-	}
-	for _, f := range w.Files {
-		if !clean(f.To) {
-			return refuse("files", f.To, "a clean absolute path")
-		}
-		open = append(open, f.To)
-	}
-	for _, inner := range open {
-		for _, reserved := range []string{"/proc", "/dev"} {
-			if within(inner, reserved) {
-				return refuse("path inside", inner, "a path outside "+reserved)
-			}
-		}
-		for _, outer := range open {
-			if inner != outer && within(inner, outer) {
-				return refuse("path inside", inner, "a path that does not lie within "+outer)
-			}
-		}
-	}
-	return nil
-}
-
-func within(inner, outer string) bool {
-	return inner == outer || strings.HasPrefix(inner, strings.TrimSuffix(outer, "/")+"/")
 }

@@ -94,10 +94,7 @@ func Open(o Options) (*Keeper, error) {
 			return nil, err
 		}
 	}
-	if err := trusted(state); err != nil {
-		return nil, err
-	}
-	if k.lock, err = lock(state); err != nil {
+	if k.lock, err = Lock(state); err != nil {
 		return nil, err
 	}
 	k.support = stage.Measure(filepath.Join(state, "probe"))
@@ -130,34 +127,6 @@ func (k *Keeper) Close() error {
 	k.mu.Unlock()
 	k.working.Wait()
 	return k.lock.Close()
-}
-
-// trusted sees that nobody else can write the state folder: whoever writes a record says what is run.
-func trusted(state string) error {
-	var found unix.Stat_t
-	if err := unix.Stat(state, &found); err != nil {
-		return err
-	}
-	if int(found.Uid) != os.Geteuid() || found.Mode&0o022 != 0 {
-		return fmt.Errorf("%s: owner %d, mode %#o; want owner %d and nobody else to write: chown %d, chmod 0700", state, found.Uid, found.Mode&0o7777, os.Geteuid(), os.Geteuid())
-	}
-	return nil
-}
-
-// lock takes the state folder for this process alone. A process that was just killed may hold it a little longer.
-func lock(state string) (*os.File, error) {
-	f, err := os.Open(state)
-	if err != nil {
-		return nil, err
-	}
-	for deadline := time.Now().Add(3 * time.Second); ; time.Sleep(20 * time.Millisecond) {
-		if err = unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); err == nil {
-			return f, nil
-		}
-		if time.Now().After(deadline) {
-			return nil, errors.Join(fmt.Errorf("%s: another process keeps the programs of this folder; end it first: %v", state, err), f.Close())
-		}
-	}
 }
 
 func (k *Keeper) trimLogs() {
@@ -216,7 +185,7 @@ func (k *Keeper) Features() []backends.Feature {
 	if k.support.Overlay {
 		list = append(list, backends.Overlays, backends.OverlayRoot, backends.LimitDisk)
 	}
-	if k.freePorts() < 1024 {
+	if k.options.Publishes || unprivilegedPorts() < 1024 {
 		list = append(list, backends.LowPorts)
 	}
 	for name, feature := range map[string]backends.Feature{
@@ -249,7 +218,7 @@ func (k *Keeper) Missing() []string {
 		{k.support.HoldsPorts(), "network: the host's is shared: a program reaches what listens on it, and may use any UDP port; TCP ports it binds are its own only"},
 		{!k.support.HoldsPorts(), "network: the host's is shared: a program reaches what listens on it, and may use any port, a neighbour's too; landlock 4 and seccomp would hold TCP ports"},
 		{!k.support.Seccomp, "seccomp: the kernel or this architecture has none"},
-		{k.freePorts() > 1, fmt.Sprintf("low-ports: numbers below %d need a capability, and a program here has none", k.freePorts())},
+		{!k.options.Publishes && unprivilegedPorts() > 1, fmt.Sprintf("low-ports: numbers below %d need a capability, and a program here has none", unprivilegedPorts())},
 		{k.support.Mounts && !k.secrets.Has(), "secrets: neither /run/kmo nor /dev/shm/kmo is on storage that is memory, and this user's own"},
 		{!k.groups.Has("memory"), "limit-memory: no memory cgroup takes a bound on this host"},
 		{!k.groups.Has("cpu"), "limit-cpu: no cpu cgroup takes a bound on this host"},

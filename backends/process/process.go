@@ -59,7 +59,6 @@ import (
 	"context"
 	"log/slog"
 	"maps"
-	"path"
 	"slices"
 	"strconv"
 	"strings"
@@ -149,9 +148,4 @@ func Env(w backends.Workload) map[string]string {
 		env[p.Variable()] = strconv.Itoa(p.Port)
 	}
 	return env
-}
-
-// clean says whether p is an absolute path with one spelling and no way out.
-func clean(p string) bool {
-	return path.IsAbs(p) && path.Clean(p) == p && p != "/" && len(p) <= 4096 && !strings.ContainsFunc(p, func(r rune) bool { return r < ' ' })
 }

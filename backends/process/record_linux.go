@@ -196,11 +196,8 @@ func outside(p Program, path string) string {
 	return path
 }
 
-// freePorts is the first port number that a program may listen on.
-func (k *Keeper) freePorts() int {
-	if k.options.Publishes {
-		return 0
-	}
+// unprivilegedPorts is the first port number of this host's network that needs no capability.
+func unprivilegedPorts() int {
 	text, err := os.ReadFile("/proc/sys/net/ipv4/ip_unprivileged_port_start")
 	if err != nil {
 		return 1024
@@ -212,27 +209,17 @@ func (k *Keeper) freePorts() int {
 	return n
 }
 
-// choosePorts gives every port of a workload its number. Those that are free to choose lie below the range from which the kernel
-// takes its own, and begin at a place that depends on the name alone, so that they seldom change.
+// choosePorts gives every port of a workload its number.
 func (k *Keeper) choosePorts(w backends.Workload) (ports []int, err error) {
-	const first, count = 20000, 12000
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	for _, p := range w.Run.Ports {
 		port := k.hostPort(w, p)
 		if port == 0 {
-			hash := fnv.New32a()
-			_, _ = hash.Write([]byte(w.Name + "/" + p.Name))
-			for i := range count {
-				candidate := first + int((hash.Sum32()+uint32(i))%uint32(count))
-				mine := k.ports[candidate] == w.Name && !slices.Contains(ports, candidate)
-				if (k.ports[candidate] == "" || mine) && freePort(candidate) == nil {
-					port = candidate
-					break
-				}
-			}
-			if port == 0 {
-				return nil, fmt.Errorf("%s: port %s: none of %d numbers from %d on is free", w.Name, p.Name, count, first)
+			if port, err = ChoosePort(w.Name, p.Name, func(candidate int) bool {
+				return k.ports[candidate] == "" || k.ports[candidate] == w.Name && !slices.Contains(ports, candidate)
+			}); err != nil {
+				return nil, err
 			}
 			k.ports[port] = w.Name
 		}
@@ -266,8 +253,8 @@ func (k *Keeper) settlePorts(ctx context.Context, e *entry) (changed bool, err e
 		if chosen && changed {
 			continue // looked at when it is chosen
 		}
-		err := freePort(port)
-		for deadline := time.Now().Add(portTime); errors.Is(err, unix.EADDRINUSE) && time.Now().Before(deadline) && ctx.Err() == nil; err = freePort(port) {
+		err := FreePort(port)
+		for deadline := time.Now().Add(portTime); errors.Is(err, unix.EADDRINUSE) && time.Now().Before(deadline) && ctx.Err() == nil; err = FreePort(port) {
 			time.Sleep(portTime / 10)
 		}
 		switch {
@@ -292,8 +279,8 @@ func (k *Keeper) settlePorts(ctx context.Context, e *entry) (changed bool, err e
 	return true, nil
 }
 
-// freePort returns EADDRINUSE for a port on which anybody listens, on whatever address.
-func freePort(port int) error {
+// FreePort returns EADDRINUSE for a port on which anybody listens, on whatever address.
+func FreePort(port int) error {
 	for _, address := range []net.IP{net.IPv4(127, 0, 0, 1), nil} {
 		listener, err := net.ListenTCP("tcp", &net.TCPAddr{IP: address, Port: port})
 		if err != nil {
@@ -304,4 +291,44 @@ func freePort(port int) error {
 		}
 	}
 	return nil
+}
+
+// ChoosePort chooses a port of this host that may be had and on which nobody listens. It lies below the range from which the kernel takes
+// its own, and what is tried first depends on the names alone, so that it seldom changes.
+func ChoosePort(workload, port string, may func(int) bool) (int, error) {
+	const first, count = 20000, 12000
+	hash := fnv.New32a()
+	_, _ = hash.Write([]byte(workload + "/" + port))
+	for i := range count {
+		candidate := first + int((hash.Sum32()+uint32(i))%uint32(count))
+		if may(candidate) && FreePort(candidate) == nil {
+			return candidate, nil
+		}
+	}
+	return 0, fmt.Errorf("%s: port %s: none of %d numbers from %d on is free", workload, port, count, first)
+}
+
+// Lock takes a state folder for this process alone, and sees that nobody else can write there: whoever writes a record says what is run.
+// A process that was just killed may hold it a little longer.
+func Lock(state string) (*os.File, error) {
+	f, err := os.Open(state)
+	if err != nil {
+		return nil, err
+	}
+	var found unix.Stat_t
+	if err := unix.Fstat(int(f.Fd()), &found); err != nil {
+		return nil, errors.Join(err, f.Close())
+	}
+	if int(found.Uid) != os.Geteuid() || found.Mode&0o022 != 0 {
+		return nil, errors.Join(fmt.Errorf("%s: owner %d, mode %#o; want owner %d and nobody else to write: chown %d, chmod 0700",
+			state, found.Uid, found.Mode&0o7777, os.Geteuid(), os.Geteuid()), f.Close())
+	}
+	for deadline := time.Now().Add(3 * time.Second); ; time.Sleep(20 * time.Millisecond) {
+		if err = unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); err == nil {
+			return f, nil
+		}
+		if time.Now().After(deadline) {
+			return nil, errors.Join(fmt.Errorf("%s: another process keeps the workloads of this folder; end it first: %v", state, err), f.Close())
+		}
+	}
 }

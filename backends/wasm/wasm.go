@@ -101,8 +101,7 @@ type Options struct {
 
 // Backend is backends.Backend and backends.Execer.
 type Backend struct {
-	keeper  *process.Keeper // may be looked at once opened is closed
-	opened  chan struct{}
+	keeper  *process.Keeper
 	cache   *cache
 	program string
 	base    string
@@ -110,7 +109,7 @@ type Backend struct {
 
 // Open makes or finds the state and takes over the guests that run. It needs Linux.
 func Open(o Options) (*Backend, error) {
-	b := &Backend{program: o.Program, opened: make(chan struct{})}
+	b := &Backend{program: o.Program}
 	var err error
 	if b.program == "" {
 		if b.program, err = os.Executable(); err != nil {
@@ -139,7 +138,6 @@ func Open(o Options) (*Backend, error) {
 	if b.cache, err = openCache(filepath.Join(state, "modules"), b.program); err != nil {
 		return nil, err
 	}
-	defer close(b.opened) // guests that are to be started again are planned meanwhile
 	b.keeper, err = process.Open(process.Options{
 		Backend: Name, State: filepath.Join(state, "guests"), Plan: b.plan, Features: features, Logger: o.Logger, Backoff: o.Backoff,
 	})
@@ -300,22 +298,14 @@ func (b *Backend) hook(argv []string) []string {
 }
 
 // plan is what package process runs for a workload of inner's, with its ports resolved.
-func (b *Backend) plan(ctx context.Context, w backends.Workload, _ process.Place) (process.Program, error) {
-	select {
-	case <-b.opened:
-	case <-ctx.Done():
-		return process.Program{}, ctx.Err()
-	}
-	if b.keeper == nil {
-		return process.Program{}, errors.New("the backend is not open")
-	}
+func (b *Backend) plan(ctx context.Context, w backends.Workload, place process.Place) (process.Program, error) {
 	code, err := b.cache.ready(ctx, w.Image.Content, w.Run.User)
 	if err != nil {
 		return process.Program{}, startError(w, "compiling "+w.Image.Content, err)
 	}
 	guest := plan{Module: w.Image.Content, Code: code.dir, Sum: code.sum, Env: process.Env(w), Announce: true}
 	base := ""
-	if b.keeper.Mounts() {
+	if !place.Bare {
 		base = b.base
 		guest.Module, guest.Code, guest.Root = insideModule, insideCode, insideTree
 	}

@@ -6,7 +6,6 @@ import (
 	"errors"
 	"os"
 	"path/filepath"
-	"slices"
 	"strconv"
 	"strings"
 	"sync/atomic"
@@ -15,6 +14,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/kindos/kmo/backends"
+	"github.com/kindos/kmo/backends/process/cgroup"
 )
 
 // Program is one process, the first of its container. The nil Program is none.
@@ -181,46 +181,19 @@ func (p *Program) Usage() (u backends.Usage) {
 		return u
 	}
 	if at, ok := p.groups[""]; ok {
-		u.Memory, u.PIDs = number(at, "memory.current", ""), number(at, "pids.current", "")
-		u.CPU = time.Duration(number(at, "cpu.stat", "usage_usec")) * time.Microsecond
+		u.Memory, u.PIDs = cgroup.Number(at, "memory.current", ""), cgroup.Number(at, "pids.current", "")
+		u.CPU = time.Duration(cgroup.Number(at, "cpu.stat", "usage_usec")) * time.Microsecond
 	}
 	if at, ok := p.groups["memory"]; ok {
-		u.Memory = number(at, "memory.usage_in_bytes", "")
+		u.Memory = cgroup.Number(at, "memory.usage_in_bytes", "")
 	}
 	if at, ok := p.groups["pids"]; ok {
-		u.PIDs = number(at, "pids.current", "")
+		u.PIDs = cgroup.Number(at, "pids.current", "")
 	}
 	if at, ok := p.groups["cpuacct"]; ok {
-		u.CPU = time.Duration(number(at, "cpuacct.usage", ""))
+		u.CPU = time.Duration(cgroup.Number(at, "cpuacct.usage", ""))
 	}
 	return u
-}
-
-// number reads the whole file as a number, or the one after key.
-func number(at, file, key string) int64 {
-	// By hand: package os would register each file with the poller, which costs more than the reading.
-	fd, err := unix.Open(filepath.Join(at, file), unix.O_RDONLY|unix.O_CLOEXEC, 0)
-	if err != nil {
-		return 0
-	}
-	defer unix.Close(fd)
-	var text [4096]byte
-	n, err := unix.Read(fd, text[:])
-	if err != nil {
-		return 0
-	}
-	fields := strings.Fields(string(text[:n]))
-	if key != "" {
-		fields = fields[min(slices.Index(fields, key)+1, len(fields)):]
-	}
-	if len(fields) == 0 {
-		return 0
-	}
-	value, err := strconv.ParseInt(fields[0], 10, 64)
-	if err != nil {
-		return 0
-	}
-	return value
 }
 
 // KillSession ends the processes of the session that a process of the container with that id leads, or led: what a command was executed as,

@@ -170,15 +170,15 @@ func (c Groups) Usage(name string) (u backends.Usage) {
 		dir := filepath.Join(one.base, c.folder, name)
 		switch {
 		case one.name == "memory" && one.v2:
-			u.Memory = number(dir, "memory.current", "")
+			u.Memory = Number(dir, "memory.current", "")
 		case one.name == "memory":
-			u.Memory = number(dir, "memory.usage_in_bytes", "")
+			u.Memory = Number(dir, "memory.usage_in_bytes", "")
 		case one.name == "pids":
-			u.PIDs = number(dir, "pids.current", "")
+			u.PIDs = Number(dir, "pids.current", "")
 		case one.name == "cpu" && one.v2:
-			u.CPU = time.Duration(number(dir, "cpu.stat", "usage_usec")) * time.Microsecond
+			u.CPU = time.Duration(Number(dir, "cpu.stat", "usage_usec")) * time.Microsecond
 		case one.name == "cpuacct":
-			u.CPU = time.Duration(number(dir, "cpuacct.usage", ""))
+			u.CPU = time.Duration(Number(dir, "cpuacct.usage", ""))
 		}
 	}
 	return u
@@ -194,13 +194,13 @@ func (c Groups) OOMs(name string) int64 {
 		if one.v2 {
 			file = "memory.events"
 		}
-		return number(filepath.Join(one.base, c.folder, name), file, "oom_kill")
+		return Number(filepath.Join(one.base, c.folder, name), file, "oom_kill")
 	}
 	return 0
 }
 
-// number reads the whole file as a number, or the one after key.
-func number(dir, file, key string) int64 {
+// Number reads a file of a cgroup as a number, or, with a key, the number after that. What cannot be read is 0.
+func Number(dir, file, key string) int64 {
 	// By hand: package os would register each file with the poller, which costs more than the reading.
 	fd, err := unix.Open(filepath.Join(dir, file), unix.O_RDONLY|unix.O_CLOEXEC, 0)
 	if err != nil {

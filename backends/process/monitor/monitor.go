@@ -35,6 +35,7 @@ type Place struct {
 	Dir    string   `json:"dir"`            // a folder for the monitor's own, new at each start, cleared with the workload
 	Memory string   `json:"memory"`         // the same on storage that is memory, for secrets; "" where this host has none
 	Kept   []string `json:"kept,omitempty"` // kept folders, in the order of Overlay.Keep, made for Run.User
+	Bare   bool     `json:"-"`              // programs get no root of their own and see this host's paths: there are no monitors then
 }
 
 // Task is what a monitor is to keep.

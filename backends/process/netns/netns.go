@@ -5,18 +5,22 @@
 // loopback is not reached, names are asked of [Resolver]. Without it there is no way out.
 //
 // A port is published by a forwarder in this process: it takes TCP connections on the host and makes them again on the loopback inside,
-// from where they seem to come. One that nobody inside takes is reset.
+// from where they seem to come. One that nobody inside takes is reset. What brings a TCP of its own has no loopback there: its ports are
+// published by slirp4netns.
 //
 //	network, err := netns.Open()
-//	err = network.Reach(ctx, os.Stderr)           // the world, if slirp4netns is there
+//	err = network.Reach(ctx, netns.WayOut{})      // the world, if slirp4netns is there
 //	err = network.Publish("127.0.0.1:8080", 80)
 //	… start what joins network.Path()
 package netns
 
 import "errors"
 
-// Resolver is the name server that a network with a way out has.
-const Resolver = "10.0.2.3"
+// What a network with a way out has.
+const (
+	Address  = "10.0.2.100"
+	Resolver = "10.0.2.3" // its name server
+)
 
 // Slirp is the command that makes a way out.
 const Slirp = "slirp4netns"

@@ -1,7 +1,10 @@
 package netns
 
 import (
+	"bytes"
+	"cmp"
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -11,6 +14,7 @@ import (
 	"runtime"
 	"strconv"
 	"strings"
+	"syscall"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -21,13 +25,17 @@ type Network struct {
 	thread int
 	calls  chan func()
 	closed chan struct{}
-	slirp  *exec.Cmd
 	open   []io.Closer // listeners
+
+	slirp  *exec.Cmd
+	folder *os.File      // of its socket
+	gone   chan error    // gets how it ended
+	ended  chan struct{} // closed then
 }
 
 // Open makes one, with its loopback up, in which every port may be listened on.
 func Open() (*Network, error) {
-	n := &Network{calls: make(chan func()), closed: make(chan struct{})}
+	n := &Network{calls: make(chan func()), closed: make(chan struct{}), gone: make(chan error, 1), ended: make(chan struct{})}
 	made := make(chan error)
 	go func() {
 		runtime.LockOSThread() // and ends with this goroutine
@@ -67,8 +75,8 @@ func (n *Network) enter() error {
 	if err := unix.IoctlIfreq(fd, unix.SIOCSIFFLAGS, loopback); err != nil {
 		return fmt.Errorf("bringing the loopback up: %v", err)
 	}
-	// Of the namespace of whoever opens it.
-	if err := os.WriteFile("/proc/sys/net/ipv4/ip_unprivileged_port_start", []byte("0"), 0); err != nil {
+	// Of the namespace of whoever opens it. Who has covered these files brings a TCP of its own.
+	if err := os.WriteFile("/proc/sys/net/ipv4/ip_unprivileged_port_start", []byte("0"), 0); err != nil && !errors.Is(err, os.ErrNotExist) {
 		return fmt.Errorf("opening low ports: %v", err)
 	}
 	return nil
@@ -101,18 +109,32 @@ func (n *Network) Close() error {
 	}
 	if n.slirp != nil {
 		_ = n.slirp.Process.Kill() // it may have ended
-		_ = n.slirp.Wait()
+		<-n.ended
+	}
+	if n.folder != nil {
+		err = errors.Join(err, n.folder.Close())
 	}
 	close(n.closed)
 	return err
 }
 
-// reachTime bounds how long slirp4netns takes to begin.
-const reachTime = 10 * time.Second
+// reachTime bounds how long slirp4netns takes to begin, and to answer.
+const reachTime = 20 * time.Second
 
-// Reach gives the network a way out. It returns ErrNoWayOut where nothing makes one. What that says goes to log.
-func (n *Network) Reach(ctx context.Context, log io.Writer) error {
-	path, err := exec.LookPath(Slirp)
+// WayOut is how a network reaches the world.
+type WayOut struct {
+	Slirp  string // the path of slirp4netns; "" is looked for in PATH
+	Folder string // where its socket lies, by which Forward publishes; "" is none
+	// Bound says that it is to end with the calling thread, which must be the caller's alone (runtime.LockOSThread).
+	Bound bool
+}
+
+// socket is slirp4netns's own, in WayOut.Folder.
+const socket = "slirp.sock"
+
+// Reach gives the network a way out. It returns ErrNoWayOut where nothing makes one.
+func (n *Network) Reach(ctx context.Context, o WayOut) error {
+	path, err := exec.LookPath(cmp.Or(o.Slirp, Slirp))
 	if err != nil {
 		return ErrNoWayOut
 	}
@@ -121,19 +143,73 @@ func (n *Network) Reach(ctx context.Context, log io.Writer) error {
 		return err
 	}
 	defer ready.Close()
-	said := &strings.Builder{}
-	n.slirp = exec.CommandContext(ctx, path, "--configure", "--mtu=65520", "--disable-host-loopback", "--ready-fd=3", "--netns-type=path", n.Path(), "tap0")
-	n.slirp.Env, n.slirp.Dir = []string{"PATH=/usr/sbin:/usr/bin:/sbin:/bin"}, "/"
-	n.slirp.Stderr, n.slirp.ExtraFiles = io.MultiWriter(said, log), []*os.File{tell}
-	err = n.slirp.Start()
-	if err = errors.Join(err, tell.Close(), ready.SetReadDeadline(time.Now().Add(reachTime))); err != nil {
+	args := []string{"--configure", "--mtu=65520", "--disable-host-loopback", "--enable-sandbox", "--enable-seccomp", "--ready-fd=3", "--netns-type=path"}
+	dir := "/"
+	if o.Folder != "" {
+		if n.folder, err = os.Open(o.Folder); err != nil {
+			return errors.Join(err, tell.Close())
+		}
+		dir, args = o.Folder, append(args, "--api-socket="+socket) // relative: the path of a socket has 107 bytes at most
+	}
+	said := &bytes.Buffer{}
+	slirp := exec.CommandContext(ctx, path, append(args, n.Path(), "tap0")...)
+	slirp.Env, slirp.Dir = []string{"PATH=/usr/sbin:/usr/bin:/sbin:/bin"}, dir
+	slirp.Stdout, slirp.Stderr, slirp.ExtraFiles = said, said, []*os.File{tell}
+	if o.Bound {
+		slirp.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
+	}
+	if err := slirp.Start(); err != nil {
+		return errors.Join(err, tell.Close())
+	}
+	n.slirp = slirp
+	go func() {
+		err := slirp.Wait()
+		lines := strings.Split(strings.TrimSpace(said.String()), "\n")
+		n.gone <- fmt.Errorf("slirp4netns ended: %v: %s", err, lines[len(lines)-1])
+		close(n.ended)
+	}()
+	if err := errors.Join(tell.Close(), ready.SetReadDeadline(time.Now().Add(reachTime))); err != nil {
 		return err
 	}
-	if _, err := ready.Read(make([]byte, 1)); err != nil {
-		_ = n.slirp.Process.Kill()
-		_ = n.slirp.Wait()
-		n.slirp = nil
-		return fmt.Errorf("%s: not ready: %v: %s", path, err, strings.TrimSpace(said.String()))
+	if _, err := ready.Read(make([]byte, 1)); errors.Is(err, io.EOF) {
+		return <-n.gone
+	} else if err != nil {
+		return fmt.Errorf("waiting for slirp4netns: %v", err)
+	}
+	return nil
+}
+
+// Gone gets how the way out ended, if it has one and that ends.
+func (n *Network) Gone() <-chan error { return n.gone }
+
+// Forward has the way out publish a port at the network's address, for what has taken that address off the device: the forwarder of Publish
+// does not reach it. Connections are taken before anybody inside listens.
+func (n *Network) Forward(public bool, host, port int) error {
+	address := "127.0.0.1"
+	if public {
+		address = "0.0.0.0"
+	}
+	request, err := json.Marshal(map[string]any{"execute": "add_hostfwd", "arguments": map[string]any{
+		"proto": "tcp", "host_addr": address, "host_port": host, "guest_addr": Address, "guest_port": port,
+	}})
+	if err != nil {
+		return err
+	}
+	conn, err := net.DialUnix("unix", nil, &net.UnixAddr{Net: "unix", Name: fmt.Sprintf("/proc/self/fd/%d/%s", n.folder.Fd(), socket)})
+	if err != nil {
+		return err
+	}
+	defer func() { _ = conn.Close() }() // what matters has been answered
+	_, err = conn.Write(request)
+	if err = errors.Join(conn.SetDeadline(time.Now().Add(reachTime)), err, conn.CloseWrite()); err != nil {
+		return err
+	}
+	var answer struct{ Error struct{ Desc string } }
+	if err := json.NewDecoder(conn).Decode(&answer); err != nil {
+		return err
+	}
+	if answer.Error.Desc != "" {
+		return fmt.Errorf("publishing port %d as %s:%d: slirp4netns: %s", port, address, host, answer.Error.Desc)
 	}
 	return nil
 }

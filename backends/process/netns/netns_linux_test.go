@@ -127,7 +127,7 @@ func TestReach(t *testing.T) {
 	}
 	defer outside.Close()
 	n := open(t)
-	if err := n.Reach(t.Context(), io.Discard); err != nil {
+	if err := n.Reach(t.Context(), WayOut{}); err != nil {
 		t.Fatal(err)
 	}
 	if err := n.Do(func() error {
