@@ -29,10 +29,9 @@ import (
 
 // builtIn is a backend in this binary.
 type builtIn struct {
-	name    string
-	runs    string // what, in a few words
-	install string // what the runtime needs on Debian; "" is nothing
-	open    func(o opening) (backends.Backend, error)
+	name string
+	runs string // what, in a few words
+	open func(o opening) (backends.Backend, error)
 }
 
 // opening is how a built-in backend is opened.
@@ -55,22 +54,22 @@ func builtIns() []builtIn {
 		{name: appimage.Name, runs: "AppImages", open: func(o opening) (backends.Backend, error) {
 			return appimage.Open(appimage.Options{State: o.state, Logger: o.logger})
 		}},
-		{name: docker.Docker, runs: "images, on Docker Engine", install: "apt-get install docker.io", open: func(o opening) (backends.Backend, error) {
+		{name: docker.Docker, runs: "images, on Docker Engine", open: func(o opening) (backends.Backend, error) {
 			return docker.Open(docker.Options{Name: docker.Docker, State: o.state, Socket: o.engine, Logger: o.logger})
 		}},
-		{name: docker.Podman, runs: "images, on Podman", install: "apt-get install podman runc netavark aardvark-dns catatonit && podman system service --time=0 &", open: func(o opening) (backends.Backend, error) {
+		{name: docker.Podman, runs: "images, on Podman", open: func(o opening) (backends.Backend, error) {
 			return docker.Open(docker.Options{Name: docker.Podman, State: o.state, Socket: o.engine, Logger: o.logger})
 		}},
-		{name: lxc.Name, runs: "LXC root file systems and images, in containers", install: "apt-get install lxc slirp4netns", open: func(o opening) (backends.Backend, error) {
+		{name: lxc.Name, runs: "LXC root file systems and images, in containers", open: func(o opening) (backends.Backend, error) {
 			return lxc.Open(lxc.Options{State: o.state, Logger: o.logger})
 		}},
-		{name: gvisor.Name, runs: "images, in gVisor's sandbox", install: "apt-get install runsc slirp4netns", open: func(o opening) (backends.Backend, error) {
+		{name: gvisor.Name, runs: "images, in gVisor's sandbox", open: func(o opening) (backends.Backend, error) {
 			return gvisor.Open(gvisor.Options{State: o.state, Runsc: o.engine, Logger: o.logger})
 		}},
 		{name: kubernetes.Name, runs: "images, as Deployments of a cluster", open: func(o opening) (backends.Backend, error) {
 			return kubernetes.Open(kubernetes.Options{State: o.state, Kubeconfig: o.engine, Namespace: o.site, Logger: o.logger})
 		}},
-		{name: microvm.Name, runs: "images, each with a kernel of its own", install: "apt-get install qemu-system-x86 linux-image-cloud-amd64", open: func(o opening) (backends.Backend, error) {
+		{name: microvm.Name, runs: "images, each with a kernel of its own", open: func(o opening) (backends.Backend, error) {
 			return microvm.Open(microvm.Options{State: o.state, Kernel: o.engine, Logger: o.logger})
 		}},
 	}
@@ -149,7 +148,6 @@ type found struct {
 	backends.Fingerprint
 	Runs    string `json:"runs"`
 	Trouble string `json:"trouble,omitempty"` // why it runs nothing here
-	Install string `json:"install,omitempty"` // what would help, on Debian
 }
 
 // look asks built-in backends, each over a state folder of its own that is gone afterwards.
@@ -159,7 +157,7 @@ func look(cmd *cobra.Command, all []builtIn, engines map[string]string) (list []
 		return nil, err
 	}
 	defer func() { err = errors.Join(err, os.RemoveAll(folder)) }()
-	logger := newLogger(cmd.ErrOrStderr())
+	logger := slog.New(slog.DiscardHandler) // what matters is in what is printed
 	for _, b := range all {
 		f := found{Runs: b.runs, Fingerprint: backends.Fingerprint{Backend: b.name}}
 		backend, err := b.open(opening{state: filepath.Join(folder, b.name), engine: engines[b.name], site: "kmo", logger: logger})
@@ -171,9 +169,9 @@ func look(cmd *cobra.Command, all []builtIn, engines map[string]string) (list []
 		case cmd.Context().Err() != nil:
 			return nil, cmd.Context().Err()
 		case err != nil:
-			f.Backend, f.Trouble, f.Install = b.name, err.Error(), b.install
+			f.Backend, f.Trouble = b.name, err.Error()
 		case len(f.Formats) == 0:
-			f.Trouble, f.Install = "it runs nothing on this host; see what is missing", b.install
+			f.Trouble = "it runs nothing on this host; see what is missing"
 		}
 		list = append(list, f)
 	}
@@ -215,11 +213,12 @@ func printBackends(w io.Writer, all []found) {
 		here := f.Version
 		if f.Trouble != "" {
 			here = "no: " + f.Trouble
-			if f.Install != "" {
-				here += "; on Debian: " + f.Install
-			}
 		}
-		_, _ = fmt.Fprintf(table, "%s\t%s\t%s\t%s\n", f.Backend, f.Runs, f.Isolation, here)
+		isolation := ""
+		if f.Version != "" {
+			isolation = f.Isolation.String()
+		}
+		_, _ = fmt.Fprintf(table, "%s\t%s\t%s\t%s\n", f.Backend, f.Runs, isolation, here)
 	}
 	_ = table.Flush()
 }
@@ -264,9 +263,6 @@ func printBackend(w io.Writer, f found) {
 	row("backend", f.Backend+", "+f.Runs)
 	if f.Trouble != "" {
 		row("trouble", f.Trouble)
-	}
-	if f.Install != "" {
-		row("on Debian", f.Install)
 	}
 	if f.Version != "" {
 		row("version", f.Version)

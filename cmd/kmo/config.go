@@ -33,7 +33,7 @@ type Config struct {
 	Git      Git                               `json:"git,omitzero" doc:"credentials for the remote"`
 	Images   Images                            `json:"images,omitzero" doc:"where images come from"`
 	Backends []template.Name                   `json:"backends,omitempty" items:"0-16" unique:"yes" doc:"built-in backends of this host, native and wasm if not given"`
-	Engines  map[template.Name]template.Path   `json:"engines,omitempty" doc:"where a built-in backend's runtime is, if not where it usually is: the socket of docker or podman, the kubeconfig of kubernetes, runsc for gvisor, the kernel for microvm"`
+	Engines  map[template.Name]template.Path   `json:"engines,omitempty" doc:"where a built-in backend's runtime is, if not where it usually is: the socket of docker or podman, the kubeconfig of kubernetes, runsc for gvisor, for microvm a kernel or a folder with boot and lib/modules"`
 	Plugins  Plugins                           `json:"plugins,omitzero" doc:"backends of others"`
 	Log      string                            `json:"log,omitempty" enum:"debug info warn error" doc:"how much is logged, info if not given"`
 }

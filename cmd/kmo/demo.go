@@ -137,9 +137,7 @@ func (d *demo) engine(cmd *cobra.Command) error {
 	if err != nil {
 		return err
 	}
-	if f := all[0]; f.Trouble != "" && f.Install != "" {
-		return fmt.Errorf("%s: %s; on Debian: %s", f.Backend, f.Trouble, f.Install)
-	} else if f.Trouble != "" {
+	if f := all[0]; f.Trouble != "" {
 		return fmt.Errorf("%s: %s", f.Backend, f.Trouble)
 	}
 	return nil
