@@ -29,6 +29,7 @@ import (
 	"github.com/kindos/kmo/backends"
 	"github.com/kindos/kmo/backends/plugin"
 	"github.com/kindos/kmo/reconciler"
+	"github.com/kindos/kmo/reconciler/template"
 	"github.com/kindos/kmo/registry"
 )
 
@@ -143,6 +144,10 @@ func clear(b built, state string) error {
 		if err != nil || len(left) > 0 {
 			errs = append(errs, fmt.Errorf("cgroups are left: %v, %v", left, err))
 		}
+	}
+	var host template.Host
+	if err := measure(&host, state); err == nil {
+		errs = append(errs, os.RemoveAll(host.Doors)) // the units of a script that failed are still linked
 	}
 	mounts, err := os.ReadFile("/proc/self/mountinfo")
 	if err != nil || strings.Contains(string(mounts), state) {
