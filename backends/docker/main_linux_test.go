@@ -50,7 +50,7 @@ func elsewhere() int {
 	}
 	defer os.RemoveAll(dir)
 	// Forwarding before any engine: one that switches it on itself changes what the firewall does with the rest.
-	const prepare = `mount -t proc proc /proc && ip link set lo up && echo 1 >/proc/sys/net/ipv4/ip_forward && "$@"`
+	const prepare = `mount --make-rprivate / && mount -t proc proc /proc && mkdir -p /run/netns && mount -t tmpfs none /run/netns && ip link set lo up && echo 1 >/proc/sys/net/ipv4/ip_forward && "$@"`
 	self := exec.Command("/bin/sh", append([]string{"-c", prepare, "sh", os.Args[0]}, os.Args[1:]...)...)
 	self.Stdin, self.Stdout, self.Stderr = os.Stdin, os.Stdout, os.Stderr
 	self.Env = append(os.Environ(), inNetwork+"="+dir)

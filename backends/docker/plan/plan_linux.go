@@ -211,7 +211,7 @@ func publish(config *container.Config, host *container.HostConfig, w backends.Wo
 	for i, p := range w.Run.Ports {
 		inside := network.MustParsePort(strconv.Itoa(p.Port) + "/tcp")
 		config.ExposedPorts[inside] = struct{}{}
-		at := netip.IPv4Unspecified()
+		var at netip.Addr // every one: netavark 1.4 forwards what is for 0.0.0.0 itself if that is named
 		if asked[i].Host == 0 {
 			at = netip.AddrFrom4([4]byte{127, 0, 0, 1})
 		}
