@@ -110,6 +110,7 @@ func TestConformance(t *testing.T) {
 		dir := t.TempDir()
 		return conformance.Subject{
 			Open:   func(t *testing.T) backends.Backend { return open(t, dir) },
+			At:     func(t *testing.T, state string) backends.Backend { return open(t, state) },
 			Images: map[backends.Format]backends.Image{backends.AppImage: {Content: image}},
 			Disk:   []string{dir},
 			Table:  "testdata/features",
@@ -123,6 +124,8 @@ func TestConformance(t *testing.T) {
 		}
 	})
 }
+
+func TestDemo(t *testing.T) { conformance.Demo(t, Name, "") }
 
 // A script with links, which runs programs of the base system, is what most AppImages begin with.
 func TestScript(t *testing.T) {

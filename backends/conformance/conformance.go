@@ -30,6 +30,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"slices"
+	"strings"
 	"testing"
 	"time"
 
@@ -41,6 +42,8 @@ type Subject struct {
 	// Open returns a backend over the subject's state as a new process would: it shares nothing with an earlier one but that
 	// state. If it is an io.Closer, Close is the end of that process, which no workload may notice.
 	Open func(t *testing.T) backends.Backend
+	// At is Open over a state folder that is given: one on a full disk. Nil: nothing is kept on a disk of this host.
+	At func(t *testing.T, state string) backends.Backend
 	// Images holds the test program in each format to be tested: Content, and ContentRoot where the backend looks at it. The
 	// program is at /app inside, where a format has an inside.
 	Images map[backends.Format]backends.Image
@@ -219,4 +222,32 @@ func Build(t *testing.T, goos, goarch string) string {
 		t.Fatal(err)
 	}
 	return path
+}
+
+// Demo plays kmo demo on a built-in backend. Engine is where its runtime is, "" where it usually is.
+func Demo(t *testing.T, backend, engine string) {
+	t.Helper()
+	root, err := exec.CommandContext(t.Context(), "go", "list", "-m", "-f", "{{.Dir}}", "github.com/kindos/kmo").Output()
+	if err != nil {
+		t.Fatal(err)
+	}
+	at := strings.TrimSpace(string(root))
+	if output, err := exec.CommandContext(t.Context(), "make", "-C", at, "build").CombinedOutput(); err != nil {
+		t.Fatalf("building the demo: %v\n%s", err, output)
+	}
+	folder, err := os.MkdirTemp("/tmp", "kmo-demo-") // short: sockets lie below it
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = os.RemoveAll(folder) })
+	demo := exec.CommandContext(t.Context(), filepath.Join(at, "bin/kmo"), "demo", "--backend", backend, "--engine", engine)
+	demo.Env = append(os.Environ(), "TMPDIR="+folder)
+	output, err := demo.CombinedOutput()
+	if err != nil || !strings.Contains(string(output), " acts ended as they must, in ") {
+		t.Fatalf("%v:\n%s", err, output)
+	}
+	if left, err := os.ReadDir(folder); err != nil || len(left) > 0 {
+		t.Errorf("%v is left, %v", left, err)
+	}
+	t.Logf("%s", output)
 }

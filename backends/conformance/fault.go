@@ -5,9 +5,12 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strings"
 	"sync"
+	"syscall"
+	"testing"
 	"time"
 
 	"github.com/kindos/kmo/backends"
@@ -24,6 +27,7 @@ func faultChecks() []check {
 		{"an image without content is an error and leaves nothing", noContent},
 		{"cancel leaves nothing half", cancelled},
 		{"damage is seen and repaired", damageRepaired},
+		{"a full disk is told and leaves nothing", diskFull},
 	}
 }
 
@@ -215,7 +219,7 @@ func cancelled(b *bench) {
 		b.gone(w.Name)
 		if b.subject.Leaks != nil {
 			if left := b.subject.Leaks(b.T); len(left) > 0 {
-				b.Errorf("cancelled after %v ms: left behind: %q", after, left)
+				b.Errorf("cancelled after %v: left behind: %q", after*time.Millisecond, left)
 			}
 		}
 	}
@@ -311,4 +315,49 @@ func (b *bench) hostDir() string {
 		b.Fatal(err)
 	}
 	return dir
+}
+
+// diskFull looks at a backend whose state lies on a disk without room, and then with it again.
+func diskFull(b *bench) {
+	if b.subject.At == nil {
+		return // nothing is kept on a disk of this host
+	}
+	if os.Geteuid() != 0 {
+		b.Skip("a small disk needs root")
+	}
+	disk := b.TempDir()
+	if output, err := exec.CommandContext(b.Context(), "mount", "-t", "tmpfs", "-o", "size=256m", "none", disk).CombinedOutput(); err != nil {
+		b.Fatalf("mounting a small disk: %v: %s", err, output)
+	}
+	b.Cleanup(func() {
+		b.end()
+		if output, err := exec.CommandContext(context.Background(), "umount", disk).CombinedOutput(); err != nil {
+			b.Errorf("somebody still uses the disk: %v: %s", err, output)
+		}
+	})
+	open := b.subject.Open
+	b.subject.Open = func(t *testing.T) backends.Backend { return b.subject.At(t, filepath.Join(disk, "state")) }
+	b.reopen()
+	filler := filepath.Join(disk, "filler")
+	if err := os.WriteFile(filler, make([]byte, 256<<20+1), 0o600); !errors.Is(err, syscall.ENOSPC) {
+		b.Fatalf("filling the disk: %v", err)
+	}
+	w := seal(b.unit("relay", "wait"))
+	b.names = append(b.names, w.Name)
+	if err := b.backend.Apply(b.Context(), w); err == nil {
+		b.up(w.Name) // it needed no room
+	} else if !strings.Contains(err.Error(), "no space left") {
+		b.Errorf("apply: error %v, want one that says there is no space left", err)
+	} else if list := b.observe(); len(list) > 0 {
+		b.Errorf("observe: %+v, want nothing", list)
+	}
+	if err := os.Remove(filler); err != nil {
+		b.Fatal(err)
+	}
+	b.apply(w)
+	b.up(w.Name)
+	b.remove(w.Name)
+	b.gone(w.Name)
+	b.subject.Open = open
+	b.reopen()
 }

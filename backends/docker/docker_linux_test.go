@@ -58,6 +58,7 @@ func TestConformance(t *testing.T) {
 				dir := t.TempDir()
 				return conformance.Subject{
 					Open:     func(t *testing.T) backends.Backend { return open(t, name, dir) },
+					At:       func(t *testing.T, state string) backends.Backend { return open(t, name, state) },
 					Patience: time.Minute,
 					Table:    filepath.Join("testdata", "features", name),
 					Images:   map[backends.Format]backends.Image{backends.OCI: image},
@@ -69,6 +70,10 @@ func TestConformance(t *testing.T) {
 			})
 		})
 	}
+}
+
+func TestDemo(t *testing.T) {
+	each(t, func(t *testing.T, d *daemon) { conformance.Demo(t, d.name, d.socket) })
 }
 
 // asked is a client of an engine, for the tests' own questions.

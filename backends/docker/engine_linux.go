@@ -174,6 +174,11 @@ func (b *Backend) mine() client.Filters {
 	return client.Filters{}.Add("label", plan.LabelInstance+"="+b.plan.Instance)
 }
 
+// absent says that an engine speaks of a container that is not there. Podman has no status of its own for one that goes while it is asked.
+func absent(err error) bool {
+	return errdefs.IsNotFound(err) || err != nil && strings.Contains(err.Error(), "no such container")
+}
+
 // containers lists all of this instance's, running or not.
 func (b *Backend) containers(ctx context.Context) ([]container.Summary, error) {
 	for try := 0; ; try++ {
@@ -182,9 +187,10 @@ func (b *Backend) containers(ctx context.Context) ([]container.Summary, error) {
 			return found.Items, nil
 		}
 		// Podman looks at them one after the other, and gives up if one has been removed meanwhile, whosever it was.
-		if try == 20 || !strings.Contains(err.Error(), "no such container") {
+		if try == 50 || !absent(err) {
 			return nil, b.plain(ctx, err)
 		}
+		time.Sleep(10 * time.Millisecond)
 	}
 }
 
@@ -206,7 +212,7 @@ type seen struct {
 // inspect returns nil for a container that is not there, or not this instance's.
 func (b *Backend) inspect(ctx context.Context, id string) (*seen, error) {
 	found, err := b.engine.ContainerInspect(ctx, id, client.ContainerInspectOptions{})
-	if errdefs.IsNotFound(err) {
+	if absent(err) {
 		return nil, nil
 	}
 	if err != nil {
@@ -236,11 +242,11 @@ func imageID(id string) string { return "sha256:" + strings.TrimPrefix(id, "sha2
 func (b *Backend) discard(ctx context.Context, id string) error {
 	for pause := 5 * time.Millisecond; ; pause *= 2 {
 		_, err := b.engine.ContainerRemove(ctx, id, client.ContainerRemoveOptions{Force: true, RemoveVolumes: true})
-		if err == nil || errdefs.IsNotFound(err) {
+		if err == nil || absent(err) {
 			return nil
 		}
 		_, inspectErr := b.engine.ContainerInspect(ctx, id, client.ContainerInspectOptions{})
-		if errdefs.IsNotFound(inspectErr) {
+		if absent(inspectErr) {
 			return nil
 		}
 		if ctx.Err() != nil || pause > time.Second { // someone else is removing it, or a mount is still busy

@@ -8,6 +8,7 @@ import (
 	"net"
 	"os"
 	"os/exec"
+	"path/filepath"
 	"strings"
 	"testing"
 	"time"
@@ -280,6 +281,36 @@ func TestImageVanishes(t *testing.T) {
 			t.Fatal(err)
 		}
 		until(t, b, "running again", running)
+		over(t, d, b, state)
+	})
+}
+
+// A full disk of the engine is told and blames nobody, and what was begun is gone.
+func TestDiskFull(t *testing.T) {
+	image := content(t)
+	each(t, func(t *testing.T, d *daemon) {
+		state, filler := t.TempDir(), filepath.Join(d.dir, "filler")
+		b := open(t, d.name, state)
+		w := unit("relay", image, "wait")
+		fill := exec.Command("dd", "if=/dev/zero", "of="+filler, "bs=1M")
+		if output, err := fill.CombinedOutput(); err == nil || !strings.Contains(string(output), "No space left") {
+			t.Fatalf("filling the disk: %v: %s", err, output)
+		}
+		err := b.Apply(t.Context(), w)
+		if plain(t, "apply", err); err != nil && !strings.Contains(err.Error(), "no space left") {
+			t.Errorf("error %v, want one that says there is no space left", err)
+		}
+		if err := os.Remove(filler); err != nil {
+			t.Fatal(err)
+		}
+		if list, err := b.Observe(t.Context()); err != nil || len(list) > 0 {
+			t.Errorf("observe: %+v, %v; want nothing", list, err)
+		}
+		if err := b.Apply(t.Context(), w); err != nil {
+			t.Fatal(err)
+		}
+		until(t, b, "running", running)
+		once(t, d, b)
 		over(t, d, b, state)
 	})
 }

@@ -290,7 +290,7 @@ func (b *Backend) stop(ctx context.Context, e *entry, c *seen, hooks bool) error
 // signal is without effect on a container that does not run.
 func (b *Backend) signal(ctx context.Context, id, signal string) error {
 	_, err := b.engine.ContainerKill(ctx, id, client.ContainerKillOptions{Signal: signal})
-	if err == nil || errdefs.IsNotFound(err) || errdefs.IsConflict(err) {
+	if err == nil || absent(err) || errdefs.IsConflict(err) {
 		return nil
 	}
 	if found, inspectErr := b.inspect(ctx, id); inspectErr == nil && (found == nil || !found.running) {

@@ -30,6 +30,11 @@ func TestMain(m *testing.M) {
 		os.Exit(elsewhere())
 	}
 	dir := os.Getenv(inNetwork)
+	// Small enough to be filled, and gone with the namespace.
+	if err := unix.Mount("none", dir, "tmpfs", 0, "size=1g"); err != nil {
+		fmt.Fprintln(os.Stderr, "mounting the engines' disk:", err)
+		os.Exit(1)
+	}
 	engines = map[string]*daemon{Docker: dockerd(filepath.Join(dir, "d")), Podman: podman(filepath.Join(dir, "p"))}
 	code := m.Run()
 	for _, d := range engines {
@@ -107,7 +112,7 @@ func (d *daemon) start() error {
 			return err
 		}
 		p := exec.Command(path, argv[1:]...)
-		p.Stdout, p.Stderr, p.Env = log, log, append(os.Environ(), d.env...)
+		p.Stdout, p.Stderr, p.Dir, p.Env = log, log, d.dir, append(os.Environ(), d.env...)
 		p.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
 		_ = os.Remove(d.waits[i])
 		if err := errors.Join(p.Start(), log.Close()); err != nil {

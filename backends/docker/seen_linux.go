@@ -171,7 +171,7 @@ func (o *output) add(piece []byte) error {
 // exec runs a command in a container. When ctx ends it ends the command, and what that has started.
 func (b *Backend) exec(ctx context.Context, id string, argv []string, out *output) (int, []byte, error) {
 	made, err := b.engine.ExecCreate(ctx, id, client.ExecCreateOptions{Cmd: argv, AttachStdout: true, AttachStderr: true})
-	if errdefs.IsNotFound(err) || errdefs.IsConflict(err) {
+	if absent(err) || errdefs.IsConflict(err) {
 		return 0, nil, backends.ErrNotFound
 	}
 	if err != nil {
@@ -331,7 +331,7 @@ func tail(lines int) string {
 
 func (b *Backend) logFile(ctx context.Context, id string) (*engine.LogFile, error) {
 	found, err := b.engine.ContainerInspect(ctx, id, client.ContainerInspectOptions{})
-	if errdefs.IsNotFound(err) {
+	if absent(err) {
 		return nil, backends.ErrNotFound
 	}
 	if err != nil {
@@ -344,7 +344,7 @@ func (b *Backend) logFile(ctx context.Context, id string) (*engine.LogFile, erro
 func (b *Backend) streamLog(ctx context.Context, id string, options client.ContainerLogsOptions, each func([]byte) error) error {
 	options.ShowStdout, options.ShowStderr = true, true
 	log, err := b.engine.ContainerLogs(ctx, id, options)
-	if errdefs.IsNotFound(err) {
+	if absent(err) {
 		return backends.ErrNotFound
 	}
 	if err != nil {

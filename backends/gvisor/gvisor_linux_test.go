@@ -70,6 +70,7 @@ func TestConformance(t *testing.T) {
 		return conformance.Subject{
 			Table:    "testdata/features",
 			Open:     func(t *testing.T) backends.Backend { return open(t, dir) },
+			At:       func(t *testing.T, state string) backends.Backend { return open(t, state) },
 			Images:   map[backends.Format]backends.Image{backends.OCI: {Content: image.Content}},
 			Patience: time.Minute,
 			Disk:     []string{dir},
@@ -78,6 +79,8 @@ func TestConformance(t *testing.T) {
 		}
 	})
 }
+
+func TestDemo(t *testing.T) { conformance.Demo(t, Name, os.Getenv(variable)) }
 
 // own is the name of what belongs to a state folder.
 func own(state string) string {

@@ -317,37 +317,3 @@ func TestHookHangs(t *testing.T) {
 		}
 	}
 }
-
-// A full disk is told, and leaves nothing.
-func TestStateFull(t *testing.T) {
-	y := newYard(t)
-	full := t.TempDir()
-	if err := syscall.Mount("tmpfs", full, "tmpfs", 0, "size=256k"); err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		if err := syscall.Unmount(full, 0); err != nil {
-			t.Error(err)
-		}
-	})
-	b := open(t, filepath.Join(full, "state"))
-	defer b.Close()
-	filler := filepath.Join(full, "filler")
-	_ = os.WriteFile(filler, make([]byte, 1<<20), 0o600) // as much as there is room for
-	w := y.workload("wait")
-	if err := b.Apply(t.Context(), w); err == nil || !strings.Contains(err.Error(), "no space left") {
-		t.Errorf("error %v, want one that says there is no space", err)
-	}
-	if list, err := b.Observe(t.Context()); err != nil || len(list) > 0 {
-		t.Errorf("observe: %+v, %v", list, err)
-	}
-	if err := os.Remove(filler); err != nil {
-		t.Fatal(err)
-	}
-	if err := b.Apply(t.Context(), w); err != nil {
-		t.Error(err)
-	}
-	if err := b.Remove(t.Context(), w.Name); err != nil {
-		t.Error(err)
-	}
-}

@@ -73,6 +73,7 @@ func TestConformance(t *testing.T) {
 		return conformance.Subject{
 			Table:    "testdata/features",
 			Open:     func(t *testing.T) backends.Backend { return open(t, dir) },
+			At:       func(t *testing.T, state string) backends.Backend { return open(t, state) },
 			Images:   map[backends.Format]backends.Image{backends.OCI: {Content: root}, backends.LXC: {Content: root}},
 			Leaks:    func(t *testing.T) []string { return leaks(dir) },
 			Patience: time.Minute, // on a machine that others use, with the race detector, a start takes seconds
@@ -81,6 +82,8 @@ func TestConformance(t *testing.T) {
 		}
 	})
 }
+
+func TestDemo(t *testing.T) { conformance.Demo(t, Name, "") }
 
 // leaks lists what is left of the workloads of a state folder on this host. A process of one has the folder among its mounts or in its
 // command; a network is there as long as a process is in it.

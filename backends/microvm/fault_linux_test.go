@@ -7,6 +7,7 @@ import (
 	"io"
 	"net"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strings"
 	"syscall"
@@ -150,6 +151,67 @@ func TestBootAbandoned(t *testing.T) {
 		if left := leaks(state); len(left) > 0 {
 			t.Errorf("abandoned after %v: left behind: %q", after, left)
 		}
+	}
+}
+
+// keeperArg is the first argument of a process that is only keeper.
+const keeperArg = "test-keeper"
+
+// keeper is a backend of its own process, which applies one workload and stays.
+func keeper(state string, w world) {
+	ground = w
+	b, err := Open(options(state))
+	if err == nil {
+		hooked := workload("relay", "wait")
+		hooked.Hooks.PreInit = [][]string{{"/app", "say before"}}
+		err = b.Apply(context.Background(), hooked)
+	}
+	fmt.Println("applied", err)
+	time.Sleep(time.Hour)
+}
+
+// Whatever a start has come to when the backend's process is killed, the next one has the machine once, or not at all.
+func TestKilledAtEachStep(t *testing.T) {
+	for _, step := range []string{"cache/*", "machines/work/*/record.json", "machines/work/*/own/spec.json", "machines/work/*/own/*.sock", "machines/work/*/own/" + usageFile, ""} {
+		t.Run("killed at "+step, func(t *testing.T) {
+			state := t.TempDir()
+			cmd := exec.Command("/proc/self/exe", keeperArg, state, ground.guest, ground.image, ground.home)
+			out, err := cmd.StdoutPipe()
+			if err == nil {
+				err = cmd.Start()
+			}
+			if err != nil {
+				t.Fatal(err)
+			}
+			applied := make(chan struct{})
+			go func() {
+				defer close(applied)
+				_, _ = out.Read(make([]byte, 8)) // or it was killed before
+			}()
+			until(t, step, func() (string, bool) {
+				found, _ := filepath.Glob(filepath.Join(state, step))
+				select {
+				case <-applied:
+					return "", true
+				default:
+					return "", step != "" && len(found) > 0
+				}
+			})
+			if err := cmd.Process.Kill(); err != nil {
+				t.Fatal(err)
+			}
+			_ = cmd.Wait() // it was killed
+			b := open(t, state)
+			defer sweep(t, b, state)
+			w := workload("relay", "wait")
+			until(t, "running, or never there", func() (string, bool) {
+				s := status(t, b, w.Name)
+				return fmt.Sprintf("%+v", s), s.Name == "" || s.State == backends.Running
+			})
+			if s := status(t, b, w.Name); s.Name != "" {
+				emulator(t, s.PID)
+			}
+		})
 	}
 }
 

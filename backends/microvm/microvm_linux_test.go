@@ -35,6 +35,8 @@ func TestMain(m *testing.M) {
 			process.Stage()
 		case MonitorArg:
 			os.Exit(Monitor(os.Args[2:]))
+		case keeperArg:
+			keeper(os.Args[2], world{guest: os.Args[3], image: os.Args[4], home: os.Args[5]})
 		}
 	}
 	dir, err := os.MkdirTemp("", "kmo-microvm-")
@@ -113,6 +115,7 @@ func TestConformance(t *testing.T) {
 		return conformance.Subject{
 			Table:    "testdata/features",
 			Open:     func(t *testing.T) backends.Backend { return open(t, state) },
+			At:       func(t *testing.T, state string) backends.Backend { return open(t, state) },
 			Images:   map[backends.Format]backends.Image{backends.OCI: {Content: ground.image, ContentRoot: merkle.Digest{1}}},
 			Patience: 120 * time.Second,
 			Disk:     []string{state},
@@ -120,6 +123,8 @@ func TestConformance(t *testing.T) {
 		}
 	})
 }
+
+func TestDemo(t *testing.T) { conformance.Demo(t, Name, ground.home) }
 
 // leaks lists what is left of the workloads of a state folder on this host.
 func leaks(state string) (list []string) {

@@ -56,6 +56,7 @@ func TestConformance(t *testing.T) {
 		dir := t.TempDir()
 		return conformance.Subject{
 			Open:     func(t *testing.T) backends.Backend { return open(t, dir) },
+			At:       func(t *testing.T, state string) backends.Backend { return open(t, state) },
 			Images:   images,
 			Table:    "testdata/features",
 			Disk:     []string{dir},

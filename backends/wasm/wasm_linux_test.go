@@ -43,6 +43,11 @@ func TestConformance(t *testing.T) {
 				present = over(t, state)
 				return present
 			},
+			At: func(t *testing.T, state string) backends.Backend {
+				_ = os.Mkdir(state, 0o700) // or an earlier one did
+				_ = os.Symlink(binaries.modules, filepath.Join(state, "modules"))
+				return over(t, state)
+			},
 			Images: map[backends.Format]backends.Image{backends.WASM: {Content: binaries.program}},
 			Table:  "testdata/features",
 			Disk:   []string{state},
@@ -51,6 +56,8 @@ func TestConformance(t *testing.T) {
 		}
 	})
 }
+
+func TestDemo(t *testing.T) { conformance.Demo(t, Name, "") }
 
 // damage cuts off a guest's machine code, so that it could not go on, and ends the guest.
 func damage(t *testing.T, b *Backend) {
