@@ -1,7 +1,7 @@
 # Two commands set everything up: `make demo` plays the main job, `make test` runs every test.
 GO      ?= go
 PKGS    ?= $(shell $(GO) list ./... | grep -Ev '$(ENGINES)')
-# Packages whose tests start an engine, a machine or a cluster: one after another, as each wants the machine for itself.
+# Packages whose tests start an engine, a machine or a cluster.
 ENGINES := /backends/(docker|gvisor|kubernetes|lxc|microvm)$$|/fixtures/plugin-python$$
 FUZZ    ?= 10s
 COUNT   ?= 6
@@ -9,7 +9,7 @@ VERSION := $(shell git describe --tags --always --dirty 2>/dev/null || echo unkn
 LDFLAGS := -s -w -X main.version=$(VERSION)
 TOOLS   := .cache/tools
 
-.PHONY: build demo test test-engines test-fast need-engines check vulnerabilities bench fuzz generate cross clean need
+.PHONY: build demo test test-units test-engines test-fast need-engines check vulnerabilities bench fuzz generate cross clean need
 
 build: ## the one binary, with the guest of micro-VMs in it, and the programs of the demo
 	GOOS=linux CGO_ENABLED=0 $(GO) build -trimpath -buildvcs=false -ldflags '-s -w' -o backends/microvm/built/guest-$$($(GO) env GOARCH) ./backends/microvm/guest
@@ -25,11 +25,13 @@ demo: build ## the whole story on this machine, in a temporary folder; git signs
 	.ci/need git ssh-keygen
 	bin/kmo demo
 
-test: need check cross ## everything, with the race detector
+test: check cross test-units test-engines ## everything, with the race detector
+
+test-units: need ## what needs no engine
 	$(GO) test -race -timeout 30m $(PKGS)
 
-test-engines: need-engines ## the backends on their real engines, with the race detector
-	$(GO) list ./... | grep -E '$(ENGINES)' | xargs $(GO) test -race -p 1 -timeout 60m
+test-engines: need-engines ## the backends on their real engines, two at a time
+	$(GO) list ./... | grep -E '$(ENGINES)' | xargs $(GO) test -race -p 2 -timeout 60m
 
 test-fast: ## the edit loop
 	$(GO) test -short $(PKGS)

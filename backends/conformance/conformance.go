@@ -151,18 +151,20 @@ func compare(t *testing.T, folder string, found Found) {
 	if err != nil {
 		t.Fatalf("%v; KMO_UPDATE=1 writes it", err)
 	}
-	for _, feature := range found.Features {
-		if !slices.Contains(table.Features, feature) {
-			t.Errorf("%s is true, and not in %s; KMO_UPDATE=1 writes it", feature, path)
-		}
-	}
-	for _, feature := range table.Features {
-		if !slices.Contains(found.Features, feature) {
-			say := t.Logf
-			if os.Getenv("CI") != "" {
-				say = t.Errorf
+	for _, list := range []struct{ found, table []backends.Feature }{{found.Features, table.Features}, {found.Promised, table.Promised}} {
+		for _, feature := range list.found {
+			if !slices.Contains(list.table, feature) {
+				t.Errorf("%s is true, and not in %s; KMO_UPDATE=1 writes it", feature, path)
 			}
-			say("%s says %s, which this host does not have", path, feature)
+		}
+		for _, feature := range list.table {
+			if !slices.Contains(list.found, feature) {
+				say := t.Logf
+				if os.Getenv("CI") != "" {
+					say = t.Errorf
+				}
+				say("%s says %s, which this host does not have", path, feature)
+			}
 		}
 	}
 	if table.Backend != found.Backend || table.Isolation != found.Isolation {

@@ -41,6 +41,11 @@ func TestFeatureTable(t *testing.T) {
 		}
 		return strings.Compare(order(a), order(b))
 	})
+	for _, name := range builtInNames() {
+		if !slices.ContainsFunc(all, func(f conformance.Found) bool { return f.Backend == name }) {
+			t.Errorf("the suite has found nothing about %s", name)
+		}
+	}
 	const path = "../../docs/features.md"
 	if *update {
 		if err := os.WriteFile(path, []byte(featureTable(all)), 0o644); err != nil {
