@@ -8,6 +8,7 @@ package backends
 import (
 	"context"
 	"errors"
+	"fmt"
 	"io"
 	"slices"
 	"strconv"
@@ -103,11 +104,25 @@ const (
 
 // String is the word for it.
 func (i Isolation) String() string {
-	words := []string{"none", "process", "container", "sandbox", "machine"}
-	if i < 0 || int(i) >= len(words) {
-		return strconv.Itoa(int(i))
+	if words := isolations(); i >= 0 && int(i) < len(words) {
+		return words[i]
 	}
-	return words[i]
+	return strconv.Itoa(int(i))
+}
+
+func isolations() []string { return []string{"none", "process", "container", "sandbox", "machine"} }
+
+// MarshalText returns the word.
+func (i Isolation) MarshalText() ([]byte, error) { return []byte(i.String()), nil }
+
+// UnmarshalText reads the word.
+func (i *Isolation) UnmarshalText(text []byte) error {
+	at := slices.Index(isolations(), string(text))
+	if at < 0 {
+		return fmt.Errorf("isolation %.100q; want one of %v", text, isolations())
+	}
+	*i = Isolation(at)
+	return nil
 }
 
 // Workload is a unit's chosen variant, rendered for one host: everything a backend needs, and nothing it must look up.

@@ -117,7 +117,7 @@ func testFormat(t *testing.T, newSubject func(t *testing.T) Subject, route route
 		}
 	}
 	if table := subject.Table; table != "" && !t.Failed() {
-		compare(t, table, Found{Backend: able.Backend, Format: format, Isolation: able.Isolation.String(), Features: slices.Sorted(maps.Keys(proven)), Promised: promised})
+		compare(t, table, Found{Backend: able.Backend, Format: format, Isolation: able.Isolation, Features: slices.Sorted(maps.Keys(proven)), Promised: promised})
 	}
 }
 
@@ -125,7 +125,7 @@ func testFormat(t *testing.T, newSubject func(t *testing.T) Subject, route route
 type Found struct {
 	Backend   string             `json:"backend"`
 	Format    backends.Format    `json:"format"`
-	Isolation string             `json:"isolation"`
+	Isolation backends.Isolation `json:"isolation"`
 	Features  []backends.Feature `json:"features"`           // that were promised and exercised; every other was refused
 	Promised  []backends.Feature `json:"promised,omitempty"` // of a hollow subject: what only a program could show
 }
