@@ -5,7 +5,9 @@ import (
 	"crypto/sha256"
 	"fmt"
 	"os"
+	"slices"
 	"strconv"
+	"strings"
 
 	"golang.org/x/sys/unix"
 
@@ -33,6 +35,15 @@ func measure(facts *template.Host, dir string) error {
 	var disk unix.Statfs_t
 	if err := unix.Statfs(dir, &disk); err != nil {
 		return fmt.Errorf("measuring disk: %w", err)
+	}
+	if text, err = os.ReadFile("/proc/cpuinfo"); err != nil {
+		return fmt.Errorf("measuring the processor: %w", err)
+	}
+	for line := range strings.Lines(string(text)) {
+		if key, value, _ := strings.Cut(line, ":"); slices.Contains([]string{"flags", "Features"}, strings.TrimSpace(key)) {
+			facts.CPUHas = strings.Fields(value)
+			break // all cores are alike
+		}
 	}
 	facts.Doors = secret.Open("", fmt.Sprintf("doors-%.4x", sha256.Sum256([]byte(dir)))).Dir()
 	facts.Disk = int64(disk.Blocks) * disk.Bsize

@@ -35,6 +35,7 @@ type Host struct {
 	Arch         string                          `json:"arch"` // as Go names it
 	Labels       map[string]string               `json:"labels"`
 	CPU          int64                           `json:"cpu"`               // thousandths of a core
+	CPUHas       []string                        `json:"cpuHas,omitempty"`  // what the processor has, as /proc/cpuinfo lists it
 	Memory       int64                           `json:"memory"`            // bytes
 	PIDs         int64                           `json:"-"`                 // for the rules; nothing is placed by it
 	Disk         int64                           `json:"-"`                 // bytes, for the rules; nothing is placed by it
@@ -147,6 +148,11 @@ func (u *Unit) misplaced(host Host) string {
 	}
 	if len(on.Arch) > 0 && !slices.Contains(on.Arch, host.Arch) {
 		return fmt.Sprintf("architecture %s; want %s", show(host.Arch), words(on.Arch))
+	}
+	for _, feature := range on.CPU {
+		if !slices.Contains(host.CPUHas, string(feature)) {
+			return fmt.Sprintf("the processor has no %s; want a host whose /proc/cpuinfo lists it", feature)
+		}
 	}
 	var labels []string
 	for key, value := range on.Labels {

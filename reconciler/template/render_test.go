@@ -174,11 +174,12 @@ func TestPlacement(t *testing.T) {
 	tests := []struct{ name, more, want string }{
 		{"zone", "place: {on: {zone: [canary, edge-b]}}\n", `zone "edge-a"; want canary or edge-b`},
 		{"architecture", "place: {on: {arch: [arm64]}}\n", `architecture "amd64"; want arm64`},
+		{"processor", "place: {on: {cpu: [aes, avx512f]}}\n", "the processor has no avx512f; want a host whose /proc/cpuinfo lists it"},
 		{"label", "place: {on: {labels: {site: south}}}\n", `label site is "north"; want south`},
 		{"label that is not there", "place: {on: {labels: {gpu: a}}}\n", `label gpu is ""; want a`},
 		{"cores", "resources: {cpu: {min: 8}}\n", "4 cores; want 8"},
 		{"memory", "resources: {memory: {min: 16Gi}}\n", "8Gi bytes of memory; want 16Gi"},
-		{"here", "place: {on: {zone: [edge-a], arch: [amd64], labels: {site: north}}}\nresources: {cpu: {min: 4}, memory: {min: 8Gi}}\n", ""},
+		{"here", "place: {on: {zone: [edge-a], arch: [amd64], cpu: [sse4_2], labels: {site: north}}}\nresources: {cpu: {min: 4}, memory: {min: 8Gi}}\n", ""},
 	}
 	for _, test := range tests {
 		t.Run(test.name, func(t *testing.T) {

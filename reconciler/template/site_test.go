@@ -83,7 +83,7 @@ func everything() []backends.Feature {
 
 // edge is a host that has a native backend and one for WASM.
 func edge() Host {
-	return Host{Name: "edge-1", Zone: "edge-a", OS: "linux", Arch: "amd64", Labels: map[string]string{"site": "north"}, CPU: 4000, Memory: 8 << 30,
+	return Host{Name: "edge-1", Zone: "edge-a", OS: "linux", Arch: "amd64", Labels: map[string]string{"site": "north"}, CPU: 4000, CPUHas: []string{"aes", "sse4_2"}, Memory: 8 << 30,
 		Fingerprints: map[string]backends.Fingerprint{
 			"native": {Backend: "native", Formats: []backends.Format{backends.OCI, backends.Native}, Platforms: []string{"linux/amd64"}, Features: everything()},
 			"wasm":   {Backend: "wasm", Formats: []backends.Format{backends.WASM}, Platforms: []string{"wasip1/wasm"}, Features: everything()},

@@ -129,6 +129,7 @@ type Place struct {
 type On struct {
 	Zone   []Name          `json:"zone,omitempty" items:"0-256" unique:"yes" doc:"zones of site.yaml"`
 	Arch   []string        `json:"arch,omitempty" items:"0-16" unique:"yes" enum:"amd64 arm64 arm riscv64 386 ppc64le s390x loong64" doc:"architectures, as Go names them"`
+	CPU    []Label         `json:"cpu,omitempty" items:"0-64" unique:"yes" doc:"what the processor must have, as /proc/cpuinfo lists it: avx2, aes"`
 	Labels map[Label]Label `json:"labels,omitempty" doc:"labels the host must have, with these values"`
 }
 
