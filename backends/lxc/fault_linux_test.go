@@ -175,25 +175,29 @@ func TestEngineMissing(t *testing.T) {
 
 // Whichever of a container's processes is killed, it is one container again.
 func TestProcessKilled(t *testing.T) {
-	for _, which := range []string{"monitor", "lxc-start", "program"} {
+	for _, which := range []string{"monitor", "lxc-start", "program", "slirp4netns"} {
 		t.Run(which, func(t *testing.T) {
 			y := newYard(t)
 			y.apply(y.workload("wait"))
 			y.said("waiting")
 			s := y.status()
 			victim := s.PID
-			if which != "monitor" {
-				victim = child(victim, "lxc-start")
-			}
-			if which == "program" {
-				victim = child(victim, "app")
+			switch which {
+			case "lxc-start", "slirp4netns":
+				victim = child(victim, which)
+			case "program":
+				victim = child(child(victim, "lxc-start"), "app")
 			}
 			if err := syscall.Kill(victim, syscall.SIGKILL); err != nil || victim == 0 {
 				t.Fatalf("killing %d: %v", victim, err)
 			}
 			after := y.until("another", func(now backends.Status) bool { return running(now) && now.Restarts == 1 })
-			if after.ExitCode != 137 || after.OOM || after.PID == s.PID {
-				t.Errorf("it is %+v, was %+v; want status 137 of another process", after, s)
+			want := 137
+			if which == "slirp4netns" {
+				want = 127
+			}
+			if after.ExitCode != want || after.OOM || after.PID == s.PID {
+				t.Errorf("it is %+v, was %+v; want status %d of another process", after, s, want)
 			}
 		})
 	}

@@ -101,7 +101,19 @@ func keep(ctx context.Context, m *monitor.Monitor, first int) (monitor.End, erro
 	}
 	m.Started()
 	defer context.AfterFunc(ctx, func() { run.halt(c.halt) })()
-	return monitor.End{Code: run.wait()}, nil
+	ended := make(chan int, 1)
+	go func() { ended <- run.wait() }()
+	var gone <-chan error
+	if network != nil {
+		gone = network.Gone()
+	}
+	select {
+	case code := <-ended:
+		return monitor.End{Code: code}, nil
+	case err := <-gone:
+		run.halt("SIGKILL")
+		return monitor.End{Code: <-ended}, err
+	}
 }
 
 // hide keeps what is the host's from LXC: with no hierarchy to be seen it makes no cgroups, and its locks are this monitor's.

@@ -30,7 +30,8 @@ import (
 // builtIn is a backend in this binary.
 type builtIn struct {
 	name string
-	runs string // what, in a few words
+	runs string   // what, in a few words
+	env  []string // of the agent's variables, those that its process gets too
 	open func(o opening) (backends.Backend, error)
 }
 
@@ -54,10 +55,10 @@ func builtIns() []builtIn {
 		{name: appimage.Name, runs: "AppImages", open: func(o opening) (backends.Backend, error) {
 			return appimage.Open(appimage.Options{State: o.state, Logger: o.logger})
 		}},
-		{name: docker.Docker, runs: "images, on Docker Engine", open: func(o opening) (backends.Backend, error) {
+		{name: docker.Docker, runs: "images, on Docker Engine", env: []string{"XDG_RUNTIME_DIR"}, open: func(o opening) (backends.Backend, error) {
 			return docker.Open(docker.Options{Name: docker.Docker, State: o.state, Socket: o.engine, Logger: o.logger})
 		}},
-		{name: docker.Podman, runs: "images, on Podman", open: func(o opening) (backends.Backend, error) {
+		{name: docker.Podman, runs: "images, on Podman", env: []string{"XDG_RUNTIME_DIR"}, open: func(o opening) (backends.Backend, error) {
 			return docker.Open(docker.Options{Name: docker.Podman, State: o.state, Socket: o.engine, Logger: o.logger})
 		}},
 		{name: lxc.Name, runs: "LXC root file systems and images, in containers", open: func(o opening) (backends.Backend, error) {
@@ -66,7 +67,7 @@ func builtIns() []builtIn {
 		{name: gvisor.Name, runs: "images, in gVisor's sandbox", open: func(o opening) (backends.Backend, error) {
 			return gvisor.Open(gvisor.Options{State: o.state, Runsc: o.engine, Logger: o.logger})
 		}},
-		{name: kubernetes.Name, runs: "images, as Deployments of a cluster", open: func(o opening) (backends.Backend, error) {
+		{name: kubernetes.Name, runs: "images, as Deployments of a cluster", env: []string{"KUBERNETES_SERVICE_HOST", "KUBERNETES_SERVICE_PORT", "HTTPS_PROXY", "NO_PROXY"}, open: func(o opening) (backends.Backend, error) {
 			return kubernetes.Open(kubernetes.Options{State: o.state, Kubeconfig: o.engine, Namespace: o.site, Logger: o.logger})
 		}},
 		{name: microvm.Name, runs: "images, each with a kernel of its own", open: func(o opening) (backends.Backend, error) {
@@ -89,6 +90,17 @@ func findBuiltIn(name string) (builtIn, error) {
 		return builtIn{}, usageError{fmt.Errorf("no built-in backend %q; there are %s", name, strings.Join(builtInNames(), ", "))}
 	}
 	return all[i], nil
+}
+
+// passed is what a built-in backend's process gets of this one's environment.
+func passed(name string) (env []string) {
+	b, _ := findBuiltIn(name) // a name that is none gets nothing
+	for _, variable := range b.env {
+		if value, ok := os.LookupEnv(variable); ok {
+			env = append(env, variable+"="+value)
+		}
+	}
+	return env
 }
 
 func backendCommand() *cobra.Command {

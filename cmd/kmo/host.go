@@ -239,7 +239,7 @@ func (h *host) openBackends(ctx context.Context) error {
 	var all []plugin.Options
 	for _, name := range h.config.Backends {
 		state := filepath.Join(h.dir, "backends", string(name))
-		all = append(all, plugin.Options{Name: string(name), Cmd: []string{self, "backend", "serve", string(name), "--state", state, "--engine", string(h.config.Engines[name]), "--site", string(h.config.Site)}})
+		all = append(all, plugin.Options{Name: string(name), Env: passed(string(name)), Cmd: []string{self, "backend", "serve", string(name), "--state", state, "--engine", string(h.config.Engines[name]), "--site", string(h.config.Site)}})
 	}
 	if h.config.Plugins.Folder != "" {
 		found, err := plugin.Find(h.config.Plugins.Folder, h.config.Plugins.Pins)

@@ -7,6 +7,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"slices"
+	"strings"
 	"sync"
 	"testing"
 
@@ -95,4 +96,18 @@ func TestMain(m *testing.M) {
 var made struct {
 	sync.Mutex
 	dir string
+}
+
+// A backend's process gets what it needs to find its runtime, and nothing else of the agent's.
+func TestPassed(t *testing.T) {
+	t.Setenv("XDG_RUNTIME_DIR", "/run/user/1000")
+	t.Setenv("KUBERNETES_SERVICE_HOST", "10.0.0.1")
+	for name, want := range map[string][]string{"native": nil, "podman": {"XDG_RUNTIME_DIR=/run/user/1000"}} {
+		if got := passed(name); !slices.Equal(got, want) {
+			t.Errorf("%s gets %q, want %q", name, got, want)
+		}
+	}
+	if got := passed("kubernetes"); !slices.Contains(got, "KUBERNETES_SERVICE_HOST=10.0.0.1") || slices.ContainsFunc(got, func(v string) bool { return strings.HasPrefix(v, "XDG") }) {
+		t.Errorf("kubernetes gets %q", got)
+	}
 }

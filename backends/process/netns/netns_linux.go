@@ -1,7 +1,6 @@
 package netns
 
 import (
-	"bytes"
 	"cmp"
 	"context"
 	"encoding/json"
@@ -132,7 +131,17 @@ type WayOut struct {
 // socket is slirp4netns's own, in WayOut.Folder.
 const socket = "slirp.sock"
 
-// Reach gives the network a way out. It returns ErrNoWayOut where nothing makes one.
+// tail is the last of what is written to it.
+type tail struct{ text []byte }
+
+func (t *tail) Write(text []byte) (int, error) {
+	const most = 1 << 10
+	t.text = append(t.text, text...)
+	t.text = append(t.text[:0], t.text[max(0, len(t.text)-most):]...)
+	return len(text), nil
+}
+
+// Reach gives the network a way out until Close; ctx is of the beginning only. It returns ErrNoWayOut where nothing makes one.
 func (n *Network) Reach(ctx context.Context, o WayOut) error {
 	path, err := exec.LookPath(cmp.Or(o.Slirp, Slirp))
 	if err != nil {
@@ -151,8 +160,8 @@ func (n *Network) Reach(ctx context.Context, o WayOut) error {
 		}
 		dir, args = o.Folder, append(args, "--api-socket="+socket) // relative: the path of a socket has 107 bytes at most
 	}
-	said := &bytes.Buffer{}
-	slirp := exec.CommandContext(ctx, path, append(args, n.Path(), "tap0")...)
+	said := &tail{}
+	slirp := exec.CommandContext(context.WithoutCancel(ctx), path, append(args, n.Path(), "tap0")...)
 	slirp.Env, slirp.Dir = []string{"PATH=/usr/sbin:/usr/bin:/sbin:/bin"}, dir
 	slirp.Stdout, slirp.Stderr, slirp.ExtraFiles = said, said, []*os.File{tell}
 	if o.Bound {
@@ -164,15 +173,18 @@ func (n *Network) Reach(ctx context.Context, o WayOut) error {
 	n.slirp = slirp
 	go func() {
 		err := slirp.Wait()
-		lines := strings.Split(strings.TrimSpace(said.String()), "\n")
+		lines := strings.Split(strings.TrimSpace(string(said.text)), "\n")
 		n.gone <- fmt.Errorf("slirp4netns ended: %v: %s", err, lines[len(lines)-1])
 		close(n.ended)
 	}()
 	if err := errors.Join(tell.Close(), ready.SetReadDeadline(time.Now().Add(reachTime))); err != nil {
 		return err
 	}
+	defer context.AfterFunc(ctx, func() { _ = ready.SetReadDeadline(time.Now()) })()
 	if _, err := ready.Read(make([]byte, 1)); errors.Is(err, io.EOF) {
 		return <-n.gone
+	} else if ctx.Err() != nil {
+		return ctx.Err()
 	} else if err != nil {
 		return fmt.Errorf("waiting for slirp4netns: %v", err)
 	}

@@ -2,12 +2,14 @@ package netns
 
 import (
 	"bytes"
+	"context"
 	"io"
 	"net"
 	"os"
 	"os/exec"
 	"strings"
 	"testing"
+	"time"
 )
 
 func open(t *testing.T) *Network {
@@ -143,5 +145,26 @@ func TestReach(t *testing.T) {
 		return err
 	}); err != nil {
 		t.Fatal(err)
+	}
+}
+
+// The way out is there after the call that made it, and tells when it ends.
+func TestReachOutlivesItsContext(t *testing.T) {
+	n := open(t)
+	ctx, cancel := context.WithCancel(t.Context())
+	if err := n.Reach(ctx, WayOut{}); err != nil {
+		t.Fatal(err)
+	}
+	cancel()
+	select {
+	case err := <-n.Gone():
+		t.Fatalf("it ended with its context: %v", err)
+	case <-time.After(200 * time.Millisecond):
+	}
+	if err := n.slirp.Process.Kill(); err != nil {
+		t.Fatal(err)
+	}
+	if err := <-n.Gone(); err == nil || !strings.Contains(err.Error(), "killed") {
+		t.Errorf("it ended with %v, want that it was killed", err)
 	}
 }

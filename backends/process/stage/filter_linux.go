@@ -125,8 +125,20 @@ func filter(bare, bounded bool) []unix.SockFilter {
 	return c
 }
 
+const protocolSMC = 256 // IPPROTO_SMC of linux/in.h
+
 func (c *code) sockets(bare bool) {
-	c.refuse(unix.SYS_SOCKET, atThird, unix.BPF_JEQ, unix.EPROTONOSUPPORT, unix.IPPROTO_MPTCP) // landlock's rules for tcp pass it by
+	// Landlock's rules for TCP pass these by, which make a TCP socket within the kernel.
+	c.refuse(unix.SYS_SOCKET, atThird, unix.BPF_JEQ, unix.EPROTONOSUPPORT, unix.IPPROTO_MPTCP, protocolSMC)
+	c.of(unix.SYS_SETSOCKOPT, func(c *code) {
+		var ulp code // "smc" among them
+		ulp.load(atThird)
+		ulp.is(unix.BPF_JEQ, unix.TCP_ULP)
+		ulp.answer(unix.ENOPROTOOPT)
+		c.load(atSecond)
+		c.add(unix.BPF_JMP|unix.BPF_JEQ|unix.BPF_K, 0, uint8(len(ulp)), unix.IPPROTO_TCP)
+		*c = append(*c, ulp...)
+	})
 	c.only(unix.SYS_SOCKET, families(bare)...)
 	c.only(unix.SYS_SOCKETPAIR, unix.AF_UNIX)
 	if !bare {
