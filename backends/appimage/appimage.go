@@ -116,15 +116,17 @@ func (b *Backend) Remove(ctx context.Context, name string) error {
 	if err := b.Keeper.Remove(ctx, name); err != nil {
 		return err
 	}
+	return b.apps.keep(ctx, func() (map[string]bool, error) { return b.used(ctx) })
+}
+
+// used is the content of every workload.
+func (b *Backend) used(ctx context.Context) (map[string]bool, error) {
 	list, err := b.Observe(ctx)
-	if err != nil {
-		return err
-	}
 	used := map[string]bool{}
 	for _, s := range list {
 		used[s.Content] = true
 	}
-	return b.apps.keep(used)
+	return used, err
 }
 
 // Exec runs a command inside a running workload.

@@ -6,6 +6,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"maps"
 	"os"
 	"path/filepath"
 	"sync"
@@ -18,12 +19,12 @@ import (
 
 // apps are the unpacked images of a state folder.
 type apps struct {
-	dir  string
-	turn chan struct{} // holds one token: one image is unpacked, measured or removed at a time
+	dir      string
+	turn     chan struct{}        // holds one token: one image is unpacked, measured or removed at a time
+	measured map[string]time.Time // when last, by folder; of who has the turn
 
-	mu       sync.Mutex // guards what follows
-	measured map[string]time.Time
-	wanted   map[string]int // contents that are being applied
+	mu     sync.Mutex     // guards wanted
+	wanted map[string]int // contents that are being applied
 }
 
 // about is what is known of an unpacked image.
@@ -136,18 +137,27 @@ func (a *apps) want(content string, by int) {
 	}
 }
 
-// keep removes the unpacked images of contents that are neither used nor about to be.
-func (a *apps) keep(used map[string]bool) error {
-	<-a.turn
+// keep removes the unpacked images of contents that are neither used nor about to be. What is about to be is looked at first: once it is
+// no more, it is used.
+func (a *apps) keep(ctx context.Context, used func() (map[string]bool, error)) error {
+	select {
+	case <-a.turn:
+	case <-ctx.Done():
+		return ctx.Err()
+	}
 	defer func() { a.turn <- struct{}{} }()
+	a.mu.Lock()
+	wanted := maps.Clone(a.wanted)
+	a.mu.Unlock()
+	present, err := used()
+	if err != nil {
+		return err
+	}
 	found, err := os.ReadDir(a.dir)
 	for _, entry := range found {
 		at := filepath.Join(a.dir, entry.Name())
 		known, bad := load(at)
-		a.mu.Lock()
-		wanted := a.wanted[known.Content] > 0
-		a.mu.Unlock()
-		if bad != nil || !used[known.Content] && !wanted {
+		if bad != nil || !present[known.Content] && wanted[known.Content] == 0 {
 			delete(a.measured, at)
 			err = errors.Join(err, os.RemoveAll(at))
 		}
