@@ -61,7 +61,7 @@ need: ## what the tests need beside Go
 	.ci/need git ssh-keygen gcc mksquashfs slirp4netns mkfs.ext4
 
 need-engines: need ## engines, a guest's kernel, and servers, which are built once into .cache
-	.ci/need ip iptables dockerd containerd runc podman conmon /usr/lib/podman/netavark lxc-start runsc qemu-system-x86_64 \
+	.ci/need ip iptables dockerd containerd runc podman conmon /usr/lib/podman/netavark lxc-start /bin/busybox runsc qemu-system-x86_64 \
 		/usr/bin/python3 $(addprefix /usr/lib/python3/dist-packages/,grpc google/protobuf cryptography)
 	.ci/kernel >/dev/null
 	.ci/servers >/dev/null

@@ -1,6 +1,7 @@
 package lxc
 
 import (
+	"fmt"
 	"slices"
 	"strings"
 	"testing"
@@ -65,10 +66,16 @@ func TestFaults(t *testing.T) {
 	}
 }
 
+// The users of workloads are nobody else's, and a workload's stay the same.
 func TestFirstUser(t *testing.T) {
-	for _, name := range []string{"relay-00000001", "relay-00000002", ""} {
-		if n := firstUser(name); n < 1<<30 || n > 1<<31-1<<17 {
-			t.Errorf("%q: %d", name, n)
+	b := &Backend{first: map[string]int{}}
+	seen := map[int]string{}
+	for i := range 500 {
+		name := fmt.Sprint("relay-", i)
+		at := b.firstUser(name)
+		if at < 1<<30 || at > 1<<31-1<<17 || seen[at] != "" || b.firstUser(name) != at {
+			t.Fatalf("%s: %d, which %q has too; then %d", name, at, seen[at], b.firstUser(name))
 		}
+		seen[at] = name
 	}
 }

@@ -24,7 +24,7 @@
 // Overlay.Size all of it can be written, in a tmpfs of that size, otherwise nothing but kept paths. /proc is there, its sysctls
 // read-only, /sys is not.
 //
-// Users: uid n inside is n in a range of 65536 of the host that belongs to the workload by its name; root inside is nobody outside. What
+// Users: uid n inside is n in a range of 65536 of the host that nobody else has; root inside is nobody outside. What
 // lies in the content, in kept paths, mounts and doors has inside the owners that it has on disk, by idmapped mounts: Linux 5.19 for the
 // content, and for each file system what it takes (tmpfs: 6.3). Where one of them cannot be mapped the container has the host's users,
 // with no capability all the same, and its status says so in Unapplied; a system container is refused then.
@@ -51,6 +51,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"runtime"
+	"runtime/debug"
 	"slices"
 	"strconv"
 	"strings"
@@ -68,11 +69,15 @@ const Name = "lxc"
 // GuestArg as its first argument makes a process a container's monitor, or a command beside it.
 const GuestArg = "lxc-guest"
 
-// What keeping a container costs, measured: the monitor, lxc-start, slirp4netns, and a command beside them.
-const (
-	shareMemory = 24 << 20 // bytes; without a command it is about 8
-	sharePIDs   = 40       // threads; without a command it is about 12
-)
+// share is what keeping a container costs, measured: the monitor, lxc-start, slirp4netns, and a command beside them. Without a command it is
+// about 8 MiB and 12 threads. The race detector costs a monitor its part too.
+func share() backends.Resources {
+	build, ok := debug.ReadBuildInfo()
+	if ok && slices.Contains(build.Settings, debug.BuildSetting{Key: "-race", Value: "true"}) {
+		return backends.Resources{Memory: 96 << 20, PIDs: 80}
+	}
+	return backends.Resources{Memory: 24 << 20, PIDs: 40}
+}
 
 // Options are what a Backend needs. State is.
 type Options struct {
@@ -89,12 +94,13 @@ type Backend struct {
 	users users
 
 	mu      sync.Mutex
-	version string // of LXC; "" until it has been asked
+	version string         // of LXC; "" until it has been asked
+	first   map[string]int // where the users of workloads begin that this process has planned
 }
 
 // Open goes on with what an earlier process left in the state folder. It does not need LXC to be there.
 func Open(o Options) (*Backend, error) {
-	b := &Backend{tools: o.Tools}
+	b := &Backend{tools: o.Tools, first: map[string]int{}}
 	state, err := filepath.Abs(o.State)
 	if err != nil {
 		return nil, err
@@ -122,7 +128,7 @@ func features(have []backends.Feature) []backends.Feature { return append(have, 
 func usage(w backends.Workload, u backends.Usage) backends.Usage {
 	const idle = 12
 	if u.PIDs = max(u.PIDs-idle, 1); w.Resources.PIDs > 0 {
-		u.PIDs = min(u.PIDs, w.Resources.PIDs-sharePIDs)
+		u.PIDs = min(u.PIDs, w.Resources.PIDs-share().PIDs)
 	}
 	return u
 }
@@ -198,13 +204,24 @@ func (b *Backend) Apply(ctx context.Context, w backends.Workload) error {
 	return b.Keeper.Apply(ctx, inner(w))
 }
 
+// Remove ends the workload's container and clears everything of it but its kept paths.
+func (b *Backend) Remove(ctx context.Context, name string) error {
+	err := b.Keeper.Remove(ctx, name)
+	if err == nil {
+		b.mu.Lock()
+		delete(b.first, name)
+		b.mu.Unlock()
+	}
+	return err
+}
+
 // inner is the workload that the keeper is asked for: bounded so that it has what it asked for beside its monitor. It is what is recorded.
 func inner(w backends.Workload) backends.Workload {
 	if w.Resources.Memory > 0 {
-		w.Resources.Memory += shareMemory
+		w.Resources.Memory += share().Memory
 	}
 	if w.Resources.PIDs > 0 {
-		w.Resources.PIDs += sharePIDs
+		w.Resources.PIDs += share().PIDs
 	}
 	return w
 }
@@ -218,7 +235,7 @@ func (b *Backend) plan(_ context.Context, w backends.Workload, place process.Pla
 	if err := admit(w); err != nil {
 		return p, err
 	}
-	first, unapplied := firstUser(w.Name), []string(nil)
+	first, unapplied := b.firstUser(w.Name), []string(nil)
 	if lacks := b.users.maps(w, place); lacks != "" {
 		if system(w) {
 			return p, &backends.FeatureError{Backend: Name, Feature: "system-container", Detail: "it needs users of its own: " + lacks}
@@ -267,10 +284,25 @@ func admit(w backends.Workload) error {
 // system says whether a workload is a system container: nothing names what is to be run, so its init is.
 func system(w backends.Workload) bool { return w.Format == backends.LXC && len(process.Argv(w)) == 0 }
 
-// firstUser is where the users of a workload begin on this host, by its name: above those of people and services, below 2³¹.
-func firstUser(name string) int {
+// firstUser is where the users of a workload begin on this host: above those of people and services, below 2³¹, at a place that depends on
+// its name, or the next at which nobody else's do.
+func (b *Backend) firstUser(name string) int {
 	const first, span, count = 1 << 30, 1 << 17, 1 << 12
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if at, ok := b.first[name]; ok {
+		return at
+	}
+	taken := mapped()
+	for _, at := range b.first {
+		taken[at] = true
+	}
 	hash := fnv.New32a()
 	_, _ = io.WriteString(hash, name)
-	return first + int(hash.Sum32()%count)*span
+	slot := hash.Sum32()
+	for taken[first+int(slot%count)*span] && len(taken) < count {
+		slot++
+	}
+	b.first[name] = first + int(slot%count)*span
+	return b.first[name]
 }

@@ -23,3 +23,5 @@ func Guest([]string) int {
 	fmt.Fprintln(os.Stderr, "kmo: LXC needs Linux")
 	return 1
 }
+
+func mapped() map[int]bool { return map[int]bool{} }

@@ -58,7 +58,7 @@ echo up
 	if !strings.Contains(log, "user 0 of init") || !strings.Contains(log, "mounted") || strings.Contains(log, "dropped") {
 		t.Errorf("log %q; want user 0, a mount, and no sysctl", log)
 	}
-	if want := strconv.Itoa(firstUser(w.Name)) + "      65536"; !strings.Contains(log, want) {
+	if want := strconv.Itoa(y.firstUser(w.Name)) + "      65536"; !strings.Contains(log, want) {
 		t.Errorf("log %q has no map with %s", log, want)
 	}
 	if code, said, err := y.Exec(t.Context(), w.Name, []string{"/bin/id", "-u"}); err != nil || code != 0 || string(said) != "0\n" {
@@ -110,7 +110,7 @@ func TestUsers(t *testing.T) {
 		}
 	}
 	program := child(child(y.status().PID, "lxc-start"), "app")
-	if got, want := strings.Fields(field(program, "Uid") + " -")[0], strconv.Itoa(firstUser(w.Name)+65532); got != want {
+	if got, want := strings.Fields(field(program, "Uid") + " -")[0], strconv.Itoa(y.firstUser(w.Name)+65532); got != want {
 		t.Errorf("outside the program is user %s, want %s", got, want)
 	}
 	kept, err := filepath.Glob(filepath.Join(y.state, "kept/relay/*/x"))

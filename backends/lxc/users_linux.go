@@ -1,10 +1,18 @@
 package lxc
 
 import (
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+
 	"github.com/kindos/kmo/backends"
 	"github.com/kindos/kmo/backends/process"
 	"github.com/kindos/kmo/backends/process/stage"
 )
+
+// trialUser is where the users of a trial begin: below those of workloads.
+const trialUser = 1<<30 - 1<<17
 
 // users is what this host has for the users of containers.
 type users struct {
@@ -12,10 +20,27 @@ type users struct {
 	lacks string       // why containers have the host's users
 }
 
+// mapped are the first users of this host that the users of running containers, anybody's, are.
+func mapped() map[int]bool {
+	taken := map[int]bool{}
+	maps, _ := filepath.Glob("/proc/[0-9]*/uid_map")
+	for _, path := range maps {
+		text, _ := os.ReadFile(path) // or it has ended
+		for line := range strings.Lines(string(text)) {
+			if fields := strings.Fields(line); len(fields) == 3 {
+				if at, err := strconv.Atoi(fields[1]); err == nil {
+					taken[at] = true
+				}
+			}
+		}
+	}
+	return taken
+}
+
 // measure tries a mapping of the state folder's owners.
 func measure(state string) (u users) {
 	var err error
-	if u.trial, err = stage.NewUsers(firstUser(Name), 0); err == nil {
+	if u.trial, err = stage.NewUsers(trialUser, 0); err == nil {
 		err = u.trial.Maps(state)
 	}
 	if err != nil {
