@@ -40,7 +40,8 @@ type Rival struct {
 //	observe  one look at as many
 //
 // Times are medians, after a round in which images are loaded and caches made; a ratio is the backend's by the rival's. Of what is Hollow
-// the backend says that it runs.
+// the backend says that it runs. The machine should have nothing else to do: a workload has a share of the processor by its bounds, what a
+// rival starts has that of any process.
 func Bench(b *testing.B, race Race) {
 	able, err := race.Backend.Fingerprint(b.Context())
 	if err != nil {
