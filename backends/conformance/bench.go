@@ -6,7 +6,9 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"os"
 	"os/exec"
+	"path/filepath"
 	"slices"
 	"strings"
 	"sync"
@@ -40,8 +42,7 @@ type Rival struct {
 //	observe  one look at as many
 //
 // Times are medians, after a round in which images are loaded and caches made; a ratio is the backend's by the rival's. Of what is Hollow
-// the backend says that it runs. The machine should have nothing else to do: a workload has a share of the processor by its bounds, what a
-// rival starts has that of any process.
+// the backend says that it runs.
 func Bench(b *testing.B, race Race) {
 	able, err := race.Backend.Fingerprint(b.Context())
 	if err != nil {
@@ -191,6 +192,20 @@ func Await(ask func() (bool, error)) error {
 			return errors.New("it does not run after 5 minutes")
 		}
 	}
+}
+
+// Beside makes a command that is the program, in a cgroup beside the workloads': on a machine with other work they have a share of the
+// processor that the children of this process would not have.
+func Beside(b *testing.B, program string) string {
+	b.Helper()
+	const script = "#!/bin/sh\nfor at in /sys/fs/cgroup/cpu/kmo /sys/fs/cgroup/kmo; do\n\t" + // version 1, version 2
+		"[ ! -d $at ] || { mkdir -p $at/bench && echo $$ >$at/bench/cgroup.procs; } || exit 1\ndone\nexec %s \"$@\"\n"
+	at := filepath.Join(b.TempDir(), "beside")
+	if err := os.WriteFile(at, fmt.Appendf(nil, script, program), 0o755); err != nil { // to be executed
+		b.Fatal(err)
+	}
+	b.Cleanup(func() { _, _ = os.Remove("/sys/fs/cgroup/cpu/kmo/bench"), os.Remove("/sys/fs/cgroup/kmo/bench") })
+	return at
 }
 
 // Foreground is a rival whose command writes what the program writes, and ends with it.

@@ -27,6 +27,7 @@ func byHand(b *testing.B, image backends.Image) *conformance.Rival {
 	if err != nil {
 		b.Fatal(err)
 	}
+	r.Runsc = conformance.Beside(b, r.Runsc)
 	sandboxed := func(name string) sandbox {
 		at := filepath.Join(dir, name)
 		return sandbox{runtime: r, id: identify(at), root: filepath.Join(at, "runsc"), log: filepath.Join(at, "log"), network: "none"}

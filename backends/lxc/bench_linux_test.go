@@ -20,19 +20,16 @@ func Benchmark(b *testing.B) {
 	})
 }
 
-// beside is where what is started by hand has the same share of the processor as the workloads, on a machine that has other work.
-const beside = "/sys/fs/cgroup/cpu/kmo/lxc-bench"
-
 // plain is the same by hand: containers with no network, no files and the host's users.
 func plain(b *testing.B, root string) *conformance.Rival {
 	b.Helper()
 	dir := b.TempDir()
-	b.Cleanup(func() { _, _ = os.Remove(beside), os.RemoveAll("/run/lxc/lock"+dir) }) // lxc-stop locks on this host
+	b.Cleanup(func() { _ = os.RemoveAll("/run/lxc/lock" + dir) }) // lxc-stop locks on this host
+	unshare := conformance.Beside(b, "unshare")
 	config := strangers(root) + "lxc.init.uid = 65532\nlxc.init.gid = 65532\nlxc.cap.keep = none\nlxc.no_new_privs = 1\nlxc.signal.halt = SIGTERM\n"
 	start := func(name string) (*exec.Cmd, error) {
-		lxc := exec.Command("unshare", "-m", "sh", "-c", `
-			mkdir -p `+beside+`; echo $$ > `+beside+`/cgroup.procs
-			mount -t tmpfs none /sys/fs/cgroup && mount -t tmpfs none /run/lxc && exec lxc-start -F -P "$1" -n "$2" -- /app wait`, "sh", dir, name)
+		lxc := exec.Command(unshare, "-m", "sh", "-c",
+			`mount -t tmpfs none /sys/fs/cgroup && mount -t tmpfs none /run/lxc && exec lxc-start -F -P "$1" -n "$2" -- /app wait`, "sh", dir, name)
 		at := filepath.Join(dir, name)
 		return lxc, errors.Join(os.MkdirAll(at, 0o700), os.WriteFile(filepath.Join(at, "config"), []byte(config), 0o600))
 	}

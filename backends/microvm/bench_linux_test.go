@@ -46,12 +46,12 @@ func byHand(b *testing.B, image backends.Image) *conformance.Rival {
 		b.Fatal(err)
 	}
 	config := machine.Config{Kernel: made.Kernel, Initrd: made.Initrd, Disk: base, CPUs: 1, Memory: (128<<20 + guestCost) >> 20, Command: kernelCommand}
-	dir := b.TempDir()
+	dir, program := b.TempDir(), conformance.Beside(b, t.vmm)
 	var all sync.Map
 	return &conformance.Rival{
 		Name: "qemu",
 		Start: func(name string) error {
-			m := &bare{vmm: &machine.QEMU{Program: t.vmm, KVM: t.kvm}}
+			m := &bare{vmm: &machine.QEMU{Program: program, KVM: t.kvm}}
 			all.Store(name, m)
 			config := config
 			config.Dir = filepath.Join(dir, name)
