@@ -48,8 +48,8 @@ cross: ## the platforms people author and approve on, and those that run things
 	GOOS=linux GOARCH=arm64 $(GO) build -o /dev/null ./cmd/kmo
 	GOOS=darwin GOARCH=arm64 $(GO) build -o /dev/null ./cmd/kmo
 
-bench: ## benchstat-ready figures
-	$(GO) test -run '^$$' -bench . -benchmem -count $(COUNT) -timeout 60m $(PKGS)
+bench: need-engines ## benchstat-ready figures of everything, the engines too, one package after another: they would slow each other down
+	$(GO) test -p 1 -run '^$$' -bench . -benchmem -count $(COUNT) -timeout 120m ./...
 
 fuzz: ## every fuzz target for FUZZ each
 	.ci/fuzz $(FUZZ)

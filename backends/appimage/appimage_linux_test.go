@@ -97,21 +97,27 @@ func folder(t testing.TB, files map[string]string) string {
 
 func testProgram(t testing.TB) string {
 	t.Helper()
-	text, err := os.ReadFile(conformance.Build(t.(*testing.T), "linux", runtime.GOARCH))
+	text, err := os.ReadFile(conformance.Build(t, "linux", runtime.GOARCH))
 	if err != nil {
 		t.Fatal(err)
 	}
 	return string(text)
 }
 
+// packed is the test program.
+func packed(t testing.TB) backends.Image {
+	t.Helper()
+	return backends.Image{Content: pack(t, folder(t, map[string]string{"AppRun": "-> usr/bin/relay", "usr/bin/relay": testProgram(t)}))}
+}
+
 func TestConformance(t *testing.T) {
-	image := pack(t, folder(t, map[string]string{"AppRun": "-> usr/bin/relay", "usr/bin/relay": testProgram(t)}))
+	image := packed(t)
 	conformance.Test(t, func(t *testing.T) conformance.Subject {
 		dir := t.TempDir()
 		return conformance.Subject{
 			Open:   func(t *testing.T) backends.Backend { return open(t, dir) },
 			At:     func(t *testing.T, state string) backends.Backend { return open(t, state) },
-			Images: map[backends.Format]backends.Image{backends.AppImage: {Content: image}},
+			Images: map[backends.Format]backends.Image{backends.AppImage: image},
 			Disk:   []string{dir},
 			Table:  "testdata/features",
 			Leaks: func(t *testing.T) []string {

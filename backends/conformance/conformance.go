@@ -211,7 +211,7 @@ func checks(s Subject) (asked, left []check) {
 }
 
 // Build builds the test program for a platform, statically, and returns its path. It lives as long as the test.
-func Build(t *testing.T, goos, goarch string) string {
+func Build(t testing.TB, goos, goarch string) string {
 	t.Helper()
 	path := filepath.Join(t.TempDir(), "app")
 	build := exec.CommandContext(context.Background(), "go", "build", "-trimpath", "-ldflags=-s -w", "-o", path,

@@ -1,136 +1,94 @@
 package docker
 
 import (
+	"errors"
 	"fmt"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"runtime"
+	"strings"
 	"testing"
-	"time"
 
 	"github.com/kindos/kmo/backends"
+	"github.com/kindos/kmo/backends/conformance"
 	"github.com/kindos/kmo/backends/docker/layer"
 	"github.com/kindos/kmo/registry/merkle"
 )
 
-// rooted is an image whose root is known, as one that was fetched has it.
-func rooted(b *testing.B) backends.Image {
-	b.Helper()
-	program := filepath.Join(b.TempDir(), "app")
-	build := exec.Command("go", "build", "-o", program, "github.com/kindos/kmo/backends/conformance/testprogram")
-	build.Env = append(os.Environ(), "CGO_ENABLED=0")
-	if output, err := build.CombinedOutput(); err != nil {
-		b.Fatalf("building the test program: %v\n%s", err, output)
+func Benchmark(b *testing.B) {
+	image := packed(b, conformance.Build(b, "linux", runtime.GOARCH))
+	image.ContentRoot = merkle.Digest{9} // known, as that of one that was fetched
+	measured, err := layer.Measure(b.Context(), image.Content, runtime.GOARCH)
+	if err != nil {
+		b.Fatal(err)
 	}
-	image := packed(b, program)
-	image.ContentRoot = merkle.Digest{9}
-	return image
-}
-
-// BenchmarkStart starts a workload and ends it, beside the engine's own command line and the same image.
-func BenchmarkStart(b *testing.B) {
-	image := rooted(b)
 	for _, name := range []string{Docker, Podman} {
-		d := up(b, name)
-		state := b.TempDir()
-		keeper := open(b, name, state)
-		_, done, err := keeper.image(b.Context(), unit("relay", image)) // loaded before anything is measured
-		if err != nil {
-			b.Fatal(err)
-		}
-		measured, err := layer.Measure(b.Context(), image.Content, runtime.GOARCH)
-		if err != nil {
-			b.Fatal(err)
-		}
-		b.Run(name+"/kmo", func(b *testing.B) {
-			var starts, stops time.Duration
-			for b.Loop() {
-				begun := time.Now()
-				if err := keeper.Apply(b.Context(), unit("relay", image, "wait")); err != nil {
-					b.Fatal(err)
-				}
-				started := time.Now()
-				if err := keeper.Remove(b.Context(), "relay-00000001"); err != nil {
-					b.Fatal(err)
-				}
-				starts, stops = starts+started.Sub(begun), stops+time.Since(started)
+		b.Run(name, func(b *testing.B) {
+			d := up(b, name)
+			backend := open(b, name, b.TempDir())
+			defer backend.Close()
+			id, done, err := backend.image(b.Context(), backends.Workload{Image: image}) // the engine keeps it between the rounds
+			if err != nil {
+				b.Fatal(err)
 			}
-			tell(b, starts, stops)
+			conformance.Bench(b, conformance.Race{Backend: backend, Format: backends.OCI, Image: image, Many: 100, Rival: byHand(d, measured.Name, b.TempDir())})
+			done()
+			backend.drop(b.Context(), id)
 		})
-		b.Run(name+"/command line", func(b *testing.B) {
-			var starts, stops time.Duration
-			for b.Loop() {
-				begun := time.Now()
-				command(b, d, "run", "-d", "--name", "bench", "--network", "bridge", "--read-only", "--cap-drop", "ALL", "--security-opt", "no-new-privileges", "--user", "65532:65532", measured.Name, "/app", "wait")
-				started := time.Now()
-				command(b, d, "stop", "-t", "2", "bench")
-				command(b, d, "rm", "-f", "bench")
-				starts, stops = starts+started.Sub(begun), stops+time.Since(started)
-			}
-			tell(b, starts, stops)
-		})
-		done()
-		keeper.drop(b.Context(), measured.ID)
-		if err := keeper.Close(); err != nil {
-			b.Error(err)
-		}
 	}
 }
 
-func tell(b *testing.B, starts, stops time.Duration) {
-	b.ReportMetric(float64(starts.Milliseconds())/float64(b.N), "ms/start")
-	b.ReportMetric(float64(stops.Milliseconds())/float64(b.N), "ms/stop")
+// byHand is the engine's own command line, with what a workload has. When the program waits is seen where the engine keeps its log: to ask
+// for that would be one command more.
+func byHand(d *daemon, image, dir string) *conformance.Rival {
+	return &conformance.Rival{
+		Name: "cli",
+		Start: func(name string) error {
+			args := []string{
+				"run", "-d", "--name", name, "--network", "bridge", "--read-only", "--cap-drop", "ALL", "--security-opt", "no-new-privileges",
+				"--user", "65532:65532", "--cpus", "1", "--memory", "128m", "--pids-limit", "64",
+			}
+			log := filepath.Join(dir, name)
+			if d.name == Podman {
+				args = append(args, "--log-driver", "k8s-file", "--log-opt", "path="+log)
+			} else {
+				args = append(args, "--log-driver", "json-file")
+			}
+			id, err := command(d, append(args, image, "/app", "wait")...)
+			if err != nil {
+				return err
+			}
+			if d.name == Docker {
+				log = filepath.Join(d.dir, "data/containers", id, id+"-json.log")
+			}
+			return conformance.Await(func() (bool, error) {
+				text, err := os.ReadFile(log)
+				if errors.Is(err, os.ErrNotExist) {
+					err = nil
+				}
+				return strings.Contains(string(text), "waiting"), err
+			})
+		},
+		Stop: func(name string) error {
+			_, stopErr := command(d, "stop", "-t", "2", name)
+			_, err := command(d, "rm", "-f", name)
+			return errors.Join(stopErr, err, os.RemoveAll(filepath.Join(dir, name)))
+		},
+	}
 }
 
-// command runs the engine's own command line.
-func command(b *testing.B, d *daemon, args ...string) {
-	b.Helper()
+// command runs the engine's own command line, and returns what it says.
+func command(d *daemon, args ...string) (string, error) {
 	c := exec.Command(d.name, args...)
 	c.Env = append(os.Environ(), d.env...)
 	if d.name == Docker {
 		c.Env = append(c.Env, "DOCKER_HOST=unix://"+d.socket)
 	}
-	if output, err := c.CombinedOutput(); err != nil {
-		b.Fatalf("%s %v: %v: %s", d.name, args, err, output)
+	said, err := c.Output()
+	var failed *exec.ExitError
+	if errors.As(err, &failed) {
+		err = fmt.Errorf("%s %v: %v: %s", d.name, args, err, failed.Stderr)
 	}
-}
-
-// BenchmarkObserve looks at many workloads.
-func BenchmarkObserve(b *testing.B) {
-	const many = 100
-	image := rooted(b)
-	for _, name := range []string{Docker, Podman} {
-		up(b, name)
-		keeper := open(b, name, b.TempDir())
-		begun := time.Now()
-		failed := make(chan error, many)
-		for i := range many {
-			go func() { failed <- keeper.Apply(b.Context(), unit(fmt.Sprint("unit-", i), image, "wait")) }()
-		}
-		for range many {
-			if err := <-failed; err != nil {
-				b.Fatal(err)
-			}
-		}
-		b.Logf("%s: %d started at once in %v", name, many, time.Since(begun))
-		b.Run(name, func(b *testing.B) {
-			for b.Loop() {
-				if list, err := keeper.Observe(b.Context()); err != nil || len(list) != many {
-					b.Fatalf("%d workloads, %v", len(list), err)
-				}
-			}
-		})
-		for i := range many {
-			go func() { failed <- keeper.Remove(b.Context(), fmt.Sprintf("unit-%d-00000001", i)) }()
-		}
-		for range many {
-			if err := <-failed; err != nil {
-				b.Error(err)
-			}
-		}
-		if err := keeper.Close(); err != nil {
-			b.Error(err)
-		}
-	}
+	return strings.TrimSpace(string(said)), err
 }

@@ -44,7 +44,7 @@ func open(t testing.TB, state string) *Backend {
 }
 
 // content puts the test program into a root file system.
-func content(t *testing.T) backends.Image {
+func content(t testing.TB) backends.Image {
 	t.Helper()
 	program := conformance.Build(t, "linux", goruntime.GOARCH)
 	root := filepath.Join(t.TempDir(), "root")

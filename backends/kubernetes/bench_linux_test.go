@@ -1,90 +1,57 @@
 package kubernetes
 
 import (
-	"context"
 	"encoding/json"
 	"fmt"
 	"os"
 	"os/exec"
 	"path/filepath"
-	"strings"
 	"testing"
 
 	"github.com/kindos/kmo/backends"
+	"github.com/kindos/kmo/backends/conformance"
 )
 
-func many(i int) backends.Workload {
-	return workload(fmt.Sprint("unit-", i), fmt.Sprintf("%x", 1+i%15))
-}
-
-// BenchmarkObserve looks at 100 workloads.
-func BenchmarkObserve(b *testing.B) {
+func Benchmark(b *testing.B) {
 	s := newBench(b)
-	for i := range 100 {
-		s.apply(many(i))
+	race := conformance.Race{Backend: s.Backend, Format: backends.OCI, Image: ref("a"), Hollow: true, Many: 100}
+	if kubectl, err := exec.LookPath("kubectl"); err == nil {
+		race.Rival = byHand(s, kubectl)
+	} else {
+		b.Log("without a rival:", err)
 	}
-	for up := 0; up < 100; {
-		list, err := s.Observe(b.Context())
-		if err != nil {
-			b.Fatal(err)
-		}
-		up = 0
-		for _, one := range list {
-			if one.State == backends.Running {
-				up++
-			}
-		}
-	}
-	for b.Loop() {
-		if list, err := s.Observe(b.Context()); err != nil || len(list) != 100 {
-			b.Fatal(len(list), err)
-		}
-	}
-	for i := range 100 {
-		s.remove(many(i).Name)
-	}
+	conformance.Bench(b, race)
 }
 
-// BenchmarkStart applies a workload and waits until it runs, and until it is gone; beside what kubectl takes for the same object.
-func BenchmarkStart(b *testing.B) {
-	b.Run("kmo", func(b *testing.B) {
-		s := newBench(b)
-		w := workload("relay", "1")
-		for b.Loop() {
-			s.apply(w)
-			s.running()
-			b.StopTimer()
-			s.remove(w.Name)
-			b.StartTimer()
+// byHand is kubectl with the same objects, in a namespace of its own.
+func byHand(s *bench, kubectl string) *conformance.Rival {
+	s.Helper()
+	dir := s.TempDir()
+	namespace, _ := control.site(s)
+	run := func(words ...string) error {
+		words = append([]string{"--kubeconfig", control.admin, "--namespace", namespace, "--cache-dir", filepath.Join(dir, "cache")}, words...)
+		if said, err := exec.Command(kubectl, words...).CombinedOutput(); err != nil {
+			return fmt.Errorf("kubectl %v: %v: %s", words, err, said)
 		}
-	})
-	b.Run("kubectl", func(b *testing.B) {
-		kubectl, err := exec.LookPath("kubectl")
-		if err != nil {
-			b.Fatal("kubectl is missing, to compare with; as root: apt-get install kubernetes-client")
-		}
-		s := newBench(b)
-		p := planned(workload("relay", "1"), "0")
-		text, err := json.Marshal(p.deployment)
-		if err != nil {
-			b.Fatal(err)
-		}
-		file := filepath.Join(b.TempDir(), "deployment.json")
-		if err := os.WriteFile(file, text, 0o600); err != nil {
-			b.Fatal(err)
-		}
-		run := func(argv ...string) {
-			argv = append([]string{"--kubeconfig", control.admin, "--namespace", s.namespace, "--cache-dir", b.TempDir()}, argv...)
-			if out, err := exec.CommandContext(context.Background(), kubectl, argv...).CombinedOutput(); err != nil {
-				b.Fatalf("%s: %v: %s", strings.Join(argv, " "), err, out)
+		return nil
+	}
+	file := func(name string) string { return filepath.Join(dir, name+".json") }
+	return &conformance.Rival{
+		Name: "kubectl",
+		Start: func(name string) error {
+			deployment := planned(workload(name, "1"), "0").deployment
+			text, err := json.Marshal(deployment)
+			if err == nil {
+				err = os.WriteFile(file(name), text, 0o600)
 			}
-		}
-		for b.Loop() {
-			run("apply", "--server-side", "-f", file)
-			run("rollout", "status", "deployment/"+p.deployment.name())
-			b.StopTimer()
-			run("delete", "--cascade=foreground", "-f", file)
-			b.StartTimer()
-		}
-	})
+			if err == nil {
+				err = run("apply", "--server-side", "-f", file(name))
+			}
+			if err == nil {
+				err = run("rollout", "status", "deployment/"+deployment.name())
+			}
+			return err
+		},
+		Stop: func(name string) error { return run("delete", "--cascade=foreground", "-f", file(name)) },
+	}
 }

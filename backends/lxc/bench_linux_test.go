@@ -1,96 +1,50 @@
 package lxc
 
 import (
-	"bufio"
 	"context"
 	"errors"
+	"fmt"
 	"os"
 	"os/exec"
 	"path/filepath"
-	"slices"
-	"strings"
 	"testing"
-	"time"
 
 	"github.com/kindos/kmo/backends"
+	"github.com/kindos/kmo/backends/conformance"
 )
 
-// built is a root file system with the suite's program.
-func built(b *testing.B) string {
-	b.Helper()
-	path := filepath.Join(b.TempDir(), "app")
-	build := exec.Command("go", "build", "-o", path, "github.com/kindos/kmo/backends/conformance/testprogram")
-	build.Env = append(os.Environ(), "CGO_ENABLED=0")
-	if said, err := build.CombinedOutput(); err != nil {
-		b.Fatalf("%v: %s", err, said)
-	}
-	return content(b, path)
-}
-
-// BenchmarkStart is from Apply to the program's first line, and Remove, in turn with lxc-start and lxc-stop of the same root.
-func BenchmarkStart(b *testing.B) {
+func Benchmark(b *testing.B) {
 	y := newYard(b)
-	y.root = built(b)
-	w := y.workload("wait")
-	took := map[string][]time.Duration{}
-	for b.Loop() {
-		began := time.Now()
-		y.apply(w)
-		for !strings.Contains(y.log(), "waiting") {
-			time.Sleep(time.Millisecond)
-		}
-		took["start"] = append(took["start"], time.Since(began))
-		began = time.Now()
-		if err := y.Remove(context.Background(), w.Name); err != nil {
-			b.Fatal(err)
-		}
-		took["stop"] = append(took["stop"], time.Since(began))
-		plain(b, y.root, took)
-	}
-	for name, list := range took {
-		slices.Sort(list)
-		b.ReportMetric(float64(list[len(list)/2].Microseconds())/1000, "ms-"+name+"-p50")
-	}
+	conformance.Bench(b, conformance.Race{
+		Backend: y.Backend, Format: backends.LXC, Image: backends.Image{Content: y.root}, Many: 100, Rival: plain(b, y.root),
+	})
 }
 
-// beside is where what is measured by hand has the same share of the processor as the workload, on a machine that has other work.
-const beside = "/sys/fs/cgroup/cpu/kmo/lxc-bench"
-
-// plain is the same by hand: a container with no network, no files and the host's users.
-func plain(b *testing.B, root string, took map[string][]time.Duration) {
+// plain is the same by hand: containers with no network, no files and the host's users.
+func plain(b *testing.B, root string) *conformance.Rival {
 	b.Helper()
 	dir := b.TempDir()
-	text := strangers(root) + "lxc.init.uid = 65532\nlxc.init.gid = 65532\nlxc.cap.keep = none\nlxc.no_new_privs = 1\nlxc.signal.halt = SIGTERM\n"
-	if err := errors.Join(os.Mkdir(filepath.Join(dir, "plain"), 0o700), os.WriteFile(filepath.Join(dir, "plain/config"), []byte(text), 0o600)); err != nil {
-		b.Fatal(err)
+	b.Cleanup(func() { _ = os.RemoveAll("/run/lxc/lock" + dir) }) // lxc-stop locks on this host
+	unshare := conformance.Beside(b, "unshare")
+	config := strangers(root) + "lxc.init.uid = 65532\nlxc.init.gid = 65532\nlxc.cap.keep = none\nlxc.no_new_privs = 1\nlxc.signal.halt = SIGTERM\n"
+	start := func(name string) (*exec.Cmd, error) {
+		lxc := exec.Command(unshare, "-m", "sh", "-c",
+			`mount -t tmpfs none /sys/fs/cgroup && mount -t tmpfs none /run/lxc && exec lxc-start -F -P "$1" -n "$2" -- /app wait`, "sh", dir, name)
+		at := filepath.Join(dir, name)
+		return lxc, errors.Join(os.MkdirAll(at, 0o700), os.WriteFile(filepath.Join(at, "config"), []byte(config), 0o600))
 	}
-	lxc := exec.Command("unshare", "-m", "sh", "-c", `
-		mkdir -p `+beside+`; echo $$ > `+beside+`/cgroup.procs
-		mount -t tmpfs none /sys/fs/cgroup && mount -t tmpfs none /run/lxc && exec lxc-start -F -P "$1" -n plain -- /app wait`, "sh", dir)
-	said, err := lxc.StdoutPipe()
-	began := time.Now()
-	if err = errors.Join(err, lxc.Start()); err != nil {
-		b.Fatal(err)
+	stop := func(name string, _ *exec.Cmd) error {
+		if said, err := exec.Command("lxc-stop", "-P", dir, "-n", name).CombinedOutput(); err != nil {
+			return fmt.Errorf("lxc-stop: %v: %s", err, said)
+		}
+		return nil
 	}
-	if _, err := bufio.NewReader(said).ReadString('\n'); err != nil {
-		b.Fatal(err)
-	}
-	took["lxc-start"] = append(took["lxc-start"], time.Since(began))
-	began = time.Now()
-	if said, err := exec.Command("lxc-stop", "-P", dir, "-n", "plain").CombinedOutput(); err != nil {
-		b.Fatalf("lxc-stop: %v: %s", err, said)
-	}
-	_, _ = lxc.Wait(), os.Remove(beside)
-	took["lxc-stop"] = append(took["lxc-stop"], time.Since(began))
-	if err := os.RemoveAll("/run/lxc/lock" + dir); err != nil { // lxc-stop locks on this host
-		b.Fatal(err)
-	}
+	return conformance.Foreground("lxc-start", start, stop)
 }
 
 // BenchmarkExec is one command in a running container.
 func BenchmarkExec(b *testing.B) {
 	y := newYard(b)
-	y.root = built(b)
 	w := y.workload("wait")
 	y.apply(w)
 	y.until("running", func(s backends.Status) bool { return running(s) })

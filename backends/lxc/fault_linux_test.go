@@ -47,10 +47,7 @@ type yard struct {
 
 func newYard(t testing.TB) *yard {
 	t.Helper()
-	y := &yard{TB: t, state: t.TempDir()}
-	if program, ok := t.(*testing.T); ok {
-		y.root = content(t, conformance.Build(program, "linux", runtime.GOARCH))
-	}
+	y := &yard{TB: t, state: t.TempDir(), root: content(t, conformance.Build(t, "linux", runtime.GOARCH))}
 	y.Backend = open(t, y.state)
 	t.Cleanup(y.sweep)
 	return y

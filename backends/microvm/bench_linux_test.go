@@ -1,61 +1,39 @@
 package microvm
 
 import (
+	"bytes"
 	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"sync"
 	"testing"
-	"time"
 
+	"github.com/kindos/kmo/backends"
+	"github.com/kindos/kmo/backends/conformance"
 	"github.com/kindos/kmo/backends/microvm/boot"
 	"github.com/kindos/kmo/backends/microvm/channel"
 	"github.com/kindos/kmo/backends/microvm/machine"
 	"github.com/kindos/kmo/backends/process/stage"
+	"github.com/kindos/kmo/registry/merkle"
 )
 
-// BenchmarkStart is start to running, and stop, as a workload and as the bare command line that boots the same and builds the same root.
-func BenchmarkStart(b *testing.B) {
-	b.Run("kmo", func(b *testing.B) {
-		backend, _ := begin(b)
-		w := workload("relay", "wait")
-		var started, stopped time.Duration
-		for b.Loop() {
-			begun := time.Now()
-			if err := backend.Apply(b.Context(), w); err != nil {
-				b.Fatal(err)
-			}
-			started += time.Since(begun)
-			begun = time.Now()
-			if err := backend.Remove(b.Context(), w.Name); err != nil {
-				b.Fatal(err)
-			}
-			stopped += time.Since(begun)
-		}
-		b.ReportMetric(started.Seconds()/float64(b.N), "start-s/op")
-		b.ReportMetric(stopped.Seconds()/float64(b.N), "stop-s/op")
-	})
-	b.Run("qemu", func(b *testing.B) {
-		var started, stopped time.Duration
-		for b.Loop() {
-			begun := time.Now()
-			end := bare(b)
-			started += time.Since(begun)
-			begun = time.Now()
-			end()
-			stopped += time.Since(begun)
-		}
-		b.ReportMetric(started.Seconds()/float64(b.N), "start-s/op")
-		b.ReportMetric(stopped.Seconds()/float64(b.N), "stop-s/op")
-	})
+// Benchmark is beside QEMU's bare command line, which boots the same and builds the same root.
+func Benchmark(b *testing.B) {
+	backend, _ := begin(b)
+	image := backends.Image{Content: ground.image, ContentRoot: merkle.Digest{1}}
+	conformance.Bench(b, conformance.Race{Backend: backend, Format: backends.OCI, Image: image, Many: 10, Rival: byHand(b, image)})
 }
 
-// bare boots by QEMU's command line alone, and returns what ends it.
-func bare(b *testing.B) (end func()) {
+func byHand(b *testing.B, image backends.Image) *conformance.Rival {
 	b.Helper()
 	t := find(options(b.TempDir()))
-	cache, err := boot.Open(ground.cache)
+	guest, err := t.guest()
 	if err != nil {
 		b.Fatal(err)
 	}
-	guest, err := t.guest()
+	cache, err := boot.Open(ground.cache)
 	if err != nil {
 		b.Fatal(err)
 	}
@@ -63,54 +41,86 @@ func bare(b *testing.B) (end func()) {
 	if err != nil {
 		b.Fatal(err)
 	}
-	base, err := cache.Base(b.Context(), ground.image, workload("relay").Image.ContentRoot.Hex())
+	base, err := cache.Base(b.Context(), image.Content, image.ContentRoot.Hex())
 	if err != nil {
 		b.Fatal(err)
 	}
-	dir := b.TempDir()
-	b.Chdir(dir)
-	q := &machine.QEMU{Program: t.vmm, KVM: t.kvm}
-	c := machine.Config{Dir: dir, Kernel: made.Kernel, Initrd: made.Initrd, Disk: base, CPUs: 1, Memory: (64<<20 + guestCost) >> 20, Command: kernelCommand}
+	config := machine.Config{Kernel: made.Kernel, Initrd: made.Initrd, Disk: base, CPUs: 1, Memory: (128<<20 + guestCost) >> 20, Command: kernelCommand}
+	dir, program := b.TempDir(), conformance.Beside(b, t.vmm)
+	var all sync.Map
+	return &conformance.Rival{
+		Name: "qemu",
+		Start: func(name string) error {
+			m := &bare{vmm: &machine.QEMU{Program: program, KVM: t.kvm}}
+			all.Store(name, m)
+			config := config
+			config.Dir = filepath.Join(dir, name)
+			return errors.Join(os.MkdirAll(config.Dir, 0o700), m.start(config))
+		},
+		Stop: func(name string) error {
+			found, _ := all.LoadAndDelete(name)
+			m, ok := found.(*bare)
+			if !ok {
+				return nil
+			}
+			return m.stop()
+		},
+	}
+}
+
+// bare is a machine with no monitor.
+type bare struct {
+	vmm  *machine.QEMU
+	conn *channel.Conn
+}
+
+func (m *bare) start(c machine.Config) error {
 	ctx := context.Background()
-	if err := q.Create(ctx, c); err != nil {
-		b.Fatal(err)
+	if err := m.vmm.Create(ctx, c); err != nil {
+		return err
 	}
-	if err := q.Start(ctx); err != nil {
-		b.Fatal(err)
+	if err := m.vmm.Start(ctx); err != nil {
+		return err
 	}
-	stream, err := q.Connect(ctx)
+	stream, err := m.vmm.Connect(ctx)
 	if err != nil {
-		b.Fatal(err)
+		return err
 	}
-	conn := channel.Open(stream, channel.MaxToHost)
-	wait := func(want channel.Kind) {
-		b.Helper()
-		for {
-			f, err := conn.Receive()
-			if err != nil || f.Kind == channel.Fault {
-				b.Fatalf("%c: %s %v", f.Kind, f.Body, err)
-			}
-			if f.Kind == want {
-				return
-			}
-		}
-	}
-	wait(channel.Hello)
+	m.conn = channel.Open(stream, channel.MaxToHost)
 	root := &stage.Root{Scratch: channel.Scratch, Hostname: "bare", Content: channel.Base, Owner: 65532}
 	orders := stage.Orders{Argv: []string{"/app", "wait"}, Dir: "/", Root: root, Confine: stage.Confine{User: 65532, Execute: []string{"/"}}}
-	if err := conn.Say(channel.Build, 0, channel.Setup{Stage: orders, Disk: "/dev/vda", Address: machine.GuestAddress, Gateway: machine.Gateway}); err != nil {
-		b.Fatal(err)
-	}
-	wait(channel.Built)
-	if err := conn.Send(channel.Run, 0, nil); err != nil {
-		b.Fatal(err)
-	}
-	wait(channel.Started)
-	return func() {
-		if err := conn.Send(channel.Signal, 0, []byte{15}); err != nil {
-			b.Fatal(err)
+	setup := channel.Setup{Stage: orders, Disk: "/dev/vda", Address: machine.GuestAddress, Gateway: machine.Gateway}
+	for _, step := range []func() error{
+		func() error { return m.wait(channel.Hello, "") },
+		func() error { return m.conn.Say(channel.Build, 0, setup) },
+		func() error { return m.wait(channel.Built, "") },
+		func() error { return m.conn.Send(channel.Run, 0, nil) },
+		func() error { return m.wait(channel.Output, "waiting") },
+	} {
+		if err := step(); err != nil {
+			return err
 		}
-		wait(channel.Ended)
-		q.Stop()
 	}
+	return nil
+}
+
+// wait is for a frame with a text in it.
+func (m *bare) wait(want channel.Kind, text string) error {
+	for {
+		f, err := m.conn.Receive()
+		if err != nil || f.Kind == channel.Fault {
+			return fmt.Errorf("waiting for %c: %s %v", want, f.Body, err)
+		}
+		if f.Kind == want && bytes.Contains(f.Body, []byte(text)) {
+			return nil
+		}
+	}
+}
+
+func (m *bare) stop() error {
+	defer m.vmm.Stop()
+	if m.conn == nil {
+		return nil
+	}
+	return errors.Join(m.conn.Send(channel.Signal, 0, []byte{15}), m.wait(channel.Ended, ""))
 }

@@ -32,7 +32,7 @@ func open(t testing.TB, state string) *Backend {
 }
 
 // content puts the test program into a root file system, and returns both forms.
-func content(t *testing.T) map[backends.Format]backends.Image {
+func content(t testing.TB) map[backends.Format]backends.Image {
 	program := conformance.Build(t, "linux", runtime.GOARCH)
 	root := filepath.Join(t.TempDir(), "root")
 	for _, dir := range []string{"etc", "tmp", "var"} {

@@ -6,48 +6,11 @@ import (
 	"os"
 	"path/filepath"
 	"runtime"
-	"slices"
 	"strconv"
 	"strings"
 	"testing"
 	"time"
-
-	"github.com/kindos/kmo/backends"
 )
-
-// BenchmarkApply is from the call of Apply to the first instruction of the program's main, as the program tells.
-func BenchmarkApply(b *testing.B) {
-	for _, form := range []backends.Format{backends.Native, backends.OCI} {
-		b.Run(string(form), func(b *testing.B) {
-			k := fresh(b)
-			w := workload("timed", "stamp", "wait")
-			w.Overlay.Size = 1 << 20
-			if w.Format = form; form == backends.OCI {
-				w.Image.Content = oci(b)
-			}
-			var first, applied, removed []time.Duration
-			for b.Loop() {
-				began := time.Now()
-				apply(b, k, w)
-				applied = append(applied, time.Since(began))
-				nanos, err := strconv.ParseInt(said(b, k, w.Name, "stamp"), 10, 64)
-				if err != nil {
-					b.Fatal(err)
-				}
-				first = append(first, time.Unix(0, nanos).Sub(began))
-				began = time.Now()
-				if err := k.Remove(context.Background(), w.Name); err != nil {
-					b.Fatal(err)
-				}
-				removed = append(removed, time.Since(began))
-			}
-			for name, list := range map[string][]time.Duration{"first": first, "apply": applied, "remove": removed} {
-				slices.Sort(list)
-				b.ReportMetric(float64(list[len(list)/2].Microseconds())/1000, "ms-"+name+"-p50")
-			}
-		})
-	}
-}
 
 // BenchmarkObserve is one look at many running programs: the first after a second reads their cgroups.
 func BenchmarkObserve(b *testing.B) {

@@ -10,30 +10,14 @@ import (
 	"time"
 
 	"github.com/kindos/kmo/backends"
+	"github.com/kindos/kmo/backends/conformance"
 )
 
-// BenchmarkStart is from Apply to the guest's first line, with the module compiled before.
-func BenchmarkStart(b *testing.B) {
-	for name, module := range map[string]string{"small": binaries.program, "net-http": binaries.web} {
-		b.Run(name, func(b *testing.B) {
-			machineCode(b, module)
-			backend := over(b, shareModules(b))
-			defer backend.Close()
-			w := workload(module, "say up", "wait")
-			w.Run.Ports = []backends.Port{{Name: "http"}}
-			for b.Loop() {
-				if err := backend.Apply(b.Context(), w); err != nil {
-					b.Fatal(err)
-				}
-				logged(b, backend, w.Name, map[string]string{binaries.program: "up\n", binaries.web: "serving"}[module])
-				b.StopTimer()
-				if err := backend.Remove(b.Context(), w.Name); err != nil {
-					b.Fatal(err)
-				}
-				b.StartTimer()
-			}
-		})
-	}
+// Benchmark is of a module that has been compiled before.
+func Benchmark(b *testing.B) {
+	backend := over(b, shareModules(b))
+	defer backend.Close()
+	conformance.Bench(b, conformance.Race{Backend: backend, Format: backends.WASM, Image: backends.Image{Content: binaries.program}, Many: 100})
 }
 
 // BenchmarkCompile is what the first start of a module costs beside.
