@@ -219,6 +219,7 @@ func (k *Keeper) Missing() []string {
 		{!k.support.HoldsPorts(), "network: the host's is shared: a program reaches what listens on it, and may use any port, a neighbour's too; landlock 4 and seccomp would hold TCP ports"},
 		{!k.support.Seccomp, "seccomp: the kernel or this architecture has none"},
 		{!k.options.Publishes && unprivilegedPorts() > 1, fmt.Sprintf("low-ports: numbers below %d need a capability, and a program here has none", unprivilegedPorts())},
+		{k.secrets.Has() && secret.Swaps(), secret.SwapWords},
 		{k.support.Mounts && !k.secrets.Has(), "secrets: neither /run/kmo nor /dev/shm/kmo is on storage that is memory, and this user's own"},
 		{!k.groups.Has("memory"), "limit-memory: no memory cgroup takes a bound on this host"},
 		{!k.groups.Has("cpu"), "limit-cpu: no cpu cgroup takes a bound on this host"},

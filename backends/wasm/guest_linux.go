@@ -16,7 +16,6 @@ import (
 	"slices"
 	"syscall"
 
-	"github.com/kindos/kmo/backends/process"
 	"github.com/tetratelabs/wazero"
 	"github.com/tetratelabs/wazero/experimental"
 	"github.com/tetratelabs/wazero/experimental/sock"
@@ -24,6 +23,9 @@ import (
 	"github.com/tetratelabs/wazero/imports/wasi_snapshot_preview1"
 	"github.com/tetratelabs/wazero/sys"
 	"golang.org/x/sys/unix"
+
+	"github.com/kindos/kmo/backends/process"
+	"github.com/kindos/kmo/backends/process/stage"
 )
 
 // Guest is the whole life of a process that was started with [GuestArg] as its first argument; args are those after it. It returns
@@ -33,6 +35,8 @@ func Guest(args []string) int {
 	status := 0
 	switch {
 	case len(args) == 1 && args[0] == compileArg:
+		err = fenced()
+	case len(args) == 1 && args[0] == fencedArg:
 		err = compileGuest()
 	case len(args) >= 2 && (args[0] == runArg || args[0] == hookArg):
 		status, err = runGuest(args[0] == runArg, args[1:])
@@ -192,6 +196,12 @@ func newRuntime(ctx context.Context, cache wazero.CompilationCache) (wazero.Runt
 	return runtime, nil
 }
 
+// fenced goes on as compileGuest, which may read this program and write to its folder, and nothing else.
+func fenced() error {
+	const self = "/proc/self/exe"
+	return (&stage.Confine{Execute: []string{self}, Write: []string{"/proc/self/fd/3"}}).Exec(self, []string{self, GuestArg, fencedArg}, os.Environ())
+}
+
 // compileGuest compiles the module on stdin into the folder that is open as descriptor 3.
 func compileGuest() error {
 	if err := bound(); err != nil {
@@ -259,6 +269,7 @@ func withoutRights(command *exec.Cmd, folder string, user int) error {
 	}
 	command.SysProcAttr = &syscall.SysProcAttr{
 		Credential: &syscall.Credential{Uid: uint32(user), Gid: uint32(user)},
+		Cloneflags: syscall.CLONE_NEWNET | syscall.CLONE_NEWIPC,
 		Setsid:     true,
 	}
 	return os.Chown(folder, user, user)

@@ -12,7 +12,7 @@ import (
 
 // What a runner is told by its arguments and its environment.
 const (
-	runArg, hookArg, compileArg = "run", "hook", "compile"
+	runArg, hookArg, compileArg, fencedArg = "run", "hook", "compile", "compile-fenced"
 
 	planVariable   = "KMO_PLAN"   // of the runner: a plan as JSON
 	memoryVariable = "KMO_MEMORY" // of the record: bytes of linear memory

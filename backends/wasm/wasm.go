@@ -48,8 +48,8 @@
 //	                              which every runner checks; the newest 32
 //	base/                         the empty tree that is below every guest's
 //
-// A module is compiled once, and one at a time, by a process without rights that can write to one empty folder; that folder is then renamed
-// into place. Runners may only read it. The newest is the most recently started.
+// A module is compiled once, and one at a time, by a process without rights or a network, which landlock keeps to one empty folder; that folder
+// is then renamed into place. Runners may only read it. The newest is the most recently started.
 package wasm
 
 import (

@@ -56,7 +56,7 @@ func house() map[string]room {
 		"backends/process/netns":   {"", ""},
 		"backends/lxc":             {"backends backends/process backends/process/monitor backends/process/netns backends/process/stage", ""},
 		"backends/native":          {"backends backends/process registry/merkle", ""},
-		"backends/wasm":            {"backends backends/process policy/refusal registry/merkle", "github.com/tetratelabs/wazero"},
+		"backends/wasm":            {"backends backends/process backends/process/stage policy/refusal registry/merkle", "github.com/tetratelabs/wazero"},
 		"backends/fake":            {"backends registry/merkle", ""},
 		"backends/conformance":     {"backends backends/plugin registry/merkle", ""},
 		"reconciler/template":      {"backends policy/refusal registry/merkle", "go.yaml.in/yaml/v4"},

@@ -3,6 +3,7 @@
 package secret
 
 import (
+	"bytes"
 	"errors"
 	"fmt"
 	"os"
@@ -46,6 +47,15 @@ func private(dir string) bool {
 	}
 	memory := system.Type == unix.TMPFS_MAGIC || system.Type == unix.RAMFS_MAGIC
 	return memory && found.Mode&unix.S_IFMT == unix.S_IFDIR && int(found.Uid) == os.Geteuid() && found.Mode&0o022 == 0
+}
+
+// SwapWords are for a fingerprint's Missing where Swaps.
+const SwapWords = "secrets: this host swaps, so what lies in memory may reach its disk; switch swap off, or encrypt it"
+
+// Swaps says whether this host has swap, which memory file systems use too.
+func Swaps() bool {
+	text, err := os.ReadFile("/proc/swaps")
+	return err == nil && bytes.Count(text, []byte("\n")) > 1 // below the heading
 }
 
 // Dir is the backend's folder, or "" without memory. It need not be there.
