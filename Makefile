@@ -7,7 +7,6 @@ FUZZ    ?= 10s
 COUNT   ?= 6
 VERSION := $(shell git describe --tags --always --dirty 2>/dev/null || echo unknown)
 LDFLAGS := -s -w -X main.version=$(VERSION)
-TOOLS   := .cache/tools
 
 .PHONY: build demo test test-units test-engines test-fast need-engines check vulnerabilities bench fuzz generate cross clean need
 

@@ -1,4 +1,5 @@
-// Package process keeps confined programs that outlive whoever started them. The backends native and wasm stand on it.
+// Package process keeps confined programs that outlive whoever started them. The backends native, wasm, appimage, gvisor,
+// lxc and microvm stand on it.
 //
 // A [Keeper] owns one state folder. Its process is the only supervisor; nothing stands beside a program. A start is a
 // re-execution of this very binary with [StageArg] as its first argument: a command's main must call [Stage] then, before
