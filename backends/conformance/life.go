@@ -67,7 +67,9 @@ func applyTwice(b *bench) {
 }
 
 func otherContent(b *bench) {
-	w := b.apply(b.unit("relay", "wait"))
+	w := b.unit("relay", "wait")
+	w.Run.Ports = []backends.Port{{Name: "http"}} // any number, which stays
+	w = b.apply(w)
 	before := b.up(w.Name)
 	if before.Content == "" {
 		return // the backend has a copy of its own
@@ -75,7 +77,7 @@ func otherContent(b *bench) {
 	w.Image.Content = b.copied(w.Image.Content)
 	b.apply(w)
 	after := b.until(w.Name, "running", running)
-	if after.Content != w.Image.Content || !after.Started.After(before.Started) || after.Restarts != 0 {
+	if after.Content != w.Image.Content || !after.Started.After(before.Started) || after.Restarts != 0 || !slices.Equal(after.Addresses, before.Addresses) {
 		b.Errorf("on another content it is %+v, was %+v", after, before)
 	}
 	if list := b.observe(); len(list) != 1 {

@@ -36,6 +36,9 @@ func (k *Keeper) Apply(ctx context.Context, w backends.Workload) error {
 	known := e.record.Workload.Name != ""
 	removing := e.removing()
 	if err := k.secrets.Hide(w); err != nil {
+		if !known {
+			err = errors.Join(err, k.clear(e))
+		}
 		return err
 	}
 	same := known && !removing && e.record.Workload.Spec == w.Spec && e.record.Workload.Image.Content == w.Image.Content
@@ -64,9 +67,12 @@ func (k *Keeper) Apply(ctx context.Context, w backends.Workload) error {
 
 // replace makes an entry's program the one of w. What is refused is refused before the old one is touched.
 func (k *Keeper) replace(ctx context.Context, e *entry, w backends.Workload, exitHooks bool) error {
-	ports, err := k.choosePorts(w)
-	if err != nil {
-		return err
+	ports := e.record.Ports // those of the same spec stay
+	if e.record.Workload.Spec != w.Spec || len(ports) != len(w.Run.Ports) {
+		var err error
+		if ports, err = k.choosePorts(w); err != nil {
+			return err
+		}
 	}
 	next := record{Workload: w, Ports: ports, Pending: len(w.Hooks.PostInit) > 0}
 	p, err := k.plan(ctx, &next)
