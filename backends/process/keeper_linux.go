@@ -373,8 +373,11 @@ func (k *Keeper) Logs(ctx context.Context, name string, options backends.LogOpti
 // Exec runs a command inside a running workload, confined and bounded as its program is.
 func (k *Keeper) Exec(ctx context.Context, name string, argv []string) (int, []byte, error) {
 	e := k.entry(name)
-	if e == nil || len(argv) == 0 {
+	if e == nil {
 		return 0, nil, backends.ErrNotFound
+	}
+	if len(argv) == 0 {
+		return 0, nil, fmt.Errorf("%s: no command is named", name)
 	}
 	return k.join(ctx, e, argv, nil)
 }

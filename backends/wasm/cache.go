@@ -201,6 +201,9 @@ func (c *cache) sum(f *os.File) (sum string, size int64, err error) {
 	sum = hex.EncodeToString(hash.Sum(nil))
 	c.mu.Lock()
 	defer c.mu.Unlock()
+	if len(c.sums) >= 256 {
+		clear(c.sums) // those in use are soon back
+	}
 	c.sums[state] = sum
 	return sum, found.Size(), nil
 }
