@@ -8,7 +8,7 @@ COUNT   ?= 6
 VERSION := $(shell git describe --tags --always --dirty 2>/dev/null || echo unknown)
 LDFLAGS := -s -w -X main.version=$(VERSION)
 
-.PHONY: build demo test test-units test-engines test-fast need-engines check vulnerabilities bench fuzz generate cross clean need
+.PHONY: build demo test test-units test-engines test-kubelet test-fast need-engines check vulnerabilities bench fuzz generate cross clean need
 
 build: ## the one binary, with the guest of micro-VMs in it, and the programs of the demo
 	GOOS=linux CGO_ENABLED=0 $(GO) build -trimpath -buildvcs=false -ldflags '-s -w' -o backends/microvm/built/guest-$$($(GO) env GOARCH) ./backends/microvm/guest
@@ -31,6 +31,10 @@ test-units: need ## what needs no engine
 
 test-engines: need-engines ## the backends on their real engines, two at a time
 	$(GO) list ./... | grep -E '$(ENGINES)' | xargs $(GO) test -race -p 2 -timeout 60m
+
+test-kubelet: need ## the contract on a real node of a cluster: kubelet, containerd and runc, in namespaces of their own; needs root
+	.ci/need ip iptables containerd runc /usr/lib/cni/ptp
+	KMO_TEST_KUBELET=1 $(GO) test -race -count 1 -timeout 30m -run '^TestKubelet$$' ./backends/kubernetes
 
 test-fast: ## the edit loop
 	$(GO) test -short $(PKGS)

@@ -45,7 +45,7 @@ type Subject struct {
 	// At is Open over a state folder that is given: one on a full disk. Nil: nothing is kept on a disk of this host.
 	At func(t *testing.T, state string) backends.Backend
 	// Images holds the test program in each format to be tested: Content, and ContentRoot where the backend looks at it. The
-	// program is at /app inside, where a format has an inside.
+	// program is at /app inside, where a format has an inside. Without Content it is the runtime that fetches what Ref names.
 	Images map[backends.Format]backends.Image
 	// User is the uid the workloads run as; 0 means 65532.
 	User int
@@ -67,6 +67,12 @@ type Subject struct {
 	Leaks func(t *testing.T) []string
 	// Kill ends a workload's program from outside. Nil means SIGKILL to Status.PID.
 	Kill func(t *testing.T, s backends.Status)
+	// Imagined says that the programs have no clock: what takes its time without being asked is not seen.
+	Imagined bool
+	// Used is how much of the processor a workload's program has used, where the backend does not tell it. Nil: Status.Usage tells.
+	Used func(t *testing.T, s backends.Status) time.Duration
+	// Sets names variables, beside the usual ones, that the runtime puts into the environment of every program.
+	Sets []string
 	// Damage changes, behind the backend's back, something of a running workload that Observe must notice. Nil: there is no such thing.
 	Damage func(t *testing.T, w backends.Workload)
 	// Stranger starts something in the same runtime that is not kMO's, and returns a check that it is untouched. Nil: there is no such thing.

@@ -187,8 +187,8 @@ func newProcess(b *bench) {
 func writesOn(b *bench) {
 	w := b.apply(b.unit("relay", "tick"))
 	before := b.until(w.Name, "running", running)
-	if before.PID == 0 && b.subject.Kill != nil {
-		return // an imaginary program has no clock
+	if b.subject.Imagined {
+		return
 	}
 	b.line(w.Name, "tick 3")
 	b.reopen()

@@ -118,7 +118,7 @@ func cleanEnv(b *bench) {
 			b.Errorf("environment has no line %q: %s", want, text)
 		}
 	}
-	allowed := []string{"FROM_IMAGE", "FROM_RUN", "BOTH", "PATH", "HOME", "HOSTNAME", "PWD", "TERM", "TMPDIR", "USER", "container", "APPDIR", "end"}
+	allowed := append([]string{"FROM_IMAGE", "FROM_RUN", "BOTH", "PATH", "HOME", "HOSTNAME", "PWD", "TERM", "TMPDIR", "USER", "container", "APPDIR", "end"}, b.subject.Sets...)
 	for line := range strings.Lines(text) {
 		name, _, _ := strings.Cut(strings.TrimSpace(strings.TrimPrefix(line, "env ")), "=")
 		if strings.HasPrefix(line, "env ") && !slices.Contains(allowed, name) {

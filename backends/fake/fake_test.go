@@ -50,8 +50,9 @@ func TestConformance(t *testing.T) {
 				}
 				return left
 			},
-			Kill:   func(_ *testing.T, s backends.Status) { present.Kill(s.Name) },
-			Damage: func(_ *testing.T, w backends.Workload) { present.Damage(w.Name, "a byte of the base has changed") },
+			Kill:     func(_ *testing.T, s backends.Status) { present.Kill(s.Name) },
+			Imagined: true,
+			Damage:   func(_ *testing.T, w backends.Workload) { present.Damage(w.Name, "a byte of the base has changed") },
 		}
 	})
 }

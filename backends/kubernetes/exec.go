@@ -7,8 +7,10 @@ import (
 	"fmt"
 	"io"
 	"net/http"
+	"regexp"
 	"slices"
 	"strconv"
+	"strings"
 	"time"
 
 	gorilla "github.com/gorilla/websocket"
@@ -111,30 +113,38 @@ func receive(conn *gorilla.Conn) (status int, output []byte, err error) {
 		case channelOut, channelErr:
 			output = append(output, text[:min(len(text), maxOutput-len(output))]...)
 		case channelEnd:
-			status, err := exitStatus(text)
-			return status, output, err
+			status, said, err := exitStatus(text)
+			return status, append(output, said...), err
 		}
 	}
 }
 
-// exitStatus reads how a command ended. One that could not be begun is told as a shell does: 126.
-func exitStatus(text []byte) (int, error) {
+// exitStatus reads how a command ended. One that the container does not have, or that cannot be run there, is told as a shell does: 126,
+// and what the runtime said of it.
+func exitStatus(text []byte) (status int, said string, err error) {
 	var end metav1.Status
 	if err := json.Unmarshal(text, &end); err != nil {
-		return 0, fmt.Errorf("exec ended as %q", text)
+		return 0, "", fmt.Errorf("exec ended as %q", text)
 	}
 	if end.Status == metav1.StatusSuccess {
-		return 0, nil
+		return 0, "", nil
 	}
 	if end.Details != nil {
 		for _, cause := range end.Details.Causes {
 			if cause.Type == "ExitCode" {
-				return strconv.Atoi(cause.Message)
+				status, err := strconv.Atoi(cause.Message)
+				return status, "", err
 			}
 		}
 	}
-	return 0, fmt.Errorf("%w: %s", errNoExec, end.Message)
+	if _, why, tried := strings.Cut(end.Message, "OCI runtime exec failed: "); tried && noCommand.MatchString(why) {
+		return 126, why, nil
+	}
+	return 0, "", fmt.Errorf("%w: %s", errNoExec, end.Message)
 }
+
+// noCommand is how the runtimes of a node say that it is the command that cannot be begun; a container that has just ended is told otherwise.
+var noCommand = regexp.MustCompile(`no such file or directory|not found|permission denied|exec format error`)
 
 // hook runs one hook in the running container. That it ended badly is a *StartError; what it wrote is its output.
 func (b *Backend) hook(ctx context.Context, name, moment string, argv []string) error {
@@ -211,7 +221,7 @@ func (f *found) preInit() (hook int, failed string) {
 	for i, c := range pod.Status.InitContainerStatuses {
 		for _, end := range []*terminated{c.State.Terminated, c.LastState.Terminated} {
 			if end != nil && end.ExitCode != 0 {
-				return i, fmt.Sprint("exit status ", end.ExitCode)
+				return i, strings.TrimSuffix(fmt.Sprintf("exit status %d: %s", end.ExitCode, end.Message), ": ")
 			}
 		}
 		if c.State.Running != nil {

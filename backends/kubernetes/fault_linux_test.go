@@ -183,6 +183,8 @@ func TestEnds(t *testing.T) {
 		{`{"running":{"startedAt":"2026-01-01T00:00:00Z"}}`, fmt.Sprintf(end, 143, "Error", ""), backends.Status{State: backends.Running, ExitCode: 143}},
 		{`{"waiting":{"reason":"CrashLoopBackOff"}}`, fmt.Sprintf(end, 128, "StartError", "exec /app: no such file"),
 			backends.Status{State: backends.Backoff, ExitCode: 128, Detail: "its program ended with status 128, StartError: exec /app: no such file"}},
+		{`{"waiting":{"reason":"RunContainerError","message":"exec /app: no such file"}}`, fmt.Sprintf(end, 128, "StartError", "exec /app: no such file"),
+			backends.Status{State: backends.Backoff, ExitCode: 128, Detail: "its program ended with status 128, StartError: exec /app: no such file"}},
 		{`{"waiting":{"reason":"CreateContainerConfigError","message":"no configmap"}}`, `{}`,
 			backends.Status{State: backends.Starting, Detail: "CreateContainerConfigError: no configmap"}},
 	} {

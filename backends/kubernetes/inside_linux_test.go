@@ -42,16 +42,20 @@ func TestExec(t *testing.T) {
 
 // TestExitStatus: what a kubelet says of how a command ended; KWOK does not tell its status.
 func TestExitStatus(t *testing.T) {
-	for text, want := range map[string]int{
-		`{"metadata":{},"status":"Success"}`: 0,
-		`{"metadata":{},"status":"Failure","message":"command terminated with non-zero exit code","reason":"NonZeroExitCode","details":{"causes":[{"reason":"ExitCode","message":"7"}]}}`: 7,
+	for text, want := range map[string]struct {
+		status int
+		said   string
+	}{
+		`{"metadata":{},"status":"Success"}`: {},
+		`{"metadata":{},"status":"Failure","message":"command terminated with non-zero exit code","reason":"NonZeroExitCode","details":{"causes":[{"reason":"ExitCode","message":"7"}]}}`: {7, ""},
+		`{"metadata":{},"status":"Failure","message":"Internal error occurred: OCI runtime exec failed: exec: \"/x\": no such file or directory","code":500}`:                             {126, `exec: "/x": no such file or directory`},
 	} {
-		if got, err := exitStatus([]byte(text)); got != want || err != nil {
-			t.Errorf("%s is %d, %v; want %d", text, got, err, want)
+		if got, said, err := exitStatus([]byte(text)); got != want.status || said != want.said || err != nil {
+			t.Errorf("%s is %d, %q, %v; want %d, %q", text, got, said, err, want.status, want.said)
 		}
 	}
-	for _, text := range []string{`{"status":"Failure","message":"no such container"}`, `x`} {
-		if _, err := exitStatus([]byte(text)); err == nil {
+	for _, text := range []string{`{"status":"Failure","message":"no such container"}`, `{"status":"Failure","message":"OCI runtime exec failed: cannot exec in a stopped container"}`, `x`} {
+		if _, _, err := exitStatus([]byte(text)); err == nil {
 			t.Errorf("%s is no error", text)
 		}
 	}

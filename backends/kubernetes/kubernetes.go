@@ -11,6 +11,8 @@
 // The cluster pulls the image by itself, by its digest and nothing else; Image.Content is not looked at. "The host" of a pod is the node
 // it runs on, which need not be this one: so it has none of the features that are about this host's folders, devices and namespaces.
 //
+// The cluster tells when a program was started to the second, and tells every program, in variables KUBERNETES_…, where its API is.
+//
 // A port without a number of the host is told as the Service's cluster address: it is reached from the cluster's nodes and pods, and is
 // published nowhere. A port with one is a node port, told as the address of the node that the pod runs on.
 //

@@ -259,7 +259,7 @@ func podStatus(pod *item, s *backends.Status) {
 		s.State, s.Started = backends.Running, c.State.Running.StartedAt
 	case c.State.Terminated != nil:
 		s.State, s.Detail = backends.Backoff, ended(last)
-	case waiting != nil && waiting.Reason == "CrashLoopBackOff":
+	case waiting != nil && (waiting.Reason == "CrashLoopBackOff" || waiting.Reason == "RunContainerError" && last != nil):
 		s.State, s.Detail = backends.Backoff, ended(last)
 	case waiting != nil && waiting.Reason != "ContainerCreating" && waiting.Reason != "PodInitializing":
 		s.Detail = strings.TrimSuffix(waiting.Reason+": "+waiting.Message, ": ")

@@ -222,11 +222,9 @@ func containerSpec(w backends.Workload, numbers []int) object {
 		},
 	}
 	var env []any
-	for _, name := range slices.Sorted(maps.Keys(w.Run.Env)) {
-		env = append(env, object{"name": name, "value": dollars(w.Run.Env[name])})
-	}
-	for i, port := range w.Run.Ports {
-		env = append(env, object{"name": port.Variable(), "value": strconv.Itoa(numbers[i])})
+	values := variables(w, numbers)
+	for _, name := range slices.Sorted(maps.Keys(values)) {
+		env = append(env, object{"name": name, "value": dollars(values[name])})
 	}
 	if env != nil {
 		c["env"] = env
@@ -257,6 +255,21 @@ func containerSpec(w backends.Workload, numbers []int) object {
 		c["volumeMounts"] = mounts
 	}
 	return c
+}
+
+// variables are what the image says, above it what the unit asks for, and the ports.
+func variables(w backends.Workload, numbers []int) map[string]string {
+	values := map[string]string{}
+	for _, pair := range w.Image.Config.Env {
+		if name, value, is := strings.Cut(pair, "="); is {
+			values[name] = value
+		}
+	}
+	maps.Copy(values, w.Run.Env)
+	for i, port := range w.Run.Ports {
+		values[port.Variable()] = strconv.Itoa(numbers[i])
+	}
+	return values
 }
 
 // argv is what the program is started with: what the unit asks for above what the image says.

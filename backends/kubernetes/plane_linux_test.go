@@ -3,19 +3,12 @@ package kubernetes
 import (
 	"bytes"
 	"context"
-	"crypto/ecdsa"
-	"crypto/elliptic"
-	"crypto/rand"
 	"crypto/tls"
 	"crypto/x509"
-	"crypto/x509/pkix"
 	"encoding/json"
-	"encoding/pem"
 	"errors"
 	"fmt"
 	"io"
-	"math/big"
-	"net"
 	"net/http"
 	"os"
 	"os/exec"
@@ -32,11 +25,13 @@ import (
 )
 
 // plane is a control plane of its own: etcd, API server, controllers, scheduler, and KWOK in the place of nodes. Pods become ready there,
-// and are gone when they are deleted; nothing runs. What is written and run "in" a container is a file and a process of this host.
+// and are gone when they are deleted; nothing runs. What is written and run "in" a container is a file and a process of this host. Where a
+// real node is asked for there is no KWOK, and the node joins later.
 type plane struct {
-	dir     string // everything it keeps
-	url     string // of the API server
-	podLog  string // the file that is every pod's log
+	dir     string            // everything it keeps
+	folders map[string]string // of programs, by what .ci/servers calls them
+	url     string            // of the API server
+	podLog  string            // the file that is every pod's log
 	spawn   chan func()
 	servers map[string]*server
 	admin   string // kubeconfig
@@ -57,6 +52,9 @@ func TestMain(m *testing.M) {
 	if os.Getenv(childEnv) != "" {
 		os.Exit(child())
 	}
+	if os.Getenv(kubeletEnv) != "" && os.Getenv(nodeEnv) == "" {
+		os.Exit(elsewhere())
+	}
 	code, err := withPlane(m.Run)
 	if err != nil {
 		fmt.Fprintln(os.Stderr, "control plane:", err)
@@ -66,15 +64,15 @@ func TestMain(m *testing.M) {
 }
 
 func withPlane(run func() int) (code int, err error) {
-	etcd, kwok, kubernetes, err := built()
+	folders, err := built()
 	if err != nil {
 		return 1, err
 	}
-	dir, err := os.MkdirTemp("", "kmo-plane-")
+	dir, err := os.MkdirTemp(os.Getenv(nodeEnv), "kmo-plane-")
 	if err != nil {
 		return 1, err
 	}
-	p := &plane{dir: dir, spawn: make(chan func()), servers: map[string]*server{}, podLog: filepath.Join(dir, "pod.log")}
+	p := &plane{dir: dir, folders: folders, spawn: make(chan func()), servers: map[string]*server{}, podLog: filepath.Join(dir, "pod.log")}
 	go func() {
 		runtime.LockOSThread() // the servers end with the thread that started them
 		for start := range p.spawn {
@@ -83,30 +81,43 @@ func withPlane(run func() int) (code int, err error) {
 	}()
 	defer func() {
 		p.stopAll()
-		err = errors.Join(err, os.RemoveAll(dir))
+		if os.Getenv(nodeEnv) == "" { // or it goes with the namespace, and what a kubelet leaves mounted
+			err = errors.Join(err, os.RemoveAll(dir))
+		}
 	}()
-	if err := p.start(etcd, kwok, kubernetes); err != nil {
+	if err := p.start(); err != nil {
 		return 1, err
 	}
 	control = p
 	return run(), nil
 }
 
-// built builds the servers where that has not been done, which takes a while and says so.
-func built() (etcd, kwok, kubernetes string, err error) {
-	build := exec.Command("../../.ci/servers", "etcd", "kwok", "kubernetes")
+// built builds the servers where that has not been done, which takes a while and says so. It returns the folder of each.
+func built() (map[string]string, error) {
+	names := []string{"etcd", "kubernetes", "kwok"}
+	if os.Getenv(kubeletEnv) != "" {
+		names[2] = "kubelet"
+	}
+	build := exec.Command("../../.ci/servers", names...)
 	build.Stderr = os.Stderr
 	out, err := build.Output()
 	folders := strings.Fields(string(out))
-	if err != nil || len(folders) != 3 {
-		return "", "", "", fmt.Errorf(".ci/servers built %q: %v; want Go and its module proxy, or a filled $KMO_CACHE", folders, err)
+	if err != nil || len(folders) != len(names) {
+		return nil, fmt.Errorf(".ci/servers built %q: %v; want Go and its module proxy, or a filled $KMO_CACHE", folders, err)
 	}
-	return folders[0], folders[1], folders[2], nil
+	at := map[string]string{}
+	for i, name := range names {
+		at[name] = folders[i]
+	}
+	return at, nil
 }
+
+// program is the path of a built one.
+func (p *plane) program(of, name string) string { return filepath.Join(p.folders[of], name) }
 
 func (p *plane) file(name string) string { return filepath.Join(p.dir, name) }
 
-func (p *plane) start(etcd, kwok, kubernetes string) error {
+func (p *plane) start() error {
 	ports, err := freePorts(7)
 	if err != nil {
 		return err
@@ -117,13 +128,13 @@ func (p *plane) start(etcd, kwok, kubernetes string) error {
 		return err
 	}
 	db := "http://" + at(0)
-	p.server("etcd", filepath.Join(etcd, "etcd"), "--name=t", "--data-dir="+p.file("etcd"), "--unsafe-no-fsync", "--log-level=error",
+	p.server("etcd", p.program("etcd", "etcd"), "--name=t", "--data-dir="+p.file("etcd"), "--unsafe-no-fsync", "--log-level=error",
 		"--listen-client-urls="+db, "--advertise-client-urls="+db, "--listen-peer-urls=http://"+at(1),
 		"--initial-advertise-peer-urls=http://"+at(1), "--initial-cluster=t=http://"+at(1))
 	if err := p.until("etcd", 30*time.Second, func() error { return ok(http.DefaultClient, db+"/health") }); err != nil {
 		return err
 	}
-	p.server("kube-apiserver", filepath.Join(kubernetes, "kube-apiserver"), "--etcd-servers="+db, "--bind-address=127.0.0.1",
+	p.server("kube-apiserver", p.program("kubernetes", "kube-apiserver"), "--etcd-servers="+db, "--bind-address=127.0.0.1",
 		fmt.Sprint("--secure-port=", ports[2]), "--tls-cert-file="+p.file("server.crt"), "--tls-private-key-file="+p.file("server.key"),
 		"--client-ca-file="+p.file("ca.crt"), "--token-auth-file="+p.file("tokens.csv"), "--service-cluster-ip-range=10.0.0.0/16",
 		"--authorization-mode=Node,RBAC", "--service-account-issuer=https://kubernetes.default.svc",
@@ -133,17 +144,16 @@ func (p *plane) start(etcd, kwok, kubernetes string) error {
 	if err := p.ready(); err != nil {
 		return err
 	}
-	p.server("kube-controller-manager", filepath.Join(kubernetes, "kube-controller-manager"), "--kubeconfig="+p.admin, "--leader-elect=false",
+	p.server("kube-controller-manager", p.program("kubernetes", "kube-controller-manager"), "--kubeconfig="+p.admin, "--leader-elect=false",
 		"--use-service-account-credentials=false", "--kube-api-qps=300", "--kube-api-burst=500", "--service-account-private-key-file="+p.file("sa.key"),
 		"--root-ca-file="+p.file("ca.crt"), "--bind-address=127.0.0.1", fmt.Sprint("--secure-port=", ports[3]), "--cert-dir="+p.file("kcm"),
-		"--controllers=*,-nodeipam", "--v=0")
-	p.server("kube-scheduler", filepath.Join(kubernetes, "kube-scheduler"), "--kubeconfig="+p.admin, "--leader-elect=false",
+		"--controllers=*,-nodeipam", "--v=0", "--flex-volume-plugin-dir="+p.file("kcm-plugins"))
+	p.server("kube-scheduler", p.program("kubernetes", "kube-scheduler"), "--kubeconfig="+p.admin, "--leader-elect=false",
 		"--kube-api-qps=300", "--kube-api-burst=500", "--bind-address=127.0.0.1", fmt.Sprint("--secure-port=", ports[4]), "--cert-dir="+p.file("sched"))
-	p.server("kwok", filepath.Join(kwok, "kwok"), "--kubeconfig="+p.admin, "--manage-all-nodes=true", "--node-lease-duration-seconds=40",
-		"--config="+p.file("kwok.yaml"), "--server-address="+at(5), "--node-ip=127.0.0.1", fmt.Sprint("--node-port=", ports[5]),
-		"--tls-cert-file="+p.file("server.crt"), "--tls-private-key-file="+p.file("server.key"))
-	if err := p.node(); err != nil {
-		return err
+	if p.folders["kwok"] != "" {
+		if err := p.node(at(5), ports[5]); err != nil {
+			return err
+		}
 	}
 	return p.until("the default service account", time.Minute, func() error {
 		return p.call(context.Background(), http.MethodGet, "/api/v1/namespaces/default/serviceaccounts/default", "", nil, nil)
@@ -156,8 +166,11 @@ func (p *plane) ready() error {
 	})
 }
 
-// node makes the one node there is.
-func (p *plane) node() error {
+// node makes the one node there is, and what plays it.
+func (p *plane) node(address string, port int) error {
+	p.server("kwok", p.program("kwok", "kwok"), "--kubeconfig="+p.admin, "--manage-all-nodes=true", "--node-lease-duration-seconds=40",
+		"--config="+p.file("kwok.yaml"), "--server-address="+address, "--node-ip=127.0.0.1", fmt.Sprint("--node-port=", port),
+		"--tls-cert-file="+p.file("server.crt"), "--tls-private-key-file="+p.file("server.key"))
 	room := object{"cpu": "1000", "memory": "1000Gi", "pods": "5000"}
 	labels := object{"kubernetes.io/os": "linux", "kubernetes.io/arch": runtime.GOARCH}
 	node := object{
@@ -167,6 +180,10 @@ func (p *plane) node() error {
 	if err := p.call(context.Background(), http.MethodPost, "/api/v1/nodes", "application/json", node, nil); err != nil {
 		return err
 	}
+	return p.nodeReady()
+}
+
+func (p *plane) nodeReady() error {
 	return p.until("the node", time.Minute, func() error {
 		var now item
 		if err := p.call(context.Background(), http.MethodGet, "/api/v1/nodes/node-0", "", nil, &now); err != nil {
@@ -202,10 +219,10 @@ func (p *plane) files() error {
 	p.admin = p.file("admin.kubeconfig")
 	return errors.Join(
 		os.WriteFile(p.file("kwok.yaml"), append(stages, inside...), 0o600),
-		os.WriteFile(p.file("tokens.csv"), []byte("admin-token,admin,admin-uid,\"system:masters\"\n"), 0o600),
+		os.WriteFile(p.file("tokens.csv"), []byte("admin-token,admin,admin-uid,\"system:masters\"\nnode-token,system:node:node-0,node-uid,\"system:nodes\"\n"), 0o600),
 		os.WriteFile(p.podLog, criLog("one", "two", "three"), 0o600),
 		os.WriteFile(p.podLog+".previous", criLog("zero"), 0o600),
-		p.kubeconfig(p.admin, "admin-token"))
+		p.kubeconfig(p.admin, "admin-token"), p.kubeconfig(p.file("node.kubeconfig"), "node-token"))
 }
 
 // criLog is lines as a container runtime keeps them.
@@ -428,50 +445,6 @@ func ok(client *http.Client, url string) error {
 		return errors.New(answer.Status)
 	}
 	return nil
-}
-
-func freePorts(n int) (ports []int, err error) {
-	for range n {
-		l, err := net.Listen("tcp", "127.0.0.1:0")
-		if err != nil {
-			return nil, err
-		}
-		defer l.Close()
-		if tcp, ok := l.Addr().(*net.TCPAddr); ok {
-			ports = append(ports, tcp.Port)
-		}
-	}
-	return ports, nil
-}
-
-// certificate makes a key and a certificate of it, signed by ca, or by itself.
-func certificate(dir, name string, caKey *ecdsa.PrivateKey, ca *x509.Certificate) (*ecdsa.PrivateKey, *x509.Certificate, error) {
-	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
-	if err != nil {
-		return nil, nil, err
-	}
-	template := &x509.Certificate{
-		SerialNumber: big.NewInt(time.Now().UnixNano()), Subject: pkix.Name{CommonName: name},
-		NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(24 * time.Hour),
-		KeyUsage: x509.KeyUsageDigitalSignature, ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth, x509.ExtKeyUsageClientAuth},
-		IPAddresses: []net.IP{net.IPv4(127, 0, 0, 1), net.IPv4(10, 0, 0, 1)}, DNSNames: []string{"localhost"}, BasicConstraintsValid: true,
-	}
-	if ca == nil {
-		template.IsCA, template.KeyUsage = true, template.KeyUsage|x509.KeyUsageCertSign
-		ca, caKey = template, key
-	}
-	raw, err := x509.CreateCertificate(rand.Reader, template, ca, &key.PublicKey, caKey)
-	if err != nil {
-		return nil, nil, err
-	}
-	keyText, err := x509.MarshalECPrivateKey(key)
-	if err != nil {
-		return nil, nil, err
-	}
-	made, err := x509.ParseCertificate(raw)
-	return key, made, errors.Join(err,
-		os.WriteFile(filepath.Join(dir, name+".crt"), pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: raw}), 0o600),
-		os.WriteFile(filepath.Join(dir, name+".key"), pem.EncodeToMemory(&pem.Block{Type: "EC PRIVATE KEY", Bytes: keyText}), 0o600))
 }
 
 // contains says whether one of the texts has a part.
