@@ -138,7 +138,8 @@ func onNode(t *testing.T, image backends.Image) conformance.Subject {
 	namespace, account := control.site(t)
 	options := Options{Kubeconfig: account, Namespace: namespace, State: t.TempDir()}
 	return conformance.Subject{
-		Open: func(t *testing.T) backends.Backend { return open(t, options) },
+		Table: "testdata/features",
+		Open:  func(t *testing.T) backends.Backend { return open(t, options) },
 		At: func(t *testing.T, state string) backends.Backend {
 			return open(t, Options{Kubeconfig: account, Namespace: namespace, State: state})
 		},

@@ -62,7 +62,7 @@ func featureTable(all []conformance.Found) string {
 	var b strings.Builder
 	b.WriteString("<!-- Written by TestFeatureTable of cmd/kmo from what the suite found to be true. -->\n# What each backend can do\n\n" +
 		"A unit that asks for what its backend lacks is refused when it is planned, or runs by its next variant. What a host does not let a backend do,\n" +
-		"`kmo backend check NAME` says there. \"It says so\" is what was promised on a cluster that runs no programs, and so was not seen.\n\n| feature | it means |")
+		"`kmo backend check NAME` says there.\n\n| feature | it means |")
 	for _, f := range all {
 		name := f.Backend
 		if string(f.Format) != f.Backend {
@@ -81,8 +81,6 @@ func featureTable(all []conformance.Found) string {
 			says := ""
 			if slices.Contains(f.Features, feature.Feature) {
 				says = "yes"
-			} else if slices.Contains(f.Promised, feature.Feature) {
-				says = "it says so"
 			}
 			fmt.Fprintf(&b, " %s |", says)
 		}
