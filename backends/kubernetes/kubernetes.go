@@ -251,6 +251,7 @@ func fingerprint(v version) backends.Fingerprint {
 		},
 		Missing: []string{
 			"capabilities: a pod's user who is not root gets none of them",
+			"commands: a hook or a probe whose time is over is not ended in its pod",
 			"devices: those of this host are not the node's",
 			"host-namespace: a pod shares those of its node, which need not be this host",
 			"host-network: a pod shares that of its node, which need not be this host",
