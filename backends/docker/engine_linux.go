@@ -39,6 +39,7 @@ type Backend struct {
 	lock     *os.File     // held on the state folder: one process at a time
 	step     func(string) // called at each step of a start; a test ends this process there
 	hookTime time.Duration
+	dropTime time.Duration // for the removal of an image
 
 	life
 	images images
@@ -86,7 +87,7 @@ func Open(o Options) (*Backend, error) {
 	}
 	o.State = state
 	b := &Backend{
-		options: o, plan: plan.Plan{Engine: o.Name, State: state}, door: engine.Door{Name: o.Name, Socket: o.Socket}, step: func(string) {}, hookTime: hookTime,
+		options: o, plan: plan.Plan{Engine: o.Name, State: state}, door: engine.Door{Name: o.Name, Socket: o.Socket}, step: func(string) {}, hookTime: hookTime, dropTime: clearTime,
 		life: life{wake: make(chan struct{}, 1), starts: make(chan struct{}, 4)}, images: newImages(), settling: make(chan struct{}, 1), measuring: make(chan struct{}, 1),
 		known: known{entries: map[string]*entry{}, ports: map[int]string{}},
 	}
