@@ -36,7 +36,7 @@ type Backend struct {
 	door     engine.Door
 	engine   *client.Client
 	plan     plan.Plan
-	lock     *os.File     // held on the state folder: one process at a time
+	lock     *os.File     // held on the state folder: one process at a time; nil if it only looks
 	step     func(string) // called at each step of a start; a test ends this process there
 	hookTime time.Duration
 	dropTime time.Duration // for the removal of an image
@@ -91,25 +91,46 @@ func Open(o Options) (*Backend, error) {
 		life: life{wake: make(chan struct{}, 1), starts: make(chan struct{}, 4)}, images: newImages(), settling: make(chan struct{}, 1), measuring: make(chan struct{}, 1),
 		known: known{entries: map[string]*entry{}, ports: map[int]string{}},
 	}
-	for _, dir := range []string{"", "work", "images", "kept"} {
-		if err := os.MkdirAll(filepath.Join(state, dir), 0o700); err != nil {
+	if !o.Look {
+		if err := b.own(); err != nil {
 			return nil, err
 		}
 	}
-	if b.lock, err = process.Lock(state); err != nil {
-		return nil, err
-	}
-	if b.plan.Instance, err = instance(filepath.Join(state, "instance")); err == nil {
-		b.engine, err = b.door.Client(func(server string) { b.server.Store(&server) })
-	}
-	if err != nil {
-		return nil, errors.Join(err, b.lock.Close())
+	if b.engine, err = b.door.Client(func(server string) { b.server.Store(&server) }); err != nil {
+		return nil, errors.Join(err, b.disown())
 	}
 	b.plan.Secrets = secret.Open(o.Memory, o.Name+"-"+b.plan.Instance)
 	b.ctx, b.cancel = context.WithCancel(context.Background())
-	b.working.Go(b.watch)
-	b.working.Go(b.listen)
+	if !o.Look {
+		b.working.Go(b.watch)
+		b.working.Go(b.listen)
+	}
 	return b, nil
+}
+
+// own takes the state folder.
+func (b *Backend) own() (err error) {
+	state := b.options.State
+	for _, dir := range []string{"", "work", "images", "kept"} {
+		if err := os.MkdirAll(filepath.Join(state, dir), 0o700); err != nil {
+			return err
+		}
+	}
+	if b.lock, err = process.Lock(state); err != nil {
+		return err
+	}
+	if b.plan.Instance, err = instance(filepath.Join(state, "instance")); err != nil {
+		return errors.Join(err, b.disown())
+	}
+	return nil
+}
+
+// disown lets the state folder go.
+func (b *Backend) disown() error {
+	if b.lock == nil {
+		return nil
+	}
+	return b.lock.Close()
 }
 
 // Close ends this process's part. The programs go on, and the next Open finds them.
@@ -121,7 +142,8 @@ func (b *Backend) Close() error {
 		e.mu.Unlock()
 	}
 	b.working.Wait()
-	return errors.Join(b.engine.Close(), b.lock.Close())
+	b.plan.Secrets.Close()
+	return errors.Join(b.engine.Close(), b.disown())
 }
 
 // instance reads what tells this folder's containers from others', or makes it up.

@@ -28,6 +28,9 @@ func (b *Backend) ready(ctx context.Context) error {
 	if err := ctx.Err(); err != nil {
 		return err
 	}
+	if b.options.Look {
+		return errors.New(b.options.Name + ": it was opened to look only")
+	}
 	b.mu.Lock()
 	settled := b.settled
 	b.mu.Unlock()

@@ -63,14 +63,17 @@ func (p *Plan) device(workload string, i int) string {
 func (p *Plan) Put(w *backends.Workload) error {
 	for i, f := range w.Files {
 		at := p.place(w, i)
-		if f.Secret && !p.Secrets.Has() {
-			return errors.New("no memory to keep a secret in")
+		var err error
+		if f.Secret {
+			err = p.Secrets.Make(w.Name)
+		} else {
+			err = os.MkdirAll(filepath.Dir(at), 0o700)
 		}
-		if err := os.MkdirAll(filepath.Dir(at), 0o700); err != nil {
+		if err != nil {
 			return err
 		}
 		next := at + ".next"
-		err := os.WriteFile(next, f.Content, 0o600)
+		err = os.WriteFile(next, f.Content, 0o600)
 		err = errors.Join(err, os.Chown(next, w.Run.User, w.Run.User), os.Chmod(next, os.FileMode(f.Mode).Perm()), os.Rename(next, at))
 		if err != nil {
 			return err
