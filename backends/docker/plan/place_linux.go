@@ -1,13 +1,11 @@
 package plan
 
 import (
-	"crypto/sha256"
 	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
 	"strconv"
-	"strings"
 
 	"github.com/moby/moby/api/types/mount"
 	"golang.org/x/sys/unix"
@@ -158,8 +156,7 @@ func (p *Plan) mounts(w backends.Workload) (list []mount.Mount, err error) {
 	return list, p.Missing(&w)
 }
 
-// keptPath is where a kept path of a unit lies: readable, and as different as the paths are.
+// keptPath is where a kept path of a unit lies.
 func (p *Plan) keptPath(unit, to string) string {
-	name := strings.ReplaceAll(strings.Trim(to, "/"), "/", "-")
-	return filepath.Join(p.State, "kept", unit, fmt.Sprintf("%.100s-%x", name, sha256.Sum256([]byte(to)))[:min(len(name), 100)+9])
+	return filepath.Join(p.State, "kept", unit, backends.KeptName(to))
 }
