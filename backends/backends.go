@@ -238,7 +238,8 @@ type Door struct {
 	Via  string `json:"via"` // memory: files that are mapped; socket: unix sockets
 }
 
-// Mount is a folder of the host inside the workload.
+// Mount is a folder of the host inside the workload. That it is not there blames nobody, for it may yet come; a link on the way to it is
+// the unit's fault, a *StartError.
 type Mount struct {
 	From     string `json:"from"`
 	To       string `json:"to"`

@@ -106,8 +106,12 @@ func (p *Plan) Missing(w *backends.Workload) error {
 		}
 	}
 	for _, m := range w.Mounts {
-		if err := straight(m.From); err != nil {
+		err := straight(m.From)
+		if errors.Is(err, errLink) {
 			return &backends.StartError{Workload: w.Name, Stage: "mount " + m.To, Cause: err.Error()}
+		}
+		if err != nil {
+			return fmt.Errorf("%s: mount %s: %v", w.Name, m.To, err)
 		}
 	}
 	for _, d := range w.Doors {
@@ -118,11 +122,13 @@ func (p *Plan) Missing(w *backends.Workload) error {
 	return nil
 }
 
-// straight wants a path to be there and to have no link in it.
+var errLink = errors.New("a link on the way to it; want a path without")
+
+// straight wants a path to be there and to have no link in it, which is errLink.
 func straight(path string) error {
 	fd, err := unix.Openat2(unix.AT_FDCWD, path, &unix.OpenHow{Flags: unix.O_PATH | unix.O_CLOEXEC, Resolve: unix.RESOLVE_NO_SYMLINKS})
 	if errors.Is(err, unix.ELOOP) {
-		return fmt.Errorf("%s has a link in it; want a path without", path)
+		return fmt.Errorf("%s: %w", path, errLink)
 	}
 	if err != nil {
 		return fmt.Errorf("%s: %v", path, err)
