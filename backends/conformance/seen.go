@@ -6,11 +6,14 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
+	"os"
+	"path/filepath"
 	"slices"
 	"strings"
 	"time"
 
 	"github.com/kindos/kmo/backends"
+	"github.com/kindos/kmo/policy/refusal"
 )
 
 // seenChecks are about what the workload sees of the world and the world of it.
@@ -33,6 +36,7 @@ func seenChecks() []check {
 		{"only ours are seen", onlyOurs},
 		{"exec runs inside and tells status and output", execInside},
 		{"a folder of the host is mounted", mounted},
+		{"a folder of the host that is not there blames nobody, a link does", mountMissing},
 	}
 }
 
@@ -348,4 +352,47 @@ func mounted(b *bench) {
 	if got := b.line(writing.Name, "write /host/new:"); got != "ok" {
 		b.Errorf("writing to a mount: %s", got)
 	}
+}
+
+func mountMissing(b *bench) {
+	if !b.has(backends.Mounts) {
+		return // the refusal of it is checked with the others
+	}
+	dir := b.hostDir()
+	absent, link := filepath.Join(dir, "absent"), filepath.Join(dir, "link")
+	if err := os.Symlink(dir, link); err != nil {
+		b.Fatal(err)
+	}
+	refused := func(from string) (backends.Workload, error) {
+		w := b.unit("relay", "wait")
+		w.Mounts = []backends.Mount{{From: from, To: "/host", ReadOnly: true}}
+		w = seal(w)
+		b.names = append(b.names, w.Name)
+		err := b.backend.Apply(b.Context(), w)
+		if err == nil {
+			b.Fatalf("mounting %s: no error", from)
+		}
+		b.gone(w.Name)
+		b.remove(w.Name)
+		if b.subject.Leaks != nil {
+			if left := b.subject.Leaks(b.T); len(left) > 0 {
+				b.Errorf("mounting %s left behind: %q", from, left)
+			}
+		}
+		return w, err
+	}
+	var start *backends.StartError
+	if _, err := refused(link); !errors.As(err, &start) {
+		b.Errorf("mounting a link: error %v, want a *StartError", err)
+	}
+	w, err := refused(absent)
+	var feature *backends.FeatureError
+	if errors.As(err, &start) || errors.As(err, &feature) || refusal.Of(err) != nil {
+		b.Errorf("mounting what is not there: error %v, want one that blames nobody", err)
+	}
+	if err := os.Mkdir(absent, 0o755); err != nil {
+		b.Fatal(err)
+	}
+	b.apply(w)
+	b.up(w.Name)
 }

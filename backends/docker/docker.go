@@ -53,4 +53,8 @@ type Options struct {
 	Memory  string                           // a folder on storage that is memory, for secrets; "" is the first of /run/kmo and /dev/shm/kmo that can be that
 	Logger  *slog.Logger                     // nil is silent
 	Backoff func(restarts int) time.Duration // pause before a program is started again; nil is 1 s doubling to 1 min
+
+	// Look says that nothing but Fingerprint is to be asked: nothing is made in State, and nothing of the engine's is taken over, watched or
+	// cleared. Any other method returns an error.
+	Look bool
 }

@@ -8,6 +8,7 @@ import (
 	"os"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -167,6 +168,59 @@ func stranger(t *testing.T, d *daemon, image backends.Image) func(*testing.T) {
 		b.drop(t.Context(), id)
 		if err := b.Close(); err != nil {
 			t.Error(err)
+		}
+	}
+}
+
+// Who only looks changes nothing: not an image that another has loaded and not used yet, not a folder.
+func TestLook(t *testing.T) {
+	image := content(t)
+	each(t, func(t *testing.T, d *daemon) {
+		other := open(t, d.name, t.TempDir())
+		id, done, err := other.image(t.Context(), backends.Workload{Image: image})
+		if err != nil {
+			t.Fatal(err)
+		}
+		state := filepath.Join(t.TempDir(), "state")
+		b, err := Open(Options{Name: d.name, Socket: d.socket, State: state, Look: true})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if able, err := b.Fingerprint(t.Context()); err != nil || len(able.Formats) == 0 {
+			t.Errorf("fingerprint %+v; %v", able, err)
+		}
+		if _, err := b.Observe(t.Context()); err == nil {
+			t.Error("observe: no error")
+		}
+		if err := b.Close(); err != nil {
+			t.Error(err)
+		}
+		if there, err := other.has(t.Context(), id, nil); err != nil || !there {
+			t.Errorf("the image is there: %t; %v", there, err)
+		}
+		if _, err := os.Stat(state); !errors.Is(err, os.ErrNotExist) {
+			t.Errorf("the state folder: %v, want none", err)
+		}
+		done()
+		other.drop(t.Context(), id)
+		if err := other.Close(); err != nil {
+			t.Error(err)
+		}
+	})
+}
+
+func TestUnapplied(t *testing.T) {
+	able := backends.Fingerprint{Missing: []string{"apparmor, selinux: neither", "capabilities: some", "seccomp: no filter"}}
+	for _, test := range []struct {
+		security backends.Security
+		want     []string
+	}{
+		{backends.Security{}, []string{able.Missing[0], able.Missing[2]}},
+		{backends.Security{Unconfined: true}, nil},
+		{backends.Security{Privileged: true}, nil},
+	} {
+		if got := unapplied(able, backends.Workload{Security: test.security}); !slices.Equal(got, test.want) {
+			t.Errorf("%+v: got %q, want %q", test.security, got, test.want)
 		}
 	}
 }

@@ -36,9 +36,10 @@ type Backend struct {
 	door     engine.Door
 	engine   *client.Client
 	plan     plan.Plan
-	lock     *os.File     // held on the state folder: one process at a time
+	lock     *os.File     // held on the state folder: one process at a time; nil if it only looks
 	step     func(string) // called at each step of a start; a test ends this process there
 	hookTime time.Duration
+	dropTime time.Duration // for the removal of an image
 
 	life
 	images images
@@ -86,29 +87,50 @@ func Open(o Options) (*Backend, error) {
 	}
 	o.State = state
 	b := &Backend{
-		options: o, plan: plan.Plan{Engine: o.Name, State: state}, door: engine.Door{Name: o.Name, Socket: o.Socket}, step: func(string) {}, hookTime: hookTime,
+		options: o, plan: plan.Plan{Engine: o.Name, State: state}, door: engine.Door{Name: o.Name, Socket: o.Socket}, step: func(string) {}, hookTime: hookTime, dropTime: clearTime,
 		life: life{wake: make(chan struct{}, 1), starts: make(chan struct{}, 4)}, images: newImages(), settling: make(chan struct{}, 1), measuring: make(chan struct{}, 1),
 		known: known{entries: map[string]*entry{}, ports: map[int]string{}},
 	}
-	for _, dir := range []string{"", "work", "images", "kept"} {
-		if err := os.MkdirAll(filepath.Join(state, dir), 0o700); err != nil {
+	if !o.Look {
+		if err := b.own(); err != nil {
 			return nil, err
 		}
 	}
-	if b.lock, err = process.Lock(state); err != nil {
-		return nil, err
-	}
-	if b.plan.Instance, err = instance(filepath.Join(state, "instance")); err == nil {
-		b.engine, err = b.door.Client(func(server string) { b.server.Store(&server) })
-	}
-	if err != nil {
-		return nil, errors.Join(err, b.lock.Close())
+	if b.engine, err = b.door.Client(func(server string) { b.server.Store(&server) }); err != nil {
+		return nil, errors.Join(err, b.disown())
 	}
 	b.plan.Secrets = secret.Open(o.Memory, o.Name+"-"+b.plan.Instance)
 	b.ctx, b.cancel = context.WithCancel(context.Background())
-	b.working.Go(b.watch)
-	b.working.Go(b.listen)
+	if !o.Look {
+		b.working.Go(b.watch)
+		b.working.Go(b.listen)
+	}
 	return b, nil
+}
+
+// own takes the state folder.
+func (b *Backend) own() (err error) {
+	state := b.options.State
+	for _, dir := range []string{"", "work", "images", "kept"} {
+		if err := os.MkdirAll(filepath.Join(state, dir), 0o700); err != nil {
+			return err
+		}
+	}
+	if b.lock, err = process.Lock(state); err != nil {
+		return err
+	}
+	if b.plan.Instance, err = instance(filepath.Join(state, "instance")); err != nil {
+		return errors.Join(err, b.disown())
+	}
+	return nil
+}
+
+// disown lets the state folder go.
+func (b *Backend) disown() error {
+	if b.lock == nil {
+		return nil
+	}
+	return b.lock.Close()
 }
 
 // Close ends this process's part. The programs go on, and the next Open finds them.
@@ -120,7 +142,8 @@ func (b *Backend) Close() error {
 		e.mu.Unlock()
 	}
 	b.working.Wait()
-	return errors.Join(b.engine.Close(), b.lock.Close())
+	b.plan.Secrets.Close()
+	return errors.Join(b.engine.Close(), b.disown())
 }
 
 // instance reads what tells this folder's containers from others', or makes it up.
@@ -354,6 +377,17 @@ func (b *Backend) measure(able *backends.Fingerprint, info system.Info) {
 	lacks("overlay-root: what may be written is /tmp and /dev/shm, each a tmpfs of its own")
 	lacks("content: the engine's own copy of an image is not looked at again while it is used")
 	slices.Sort(able.Features)
+}
+
+// unapplied is what the engine leaves out of a workload's bounds and of the confinement that it did not ask to be without.
+func unapplied(able backends.Fingerprint, w backends.Workload) (list []string) {
+	if !w.Security.Unconfined && !w.Security.Privileged {
+		list = backends.Concerning(able.Missing, "seccomp", "apparmor")
+	}
+	if w.Resources.Disk > 0 && len(w.Overlay.Keep) > 0 {
+		list = append(list, "disk bound of kept paths: they share the file system of the state folder")
+	}
+	return list
 }
 
 // unprivileged says why all of the host cannot be given, or nothing if it can. Docker gives every capability the kernel knows, and cannot

@@ -23,28 +23,59 @@ import (
 
 // images says who is about to use which image, so that none is removed under somebody's hands.
 type images struct {
-	mu    *sync.Mutex              // guards what follows; held while an image is removed
+	mu    *sync.Mutex              // guards what follows; never held across a call of the engine
 	using map[string]int           // by id
 	turns map[string]chan struct{} // by id, each holds one token: who loads it
+	going map[string]chan struct{} // by id, closed when its removal is over
 }
 
 func newImages() images {
-	return images{mu: &sync.Mutex{}, using: map[string]int{}, turns: map[string]chan struct{}{}}
+	return images{mu: &sync.Mutex{}, using: map[string]int{}, turns: map[string]chan struct{}{}, going: map[string]chan struct{}{}}
 }
 
-// hold keeps an image from being removed until done is called.
-func (i *images) hold(id string) (done func()) {
+// hold keeps an image from being removed until done is called. It waits for a removal that is under way.
+func (i *images) hold(ctx context.Context, id string) (done func(), err error) {
+	for {
+		i.mu.Lock()
+		going := i.going[id]
+		if going == nil {
+			i.using[id]++
+			i.mu.Unlock()
+			return func() { i.release(id) }, nil
+		}
+		i.mu.Unlock()
+		select {
+		case <-going:
+		case <-ctx.Done():
+			return nil, ctx.Err()
+		}
+	}
+}
+
+func (i *images) release(id string) {
 	i.mu.Lock()
 	defer i.mu.Unlock()
-	i.using[id]++
+	if i.using[id]--; i.using[id] == 0 {
+		delete(i.using, id)
+		delete(i.turns, id)
+	}
+}
+
+// remove marks an image as being removed until over is called, unless somebody uses or removes it.
+func (i *images) remove(id string, used func() bool) (over func(), ok bool) {
+	i.mu.Lock()
+	defer i.mu.Unlock()
+	if i.using[id] > 0 || i.going[id] != nil || used() {
+		return nil, false
+	}
+	going := make(chan struct{})
+	i.going[id] = going
 	return func() {
 		i.mu.Lock()
 		defer i.mu.Unlock()
-		if i.using[id]--; i.using[id] == 0 {
-			delete(i.using, id)
-			delete(i.turns, id)
-		}
-	}
+		delete(i.going, id)
+		close(going)
+	}, true
 }
 
 // turn is that of loading an image, which the caller holds.
@@ -74,7 +105,9 @@ func (b *Backend) image(ctx context.Context, w backends.Workload) (id string, do
 		}
 		id = measured.ID
 	}
-	done = b.images.hold(id)
+	if done, err = b.images.hold(ctx, id); err != nil {
+		return "", nil, err
+	}
 	if err := b.provide(ctx, w, id, measured); err != nil {
 		done()
 		return "", nil, err
@@ -174,21 +207,25 @@ func loadFault(r io.Reader) error {
 	}
 }
 
-// drop removes an image if nobody uses it. What the engine says against it counts: others may.
+// drop removes an image if nobody uses it. What the engine says against it counts: others may. One that does not answer in time is not
+// waited for: what is left then is removed when the state folder is opened again.
 func (b *Backend) drop(ctx context.Context, id string) {
 	if id == "" {
 		return
 	}
-	b.images.mu.Lock()
-	defer b.images.mu.Unlock()
-	used := slices.ContainsFunc(b.list(), func(e *entry) bool {
-		e.mu.Lock()
-		defer e.mu.Unlock()
-		return !e.cleared && e.image == id
+	over, ok := b.images.remove(id, func() bool {
+		return slices.ContainsFunc(b.list(), func(e *entry) bool {
+			e.mu.Lock()
+			defer e.mu.Unlock()
+			return !e.cleared && e.image == id
+		})
 	})
-	if used || b.images.using[id] > 0 {
+	if !ok {
 		return
 	}
+	defer over()
+	ctx, cancel := context.WithTimeout(ctx, b.dropTime)
+	defer cancel()
 	_, err := b.engine.ImageRemove(ctx, id, client.ImageRemoveOptions{PruneChildren: true})
 	if err != nil && !errdefs.IsNotFound(err) {
 		if !errdefs.IsConflict(err) {

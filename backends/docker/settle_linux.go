@@ -28,6 +28,9 @@ func (b *Backend) ready(ctx context.Context) error {
 	if err := ctx.Err(); err != nil {
 		return err
 	}
+	if b.options.Look {
+		return errors.New(b.options.Name + ": it was opened to look only")
+	}
 	b.mu.Lock()
 	settled := b.settled
 	b.mu.Unlock()
@@ -119,9 +122,11 @@ func (b *Backend) sweepFolders(known map[string]*entry) error {
 
 // resume goes on with what an earlier process had begun.
 func (b *Backend) resume(entries []*entry) {
-	if err := b.tidy(b.ctx); err != nil && b.ctx.Err() == nil {
-		b.options.Logger.Warn("removing images that nobody uses", "err", err)
-	}
+	b.working.Go(func() {
+		if err := b.tidy(b.ctx); err != nil && b.ctx.Err() == nil {
+			b.options.Logger.Warn("removing images that nobody uses", "err", err)
+		}
+	})
 	for _, e := range entries {
 		b.working.Go(func() {
 			var err error

@@ -199,6 +199,15 @@ func (b *Backend) missing() []string {
 	return append(list, "apparmor: none is applied")
 }
 
+// unapplied is what this host leaves out of the confinement of a workload, and of its network.
+func (b *Backend) unapplied(w backends.Workload) []string {
+	subjects := []string{"seccomp", "apparmor"}
+	if !slices.Contains(w.Security.Host, "network") {
+		subjects = append(subjects, "network")
+	}
+	return backends.Concerning(b.missing(), subjects...)
+}
+
 // Apply starts the workload's container.
 func (b *Backend) Apply(ctx context.Context, w backends.Workload) error {
 	return b.Keeper.Apply(ctx, inner(w))
@@ -235,12 +244,12 @@ func (b *Backend) plan(_ context.Context, w backends.Workload, place process.Pla
 	if err := admit(w); err != nil {
 		return p, err
 	}
-	first, unapplied := b.firstUser(w.Name), []string(nil)
+	first, unapplied := b.firstUser(w.Name), b.unapplied(w)
 	if lacks := b.users.maps(w, place); lacks != "" {
 		if system(w) {
 			return p, &backends.FeatureError{Backend: Name, Feature: "system-container", Detail: "it needs users of its own: " + lacks}
 		}
-		first, unapplied = 0, []string{"users of its own: " + lacks}
+		first, unapplied = 0, append(unapplied, "users of its own: "+lacks)
 	}
 	at, err := placeText(place)
 	if err != nil {

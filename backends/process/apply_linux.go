@@ -2,12 +2,10 @@ package process
 
 import (
 	"context"
-	"crypto/sha256"
 	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
-	"strings"
 	"time"
 
 	"github.com/kindos/kmo/backends"
@@ -286,10 +284,9 @@ func (k *Keeper) place(w *backends.Workload) Place {
 	return p
 }
 
-// keptPath is where a kept path of a unit lies: readable, and as different as the paths are.
+// keptPath is where a kept path of a unit lies.
 func (k *Keeper) keptPath(unit, to string) string {
-	name := strings.ReplaceAll(strings.Trim(to, "/"), "/", "-")
-	return filepath.Join(k.options.State, "kept", unit, fmt.Sprintf("%.100s-%x", name, sha256.Sum256([]byte(to)))[:min(len(name), 100)+9])
+	return filepath.Join(k.options.State, "kept", unit, backends.KeptName(to))
 }
 
 // check refuses what cannot be done, before anything is.

@@ -126,6 +126,7 @@ func (k *Keeper) Close() error {
 	}
 	k.mu.Unlock()
 	k.working.Wait()
+	k.secrets.Close()
 	return k.lock.Close()
 }
 

@@ -126,7 +126,7 @@ func (k *Keeper) task(r *record) (monitor.Task, error) {
 	_, err := k.kept(r.Workload)
 	err = errors.Join(err, os.RemoveAll(t.Dir), os.Mkdir(t.Dir, 0o700))
 	if t.Memory != "" {
-		err = errors.Join(err, os.MkdirAll(t.Memory, 0o700))
+		err = errors.Join(err, k.secrets.Make(r.Workload.Name))
 	}
 	return t, err
 }

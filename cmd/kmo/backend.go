@@ -40,6 +40,7 @@ type opening struct {
 	state  string // its folder
 	engine string // where its runtime is, "" where that usually is
 	site   string // the site's name
+	look   bool   // nothing but the fingerprint is asked for
 	logger *slog.Logger
 }
 
@@ -56,10 +57,10 @@ func builtIns() []builtIn {
 			return appimage.Open(appimage.Options{State: o.state, Logger: o.logger})
 		}},
 		{name: docker.Docker, runs: "images, on Docker Engine", env: []string{"XDG_RUNTIME_DIR"}, open: func(o opening) (backends.Backend, error) {
-			return docker.Open(docker.Options{Name: docker.Docker, State: o.state, Socket: o.engine, Logger: o.logger})
+			return docker.Open(docker.Options{Name: docker.Docker, State: o.state, Socket: o.engine, Look: o.look, Logger: o.logger})
 		}},
 		{name: docker.Podman, runs: "images, on Podman", env: []string{"XDG_RUNTIME_DIR"}, open: func(o opening) (backends.Backend, error) {
-			return docker.Open(docker.Options{Name: docker.Podman, State: o.state, Socket: o.engine, Logger: o.logger})
+			return docker.Open(docker.Options{Name: docker.Podman, State: o.state, Socket: o.engine, Look: o.look, Logger: o.logger})
 		}},
 		{name: lxc.Name, runs: "LXC root file systems and images, in containers", open: func(o opening) (backends.Backend, error) {
 			return lxc.Open(lxc.Options{State: o.state, Logger: o.logger})
@@ -172,7 +173,7 @@ func look(cmd *cobra.Command, all []builtIn, engines map[string]string) (list []
 	logger := slog.New(slog.DiscardHandler) // what matters is in what is printed
 	for _, b := range all {
 		f := found{Runs: b.runs, Fingerprint: backends.Fingerprint{Backend: b.name}}
-		backend, err := b.open(opening{state: filepath.Join(folder, b.name), engine: engines[b.name], site: "kmo", logger: logger})
+		backend, err := b.open(opening{state: filepath.Join(folder, b.name), engine: engines[b.name], site: "kmo", look: true, logger: logger})
 		if err == nil {
 			f.Fingerprint, err = backend.Fingerprint(cmd.Context())
 			err = errors.Join(err, closed(backend))

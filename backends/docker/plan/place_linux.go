@@ -1,13 +1,11 @@
 package plan
 
 import (
-	"crypto/sha256"
 	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
 	"strconv"
-	"strings"
 
 	"github.com/moby/moby/api/types/mount"
 	"golang.org/x/sys/unix"
@@ -63,14 +61,17 @@ func (p *Plan) device(workload string, i int) string {
 func (p *Plan) Put(w *backends.Workload) error {
 	for i, f := range w.Files {
 		at := p.place(w, i)
-		if f.Secret && !p.Secrets.Has() {
-			return errors.New("no memory to keep a secret in")
+		var err error
+		if f.Secret {
+			err = p.Secrets.Make(w.Name)
+		} else {
+			err = os.MkdirAll(filepath.Dir(at), 0o700)
 		}
-		if err := os.MkdirAll(filepath.Dir(at), 0o700); err != nil {
+		if err != nil {
 			return err
 		}
 		next := at + ".next"
-		err := os.WriteFile(next, f.Content, 0o600)
+		err = os.WriteFile(next, f.Content, 0o600)
 		err = errors.Join(err, os.Chown(next, w.Run.User, w.Run.User), os.Chmod(next, os.FileMode(f.Mode).Perm()), os.Rename(next, at))
 		if err != nil {
 			return err
@@ -105,8 +106,12 @@ func (p *Plan) Missing(w *backends.Workload) error {
 		}
 	}
 	for _, m := range w.Mounts {
-		if err := straight(m.From); err != nil {
+		err := straight(m.From)
+		if errors.Is(err, errLink) {
 			return &backends.StartError{Workload: w.Name, Stage: "mount " + m.To, Cause: err.Error()}
+		}
+		if err != nil {
+			return fmt.Errorf("%s: mount %s: %v", w.Name, m.To, err)
 		}
 	}
 	for _, d := range w.Doors {
@@ -117,11 +122,13 @@ func (p *Plan) Missing(w *backends.Workload) error {
 	return nil
 }
 
-// straight wants a path to be there and to have no link in it.
+var errLink = errors.New("a link on the way to it; want a path without")
+
+// straight wants a path to be there and to have no link in it, which is errLink.
 func straight(path string) error {
 	fd, err := unix.Openat2(unix.AT_FDCWD, path, &unix.OpenHow{Flags: unix.O_PATH | unix.O_CLOEXEC, Resolve: unix.RESOLVE_NO_SYMLINKS})
 	if errors.Is(err, unix.ELOOP) {
-		return fmt.Errorf("%s has a link in it; want a path without", path)
+		return fmt.Errorf("%s: %w", path, errLink)
 	}
 	if err != nil {
 		return fmt.Errorf("%s: %v", path, err)
@@ -155,8 +162,7 @@ func (p *Plan) mounts(w backends.Workload) (list []mount.Mount, err error) {
 	return list, p.Missing(&w)
 }
 
-// keptPath is where a kept path of a unit lies: readable, and as different as the paths are.
+// keptPath is where a kept path of a unit lies.
 func (p *Plan) keptPath(unit, to string) string {
-	name := strings.ReplaceAll(strings.Trim(to, "/"), "/", "-")
-	return filepath.Join(p.State, "kept", unit, fmt.Sprintf("%.100s-%x", name, sha256.Sum256([]byte(to)))[:min(len(name), 100)+9])
+	return filepath.Join(p.State, "kept", unit, backends.KeptName(to))
 }

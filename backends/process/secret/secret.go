@@ -18,7 +18,10 @@ import (
 )
 
 // Store is one backend's folder. The zero value has no memory to keep anything in.
-type Store struct{ dir string }
+type Store struct {
+	dir  string
+	made bool // Open made the folder that it lies in
+}
 
 // Open finds memory for a backend's folder of that name: below dir, or, if that is "", below the first of /run/kmo and /dev/shm/kmo
 // that lies on a tmpfs and is this user's alone. Where there is none it returns the zero value.
@@ -30,13 +33,20 @@ func Open(dir, name string) Store {
 	for _, at := range folders {
 		err := os.Mkdir(at, 0o700)
 		if (err == nil || errors.Is(err, os.ErrExist)) && private(at) {
-			return Store{filepath.Join(at, name)}
+			return Store{dir: filepath.Join(at, name), made: err == nil}
 		}
 		if err == nil {
 			_ = os.Remove(at) // made for nothing
 		}
 	}
 	return Store{}
+}
+
+// Close removes what Open made, if nobody keeps anything there.
+func (s Store) Close() {
+	if s.made {
+		_ = os.Remove(filepath.Dir(s.dir)) // it fails if it is not empty
+	}
 }
 
 func private(dir string) bool {
@@ -72,16 +82,27 @@ func (s Store) Folder(workload string) string {
 	return filepath.Join(s.dir, workload)
 }
 
+// Make makes the folder of a workload, and looks that it still lies where nobody else gets at it.
+func (s Store) Make(workload string) error {
+	if !s.Has() {
+		return errors.New("no memory to keep a secret in")
+	}
+	if err := os.MkdirAll(s.Folder(workload), 0o700); err != nil {
+		return err
+	}
+	if at := filepath.Dir(s.dir); !private(at) {
+		return fmt.Errorf("%s is not on storage that is memory, and this user's own, any more", at)
+	}
+	return nil
+}
+
 // Hide keeps the secret files of a workload.
 func (s Store) Hide(w backends.Workload) error {
 	for i, f := range w.Files {
 		if !f.Secret {
 			continue
 		}
-		if !s.Has() {
-			return errors.New("no memory to keep a secret in")
-		}
-		err := os.MkdirAll(s.Folder(w.Name), 0o700)
+		err := s.Make(w.Name)
 		if err == nil {
 			err = renameio.WriteFile(s.file(w.Name, i), f.Content, 0o600)
 		}
