@@ -23,7 +23,7 @@ type Race struct {
 	Backend backends.Backend
 	Format  backends.Format
 	Image   backends.Image // as Subject.Images has it
-	Hollow  bool           // as in Subject
+	Played  bool           // as Programs says
 	Many    int            // workloads at once
 	Rival   *Rival         // nil: none
 }
@@ -106,7 +106,7 @@ func (l *lane) start(n int) error {
 	if err := atOnce(n, func(i int) error { return l.Backend.Apply(context.Background(), l.workload(i)) }); err != nil {
 		return err
 	}
-	if l.Hollow {
+	if l.Played {
 		return Await(func() (bool, error) {
 			list, err := l.Backend.Observe(context.Background())
 			return len(list) == n && !slices.ContainsFunc(list, func(s backends.Status) bool { return !running(s) }), err

@@ -49,15 +49,12 @@ type Subject struct {
 	Images map[backends.Format]backends.Image
 	// User is the uid the workloads run as; 0 means 65532.
 	User int
-	// Inert says that the backend runs nothing and only knows what it was asked for. Then the checks that look at a program are left
-	// out, and named in the test's log.
-	Inert bool
+	// Programs says what the workloads' programs are. Checks that look at a program are left out where there is none, and named in the
+	// test's log.
+	Programs Programs
 	// Table is a folder with a file for each format that says what the suite found to be true: documents are made of them. They are
 	// compared, and with KMO_UPDATE=1 written. "" is none.
 	Table string
-	// Hollow says that the runtime only plays: what it is asked for comes to run, as it says, but there is no program. The same checks are
-	// left out as with Inert. It must promise what the table says, which a subject whose programs are real has written.
-	Hollow bool
 	// Patience is how long what the contract promises without a time may take; 0 means 20 s.
 	Patience time.Duration
 	// Disk lists folders on disk in which the backend and its runtime keep things. No secret may be found there.
@@ -67,8 +64,6 @@ type Subject struct {
 	Leaks func(t *testing.T) []string
 	// Kill ends a workload's program from outside. Nil means SIGKILL to Status.PID.
 	Kill func(t *testing.T, s backends.Status)
-	// Imagined says that the programs have no clock: what takes its time without being asked is not seen.
-	Imagined bool
 	// Used is how much of the processor a workload's program has used, where the backend does not tell it. Nil: Status.Usage tells.
 	Used func(t *testing.T, s backends.Status) time.Duration
 	// Sets names variables, beside the usual ones, that the runtime puts into the environment of every program.
@@ -79,8 +74,19 @@ type Subject struct {
 	Stranger func(t *testing.T) (check func(t *testing.T))
 }
 
+// Programs are what a subject's programs are.
+type Programs int
+
+// The kinds of programs.
+const (
+	Real     Programs = iota // they run
+	Imagined                 // the backend plays them; they have no clock: what takes its time without being asked is not seen
+	Played                   // the runtime says that they run, and there are none; the fingerprint must promise what Table says, which others wrote
+	None                     // nothing runs, and nothing says so
+)
+
 // programless says that there is no program to look at.
-func (s Subject) programless() bool { return s.Inert || s.Hollow }
+func (s Subject) programless() bool { return s.Programs == Played || s.Programs == None }
 
 // Test checks a backend. New makes a fresh subject; what it starts it clears by t.Cleanup.
 func Test(t *testing.T, newSubject func(t *testing.T) Subject) {
@@ -114,7 +120,7 @@ func testFormat(t *testing.T, newSubject func(t *testing.T) Subject, route route
 	}
 	found := Found{Backend: able.Backend, Format: format, Isolation: able.Isolation}
 	for _, feature := range able.Features {
-		if proven[feature] || subject.Hollow {
+		if proven[feature] || subject.Programs == Played {
 			found.Features = append(found.Features, feature)
 			continue
 		}
@@ -141,7 +147,7 @@ func compare(t *testing.T, subject Subject, found Found) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if os.Getenv("KMO_UPDATE") != "" && !subject.Hollow {
+	if os.Getenv("KMO_UPDATE") != "" && subject.Programs != Played {
 		if err := errors.Join(os.MkdirAll(subject.Table, 0o755), os.WriteFile(path, append(text, '\n'), 0o644)); err != nil { // to be committed
 			t.Fatal(err)
 		}

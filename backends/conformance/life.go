@@ -187,7 +187,7 @@ func newProcess(b *bench) {
 func writesOn(b *bench) {
 	w := b.apply(b.unit("relay", "tick"))
 	before := b.until(w.Name, "running", running)
-	if b.subject.Imagined {
+	if b.subject.Programs == Imagined {
 		return
 	}
 	b.line(w.Name, "tick 3")

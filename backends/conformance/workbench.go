@@ -185,13 +185,13 @@ func (b *bench) until(name, wanted string, is func(backends.Status) bool) backen
 	return last
 }
 
-// up waits until the program of a workload, whose last step is wait, has come to that. One that is inert is there, and no more.
+// up waits until the program of a workload, whose last step is wait, has come to that. Where there is none the workload is there, and no more.
 func (b *bench) up(name string) backends.Status {
 	b.Helper()
-	if b.subject.Hollow {
+	switch b.subject.Programs {
+	case Played:
 		return b.until(name, "running, as it says", running)
-	}
-	if !b.subject.Inert {
+	case Real, Imagined:
 		b.line(name, "waiting")
 		return b.until(name, "running", running)
 	}

@@ -354,6 +354,9 @@ func (b *Backend) measure(able *backends.Fingerprint, info system.Info) {
 		has(backends.Devices)
 		if b.plan.Secrets.Has() {
 			has(backends.Secrets)
+			if secret.Swaps() {
+				lacks(secret.SwapWords)
+			}
 		} else {
 			lacks("secrets: neither /run/kmo nor /dev/shm/kmo is on storage that is memory, and this user's own")
 		}

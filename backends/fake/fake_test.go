@@ -51,7 +51,7 @@ func TestConformance(t *testing.T) {
 				return left
 			},
 			Kill:     func(_ *testing.T, s backends.Status) { present.Kill(s.Name) },
-			Imagined: true,
+			Programs: conformance.Imagined,
 			Damage:   func(_ *testing.T, w backends.Workload) { present.Damage(w.Name, "a byte of the base has changed") },
 		}
 	})

@@ -14,7 +14,7 @@ import (
 
 func Benchmark(b *testing.B) {
 	s := newBench(b)
-	race := conformance.Race{Backend: s.Backend, Format: backends.OCI, Image: ref("a"), Hollow: true, Many: 100}
+	race := conformance.Race{Backend: s.Backend, Format: backends.OCI, Image: ref("a"), Played: true, Many: 100}
 	if kubectl, err := exec.LookPath("kubectl"); err == nil {
 		race.Rival = byHand(s, kubectl)
 	} else {

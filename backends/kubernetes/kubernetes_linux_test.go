@@ -33,11 +33,11 @@ func TestConformance(t *testing.T) {
 		namespace, account := control.site(t)
 		options := Options{Kubeconfig: account, Namespace: namespace, State: t.TempDir()}
 		return conformance.Subject{
-			Open:   func(t *testing.T) backends.Backend { return open(t, options) },
-			Images: map[backends.Format]backends.Image{backends.OCI: ref("a")},
-			Hollow: true,
-			Table:  "testdata/features",
-			Leaks:  func(t *testing.T) []string { return control.objects(t, namespace) },
+			Open:     func(t *testing.T) backends.Backend { return open(t, options) },
+			Images:   map[backends.Format]backends.Image{backends.OCI: ref("a")},
+			Programs: conformance.Played,
+			Table:    "testdata/features",
+			Leaks:    func(t *testing.T) []string { return control.objects(t, namespace) },
 		}
 	})
 }
