@@ -36,10 +36,10 @@ func BenchmarkStart(b *testing.B) {
 		var started, stopped time.Duration
 		for b.Loop() {
 			begun := time.Now()
-			end := bare(b)
+			machine := bare(b)
 			started += time.Since(begun)
 			begun = time.Now()
-			end()
+			machine.end(b)
 			stopped += time.Since(begun)
 		}
 		b.ReportMetric(started.Seconds()/float64(b.N), "start-s/op")
@@ -47,70 +47,88 @@ func BenchmarkStart(b *testing.B) {
 	})
 }
 
-// bare boots by QEMU's command line alone, and returns what ends it.
-func bare(b *testing.B) (end func()) {
-	b.Helper()
-	t := find(options(b.TempDir()))
+// machineAlone is a machine without a monitor.
+type machineAlone struct {
+	*channel.Conn
+	qemu *machine.QEMU
+}
+
+// bare boots by QEMU's command line alone, in which a program waits that was changed so.
+func bare(t testing.TB, changes ...func(*stage.Orders)) machineAlone {
+	t.Helper()
+	with := find(options(t.TempDir()))
 	cache, err := boot.Open(ground.cache)
 	if err != nil {
-		b.Fatal(err)
+		t.Fatal(err)
 	}
-	guest, err := t.guest()
+	guest, err := with.guest()
 	if err != nil {
-		b.Fatal(err)
+		t.Fatal(err)
 	}
-	made, err := cache.Boot(b.Context(), ground.kernel, guest, t.modules())
+	made, err := cache.Boot(t.Context(), ground.kernel, guest, with.modules())
 	if err != nil {
-		b.Fatal(err)
+		t.Fatal(err)
 	}
-	base, err := cache.Base(b.Context(), ground.image, workload("relay").Image.ContentRoot.Hex())
+	base, err := cache.Base(t.Context(), ground.image, workload("relay").Image.ContentRoot.Hex())
 	if err != nil {
-		b.Fatal(err)
+		t.Fatal(err)
 	}
-	dir := b.TempDir()
-	b.Chdir(dir)
-	q := &machine.QEMU{Program: t.vmm, KVM: t.kvm}
+	dir := t.TempDir()
+	t.Chdir(dir)
+	q := &machine.QEMU{Program: with.vmm, KVM: with.kvm}
+	t.Cleanup(func() { q.Stop() })
 	c := machine.Config{Dir: dir, Kernel: made.Kernel, Initrd: made.Initrd, Disk: base, CPUs: 1, Memory: (64<<20 + guestCost) >> 20, Command: kernelCommand}
 	ctx := context.Background()
 	if err := q.Create(ctx, c); err != nil {
-		b.Fatal(err)
+		t.Fatal(err)
 	}
 	if err := q.Start(ctx); err != nil {
-		b.Fatal(err)
+		t.Fatal(err)
 	}
 	stream, err := q.Connect(ctx)
 	if err != nil {
-		b.Fatal(err)
+		t.Fatal(err)
 	}
-	conn := channel.Open(stream, channel.MaxToHost)
-	wait := func(want channel.Kind) {
-		b.Helper()
-		for {
-			f, err := conn.Receive()
-			if err != nil || f.Kind == channel.Fault {
-				b.Fatalf("%c: %s %v", f.Kind, f.Body, err)
-			}
-			if f.Kind == want {
-				return
-			}
-		}
-	}
-	wait(channel.Hello)
+	m := machineAlone{channel.Open(stream, channel.MaxToHost), q}
+	m.wait(t, channel.Hello, 0)
 	root := &stage.Root{Scratch: channel.Scratch, Hostname: "bare", Content: channel.Base, Owner: 65532}
 	orders := stage.Orders{Argv: []string{"/app", "wait"}, Dir: "/", Root: root, Confine: stage.Confine{User: 65532, Execute: []string{"/"}}}
-	if err := conn.Say(channel.Build, 0, channel.Setup{Stage: orders, Disk: "/dev/vda", Address: machine.GuestAddress, Gateway: machine.Gateway}); err != nil {
-		b.Fatal(err)
+	for _, change := range changes {
+		change(&orders)
 	}
-	wait(channel.Built)
-	if err := conn.Send(channel.Run, 0, nil); err != nil {
-		b.Fatal(err)
+	if err := m.Say(channel.Build, 0, channel.Setup{Stage: orders, Disk: "/dev/vda", Address: machine.GuestAddress, Gateway: machine.Gateway}); err != nil {
+		t.Fatal(err)
 	}
-	wait(channel.Started)
-	return func() {
-		if err := conn.Send(channel.Signal, 0, []byte{15}); err != nil {
-			b.Fatal(err)
+	m.wait(t, channel.Built, 0)
+	if err := m.Send(channel.Run, 0, nil); err != nil {
+		t.Fatal(err)
+	}
+	m.wait(t, channel.Started, 0)
+	return m
+}
+
+// wait waits for a word about the program or a command, and returns what that has written until then.
+func (m machineAlone) wait(t testing.TB, want channel.Kind, id uint32) (output string) {
+	t.Helper()
+	for {
+		f, err := m.Receive()
+		if err != nil || f.Kind == channel.Fault && want != f.Kind {
+			t.Fatalf("%c: %s %v", f.Kind, f.Body, err)
 		}
-		wait(channel.Ended)
-		q.Stop()
+		if f.ID == id && f.Kind == channel.Output {
+			output += string(f.Body)
+		}
+		if f.ID == id && f.Kind == want {
+			return output
+		}
 	}
+}
+
+func (m machineAlone) end(t testing.TB) {
+	t.Helper()
+	if err := m.Send(channel.Signal, 0, []byte{15}); err != nil {
+		t.Fatal(err)
+	}
+	m.wait(t, channel.Ended, 0)
+	m.qemu.Stop()
 }

@@ -15,6 +15,8 @@ import (
 	"time"
 
 	"github.com/kindos/kmo/backends"
+	"github.com/kindos/kmo/backends/microvm/channel"
+	"github.com/kindos/kmo/backends/process/stage"
 	"github.com/kindos/kmo/registry/merkle"
 )
 
@@ -287,6 +289,40 @@ func TestCommandEnded(t *testing.T) {
 	if err != nil || status != 127 || !strings.Contains(string(output), "/none") {
 		t.Errorf("a program that is not there: %d %q %v", status, output, err)
 	}
+}
+
+// Commands leave nothing open in process 1 of a machine, not those that cannot be run either.
+func TestCommandsLeaveNothingOpen(t *testing.T) {
+	m := bare(t, func(o *stage.Orders) {
+		o.Confine.User = 0 // process 1 is root's
+		o.Root.Binds = append(o.Root.Binds, stage.Bind{From: "/proc", To: "/machine"})
+	})
+	next := uint32(0)
+	run := func(done channel.Kind, argv ...string) string {
+		t.Helper()
+		next++
+		if err := m.Say(channel.Exec, next, argv); err != nil {
+			t.Fatal(err)
+		}
+		return m.wait(t, done, next)
+	}
+	count := func() (open int) {
+		t.Helper()
+		said := run(channel.Ended, "/probe", "count", "/machine/1/fd")
+		if _, err := fmt.Sscan(said, &open); err != nil || open < 4 {
+			t.Fatalf("process 1 has %q open", said)
+		}
+		return open
+	}
+	before := count()
+	for range 150 {
+		run(channel.Ended, "/app", "say it")
+		run(channel.Fault, "/none")
+	}
+	if after := count(); after > before+4 {
+		t.Errorf("process 1 has %d open, had %d", after, before)
+	}
+	m.end(t)
 }
 
 // The fault of an image is the workload's.
