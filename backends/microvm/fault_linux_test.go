@@ -98,13 +98,19 @@ func logOf(t testing.TB, b *Backend, name string) string {
 // emulator is the process of QEMU that a monitor started.
 func emulator(t *testing.T, monitor int) int {
 	t.Helper()
+	return started(t, monitor, "qemu-system")
+}
+
+// started is a process that a monitor started, by the beginning of its name.
+func started(t *testing.T, monitor int, name string) int {
+	t.Helper()
 	found, err := filepath.Glob("/proc/[0-9]*/status")
 	if err != nil {
 		t.Fatal(err)
 	}
 	for _, path := range found {
 		text, err := os.ReadFile(path)
-		if err == nil && strings.Contains(string(text), fmt.Sprintf("PPid:\t%d\n", monitor)) && strings.HasPrefix(string(text), "Name:\tqemu-system") {
+		if err == nil && strings.Contains(string(text), fmt.Sprintf("PPid:\t%d\n", monitor)) && strings.HasPrefix(string(text), "Name:\t"+name) {
 			var pid int
 			if _, err := fmt.Sscanf(path, "/proc/%d/", &pid); err != nil {
 				t.Fatal(err)
@@ -112,7 +118,7 @@ func emulator(t *testing.T, monitor int) int {
 			return pid
 		}
 	}
-	t.Fatalf("monitor %d has no QEMU", monitor)
+	t.Fatalf("monitor %d has no %s", monitor, name)
 	return 0
 }
 
@@ -132,6 +138,25 @@ func TestEmulatorKilled(t *testing.T) {
 		return fmt.Sprintf("%+v", s), s.State == backends.Running && s.Restarts == 1 && s.ExitCode == 137 && !s.OOM
 	})
 	if text := logOf(t, b, w.Name); !strings.Contains(text, "the machine: it ended by itself") {
+		t.Errorf("the log does not tell: %q", text)
+	}
+}
+
+// A machine whose way out is gone is told, and comes back with another.
+func TestWayOutKilled(t *testing.T) {
+	b, _ := begin(t)
+	w := workload("relay", "wait")
+	if err := b.Apply(t.Context(), w); err != nil {
+		t.Fatal(err)
+	}
+	if err := syscall.Kill(started(t, status(t, b, w.Name).PID, "slirp4netns"), syscall.SIGKILL); err != nil {
+		t.Fatal(err)
+	}
+	until(t, "it runs again", func() (string, bool) {
+		s := status(t, b, w.Name)
+		return fmt.Sprintf("%+v", s), s.State == backends.Running && s.Restarts == 1
+	})
+	if text := logOf(t, b, w.Name); !strings.Contains(text, "the machine: slirp4netns ended") {
 		t.Errorf("the log does not tell: %q", text)
 	}
 }

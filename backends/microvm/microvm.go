@@ -12,8 +12,10 @@
 // Kept paths and mounts are folders of this host, seen by virtiofs: the same to every copy of a unit, old and new. A lock that a program
 // takes there holds in its own machine only. Firecracker has no such thing, and so neither keep nor mounts.
 //
-// The network is QEMU's own, of one machine: it has 10.0.2.15, the host's loopback is 10.0.2.2, a resolver 10.0.2.3, and what the host
-// reaches it reaches. Ports are published by QEMU, which accepts a connection before the program listens: that is the gate's business.
+// The network is QEMU's own, of one machine, and QEMU is in a network of its own, too (package netns): the machine has 10.0.3.15, and
+// reaches what this host reaches by slirp4netns, if that is installed, but nothing that listens on this host's loopback. 10.0.2.3 asks this
+// host's resolver. Ports are published by the monitor and QEMU, which accept a connection before the program listens: that is the gate's
+// business. A machine of Firecracker's has ports, by its vsock, and no way out.
 //
 // # Bounds
 //
@@ -46,6 +48,7 @@ import (
 	"github.com/kindos/kmo/backends"
 	"github.com/kindos/kmo/backends/microvm/boot"
 	"github.com/kindos/kmo/backends/process"
+	"github.com/kindos/kmo/backends/process/netns"
 )
 
 // Name is the backend's name.
@@ -130,15 +133,18 @@ func (b *Backend) Fingerprint(ctx context.Context) (backends.Fingerprint, error)
 
 // missing is what neither this host nor a machine lets be applied.
 func (b *Backend) missing() (list []string) {
+	t := find(b.options)
 	has := func(f backends.Feature) bool { return slices.Contains(b.Features(), f) }
 	for _, one := range []struct {
 		lacks bool
 		words string
 	}{
-		{!find(b.options).kvm, "kvm: this host's processor does not run a guest's kernel; it is emulated, and ten times slower"},
+		{!t.kvm, "kvm: this host's processor does not run a guest's kernel; it is emulated, and ten times slower"},
 		{!has(backends.Keep), "keep: a kept path is a folder that several copies of a unit see, for which QEMU and virtiofsd are needed"},
 		{!has(backends.Mounts), "mounts: for a folder of this host QEMU and virtiofsd are needed"},
 		{!has(backends.Secrets), "secrets: neither /run/kmo nor /dev/shm/kmo is on storage that is memory, and this user's own"},
+		{!t.firecracker && look(netns.Slirp) == "", "network: none beyond published ports: " + netns.ErrNoWayOut.Error()},
+		{t.firecracker, "network: none beyond published ports, by Firecracker"},
 		{true, "memory-pool: a machine's memory is its own"},
 		{true, "sockets: a unix socket does not reach out of a machine"},
 		{true, "devices: no device of this host is given to a machine"},

@@ -63,10 +63,10 @@ func house() map[string]room {
 		"reconciler/gate":          {"backends policy/refusal", ""},
 		"reconciler":               {"backends policy policy/audit policy/refusal policy/trust reconciler/gate reconciler/template", ""},
 		"reconciler/gitrepo":       {"policy/refusal policy/trust reconciler", "github.com/go-git/go-git/v5 github.com/go-git/go-billy/v5 github.com/fsnotify/fsnotify"},
-		"backends/microvm":         {"backends backends/microvm/boot backends/microvm/channel backends/microvm/machine backends/process backends/process/monitor backends/process/stage", ""},
+		"backends/microvm":         {"backends backends/microvm/boot backends/microvm/channel backends/microvm/machine backends/process backends/process/monitor backends/process/netns backends/process/stage", ""},
 		"backends/microvm/boot":    {"", "github.com/pierrec/lz4"},
 		"backends/microvm/channel": {"backends backends/process/stage", ""},
-		"backends/microvm/machine": {"backends/microvm/channel", ""},
+		"backends/microvm/machine": {"backends/microvm/channel backends/process/stage", ""},
 		"backends/microvm/guest":   {"backends backends/microvm/channel backends/process/cgroup backends/process/stage", ""},
 	}
 }

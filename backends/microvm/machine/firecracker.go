@@ -99,11 +99,12 @@ func (f *Firecracker) launch() error {
 	if f.stopped {
 		return errors.New("the machine is to be stopped")
 	}
-	cmd, err := launched(f.config.Dir, f.Program, []string{"--api-sock", apiSocket, "--id", "kmo"}, nil, &f.words, f.environment...)
-	if err == nil {
-		f.started = cmd
+	cmd := command(f.config.Dir, f.Program, []string{"--api-sock", apiSocket, "--id", "kmo"}, nil, &f.words, f.environment...)
+	if err := begin(cmd, f.config); err != nil {
+		return err
 	}
-	return err
+	f.started = cmd
+	return nil
 }
 
 func (f *Firecracker) lives() bool {

@@ -38,10 +38,10 @@ const (
 	controlFD = 4
 )
 
-// Guest is where the guest lies in the network that QEMU makes for it, and the way out.
+// Where the guest lies in the network that QEMU makes for it, and the way out: not 10.0.2.0/24, which may be that of QEMU's own way out.
 const (
-	GuestAddress = "10.0.2.15/24"
-	Gateway      = "10.0.2.2"
+	GuestAddress = "10.0.3.15/24"
+	Gateway      = "10.0.3.2"
 )
 
 // Arguments are the command line for a machine.
@@ -53,7 +53,7 @@ func (q *QEMU) Arguments(c Config) []string {
 	} else {
 		command += " mitigations=off no_timer_check" // it foresees nothing, and a busy host may be late with the ticks that are looked for
 	}
-	net := "user,id=net,ipv6=off"
+	net := "user,id=net,ipv6=off,net=10.0.3.0/24,host=" + Gateway
 	for _, f := range c.Forwards {
 		net += fmt.Sprintf(",hostfwd=tcp:%s:%d-:%d", f.Address, f.Host, f.Guest)
 	}
@@ -98,7 +98,7 @@ func (q *QEMU) Create(ctx context.Context, c Config) error {
 		*mine = os.NewFile(uintptr(pair[0]), "machine")
 		theirs = append(theirs, os.NewFile(uintptr(pair[1]), "machine"))
 	}
-	err := q.launch(c, q.Program, q.Arguments(c), theirs)
+	err := q.launch(command(c.Dir, q.Program, q.Arguments(c), theirs, &q.words), func(cmd *exec.Cmd) error { return begin(cmd, c) })
 	for _, f := range theirs {
 		err = errors.Join(err, f.Close())
 	}
@@ -124,21 +124,22 @@ func (q *QEMU) share(c Config) error {
 		return err
 	}
 	defer f.Close()
-	return q.launch(c, q.Sharer, []string{"--fd=3", "--rlimit-nofile=0", "-o", "source=" + c.Shares}, []*os.File{f})
+	args := []string{"--fd=3", "--rlimit-nofile=0", "-o", "source=" + c.Shares}
+	return q.launch(command(c.Dir, q.Sharer, args, []*os.File{f}, &q.words), (*exec.Cmd).Start)
 }
 
 // launch starts a program that Stop ends.
-func (q *QEMU) launch(c Config, program string, args []string, files []*os.File) error {
+func (q *QEMU) launch(cmd *exec.Cmd, start func(*exec.Cmd) error) error {
 	q.mu.Lock()
 	defer q.mu.Unlock()
 	if q.stopped {
 		return errors.New("the machine is to be stopped")
 	}
-	cmd, err := launched(c.Dir, program, args, files, &q.words)
-	if err == nil {
-		q.started = append(q.started, cmd)
+	if err := start(cmd); err != nil {
+		return err
 	}
-	return err
+	q.started = append(q.started, cmd)
+	return nil
 }
 
 // Start lets the processor run.
