@@ -77,7 +77,7 @@ func bare(t testing.TB, changes ...func(*stage.Orders)) machineAlone {
 	t.Chdir(dir)
 	q := &machine.QEMU{Program: with.vmm, KVM: with.kvm}
 	t.Cleanup(func() { q.Stop() })
-	c := machine.Config{Dir: dir, Kernel: made.Kernel, Initrd: made.Initrd, Disk: base, CPUs: 1, Memory: (64<<20 + guestCost) >> 20, Command: kernelCommand}
+	c := machine.Config{Dir: dir, Kernel: made.Kernel, Initrd: made.Initrd, Disk: base, CPUs: 1, Memory: (64<<20 + guestCost) >> 20, Command: kernelCommand, User: vmmUser(workload("bare"))}
 	ctx := context.Background()
 	if err := q.Create(ctx, c); err != nil {
 		t.Fatal(err)

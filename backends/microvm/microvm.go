@@ -17,6 +17,9 @@
 // host's resolver. Ports are published by the monitor and QEMU, which accept a connection before the program listens: that is the gate's
 // business. A machine of Firecracker's has ports, by its vsock, and no way out.
 //
+// QEMU, or Firecracker, has a user of its own on this host, no capability and no way to gain one, and reads what it boots from by
+// descriptors. virtiofsd stays root, as it makes files for every user, in namespaces of its own.
+//
 // # Bounds
 //
 // Resources.Memory and Resources.PIDs bound the program and its hooks in the machine, by the guest's kernel, which tells an end for want of
@@ -47,6 +50,7 @@ import (
 
 	"github.com/kindos/kmo/backends"
 	"github.com/kindos/kmo/backends/microvm/boot"
+	"github.com/kindos/kmo/backends/microvm/machine"
 	"github.com/kindos/kmo/backends/process"
 	"github.com/kindos/kmo/backends/process/netns"
 )
@@ -72,7 +76,7 @@ type Options struct {
 	// modules; "" is this host's own.
 	Kernel  string
 	Guest   string                           // the guest, a static program; "" is the one in this binary
-	VMM     string                           // path of qemu-system-<arch> or firecracker; "" is the first of them in PATH
+	VMM     string                           // path of qemu-system-<arch> or firecracker, which every user may execute; "" is the first of them in PATH
 	Memory  string                           // as process.Options has it
 	Logger  *slog.Logger                     // nil is silent
 	Backoff func(restarts int) time.Duration // as process.Options has it
@@ -143,6 +147,7 @@ func (b *Backend) missing() (list []string) {
 		{!has(backends.Keep), "keep: a kept path is a folder that several copies of a unit see, for which QEMU and virtiofsd are needed"},
 		{!has(backends.Mounts), "mounts: for a folder of this host QEMU and virtiofsd are needed"},
 		{!has(backends.Secrets), "secrets: neither /run/kmo nor /dev/shm/kmo is on storage that is memory, and this user's own"},
+		{!machine.Separates(machine.Group + 1), "vmm-user: the user namespace that kmo is in has no user for a machine's program, which is kmo's then"},
 		{!t.firecracker && look(netns.Slirp) == "", "network: none beyond published ports: " + netns.ErrNoWayOut.Error()},
 		{t.firecracker, "network: none beyond published ports, by Firecracker"},
 		{true, "memory-pool: a machine's memory is its own"},

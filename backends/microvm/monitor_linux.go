@@ -159,7 +159,7 @@ func raise(ctx context.Context, m *monitor.Monitor, o orders, v machine.VMM, net
 	}
 	c := machine.Config{
 		Dir: m.Dir, Kernel: o.Boot.Kernel, Initrd: o.Boot.Initrd, Disk: o.Base, CPUs: processors(m.Workload.Resources.CPU),
-		Memory: unbounded >> 20, Forwards: forwards(m, o), Command: kernelCommand, Network: network.Path(),
+		Memory: unbounded >> 20, Forwards: forwards(m, o), Command: kernelCommand, Network: network.Path(), User: o.User,
 	}
 	if setup.Resources.Memory > 0 {
 		c.Memory = (setup.Resources.Memory + guestCost + 1<<20 - 1) >> 20

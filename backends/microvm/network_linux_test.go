@@ -119,7 +119,9 @@ func get(ctx context.Context, address string) (string, bool) {
 // A host without slirp4netns says that its machines have no way out.
 func TestNoWayOut(t *testing.T) {
 	b, _ := begin(t)
-	said := func() bool { return strings.Contains(strings.Join(b.missing(), "\n"), "network: none beyond published ports") }
+	said := func() bool {
+		return strings.Contains(strings.Join(b.missing(), "\n"), "network: none beyond published ports")
+	}
 	if said() {
 		t.Error("there is said to be no way out although slirp4netns is there")
 	}
