@@ -263,6 +263,48 @@ func TestPortTaken(t *testing.T) {
 	}
 }
 
+// While nobody trims a log it does not grow for ever, and what is written when there is room again is in it.
+func TestLogIsBoundedWithoutAnAgent(t *testing.T) {
+	state := stateFolder(t)
+	b := open(t, state)
+	w := workload("loud", "tick")
+	if err := b.Apply(t.Context(), w); err != nil {
+		t.Fatal(err)
+	}
+	s := status(t, b, w.Name)
+	if got := strings.Join(s.Unapplied, "\n"); strings.Contains(got, "log") {
+		t.Errorf("unapplied: %q", got)
+	}
+	if err := b.Close(); err != nil {
+		t.Fatal(err)
+	}
+	const bound = 16 * 8 << 20
+	log := filepath.Join(state, "machines/work", w.Name, "log")
+	if err := os.Truncate(log, bound-3); err != nil {
+		t.Fatal(err)
+	}
+	var size int64
+	until(t, "a log that is full", func() (string, bool) {
+		found, err := os.Stat(log)
+		if err == nil {
+			size = found.Size()
+		}
+		return fmt.Sprint(size, err), size > bound-3
+	})
+	if size != bound { // a line has more than 3 bytes
+		t.Errorf("the log has %d bytes, want %d", size, bound)
+	}
+	b = open(t, state)
+	defer sweep(t, b, state)
+	until(t, "the program's next line", func() (string, bool) {
+		text, err := os.ReadFile(log)
+		return fmt.Sprint(len(text), err), len(text) < 1<<20 && strings.Contains(string(text), "tick ")
+	})
+	if again := status(t, b, w.Name); again.PID != s.PID || again.State != backends.Running {
+		t.Errorf("it is %+v, was %+v", again, s)
+	}
+}
+
 // What a host lacks is said, and what to install.
 func TestMissing(t *testing.T) {
 	for _, test := range []struct {

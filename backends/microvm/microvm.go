@@ -27,6 +27,8 @@
 // and the monitor. Resources.CPU bounds all of it on the host, from the first instruction of the boot on; where the processor is emulated it is the weight among others, too, if CPUMin is less. Usage is the program's own memory
 // and processes, and everybody's processor time.
 //
+// The monitor writes the log, and no more of it than package process lets a program write while no agent trims it.
+//
 // # State
 //
 //	machines/      package process's

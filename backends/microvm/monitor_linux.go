@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"net"
 	"os"
 	"os/signal"
@@ -69,7 +70,7 @@ func command(where string, argv []string) (int, error) {
 		return 0, err
 	}
 	defer stream.Close()
-	conn := channel.Open(stream, channel.MaxToHost)
+	conn, out := channel.Open(stream, channel.MaxToHost), place.Output()
 	if err := conn.Say(channel.Exec, 0, argv); err != nil {
 		return 0, err
 	}
@@ -80,7 +81,7 @@ func command(where string, argv []string) (int, error) {
 		}
 		switch f.Kind {
 		case channel.Output:
-			_, _ = os.Stdout.Write(f.Body)
+			_, _ = out.Write(f.Body)
 		case channel.Ended:
 			var end channel.End
 			return end.Code, errors.Join(f.Decode(&end))
@@ -132,7 +133,7 @@ func keep(m *monitor.Monitor, o orders) (monitor.End, error) {
 	}()
 	f, err := h.expect(context.Background(), channel.Ended)
 	if err != nil {
-		_, _ = fmt.Fprintln(os.Stderr, err) // in the workload's log
+		_, _ = fmt.Fprintln(h.log, err)
 		return monitor.End{Code: 128 + int(unix.SIGKILL)}, nil
 	}
 	var end channel.End
@@ -190,7 +191,7 @@ func raise(ctx context.Context, m *monitor.Monitor, o orders, v machine.VMM, net
 	if err != nil {
 		return nil, err
 	}
-	h := &host{machine: v, conn: channel.Open(stream, channel.MaxToHost), dir: m.Dir, said: make(chan channel.Frame, 16), gone: network.Gone(), commands: map[uint32]*channel.Conn{}}
+	h := &host{machine: v, conn: channel.Open(stream, channel.MaxToHost), dir: m.Dir, log: m.Output(), said: make(chan channel.Frame, 16), gone: network.Gone(), commands: map[uint32]*channel.Conn{}}
 	go h.listen()
 	if _, err := h.expect(ctx, channel.Hello); err != nil {
 		return nil, err
@@ -212,6 +213,7 @@ type host struct {
 	machine machine.VMM
 	conn    *channel.Conn
 	dir     string
+	log     io.Writer          // the workload's
 	said    chan channel.Frame // of the program; closed when the machine has ended
 	gone    <-chan error       // tells when its way out has ended
 
@@ -230,7 +232,7 @@ func (h *host) listen() {
 		}
 		switch {
 		case f.Kind == channel.Output && f.ID == 0:
-			_, _ = os.Stdout.Write(f.Body) // the workload's log; a disk that is full ends no program
+			_, _ = h.log.Write(f.Body)
 		case f.Kind == channel.Usage:
 			var u backends.Usage
 			if f.Decode(&u) == nil {

@@ -215,7 +215,7 @@ func (b *Backend) plan(ctx context.Context, w backends.Workload, place process.P
 	}
 	where, err := json.Marshal(place)
 	return process.Program{
-		Monitor: true, Argv: []string{MonitorArg, runArg, string(what), string(where)},
+		Monitor: true, WritesLog: true, Argv: []string{MonitorArg, runArg, string(what), string(where)},
 		Env:     map[string]string{"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"},
 		Command: func(argv []string) []string { return append([]string{MonitorArg, commandArg, string(where)}, argv...) },
 	}, err

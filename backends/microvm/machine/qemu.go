@@ -130,12 +130,12 @@ func (q *QEMU) share(c Config) (*os.File, error) {
 	if err != nil {
 		return nil, err
 	}
-	defer listener.Close() // virtiofsd has its own
+	defer func() { _ = listener.Close() }() // virtiofsd has its own
 	conn, err := net.DialUnix("unix", nil, at)
 	if err != nil {
 		return nil, err
 	}
-	defer conn.Close() // QEMU has its own
+	defer func() { _ = conn.Close() }() // QEMU has its own
 	f, err := listener.File()
 	if err != nil {
 		return nil, err
