@@ -5,9 +5,9 @@
 // One machine, which package process keeps as it keeps a program: a monitor, this binary again, starts the machine, and what both started
 // ends with it. The machine boots the host's kernel, or one that Options name, with a first file system that holds the guest and nothing
 // else of a workload; package boot makes that. The guest (folder guest) builds the workload's root by package stage, exactly as the backend
-// native builds it on the host: the image, read-only, from a disk made of Content; above it a bounded tmpfs, if there is an overlay; files
-// and secrets, which come over the channel (package channel) and lie in the machine's memory alone. The program has no capability, can
-// gain none, is held by seccomp and landlock, and is process 1 of a pid namespace.
+// native builds it on the host: the image, read-only, from a disk made of Content, which is cached and not looked at again; above it a
+// bounded tmpfs, if there is an overlay; files and secrets, which come over the channel (package channel) and lie in the machine's memory
+// alone. The program has no capability, can gain none, is held by seccomp and landlock, and is process 1 of a pid namespace.
 //
 // Kept paths and mounts are folders of this host, seen by virtiofs: the same to every copy of a unit, old and new. A lock that a program
 // takes there holds in its own machine only. Firecracker has no such thing, and so neither keep nor mounts.
@@ -23,9 +23,10 @@
 // # Bounds
 //
 // Resources.Memory and Resources.PIDs bound the program and its hooks in the machine, by the guest's kernel, which tells an end for want of
-// memory from others. The machine has guestCost more, and the cgroup of this host has hostCost and hostPIDs beside that, for QEMU, virtiofsd
-// and the monitor. Resources.CPU bounds all of it on the host, from the first instruction of the boot on; where the processor is emulated it is the weight among others, too, if CPUMin is less. Usage is the program's own memory
-// and processes, and everybody's processor time.
+// memory from others. The machine has guestCost more, and the cgroup of this host has hostCost and hostPIDs beside that, for QEMU,
+// virtiofsd, slirp4netns and the monitor. Resources.CPU bounds all of it on the host, from the first instruction of the boot on; where the
+// processor is emulated it is the weight among others, too, if CPUMin is less. Usage is the program's own memory and processes, and
+// everybody's processor time.
 //
 // The monitor writes the log, and no more of it than package process lets a program write while no agent trims it.
 //
@@ -66,8 +67,8 @@ const MonitorArg = "microvm-monitor"
 // What a machine costs beside its workload.
 const (
 	guestCost = 96 << 20  // bytes: kernel, first file system, guest; measured 72 MiB
-	hostCost  = 192 << 20 // bytes: QEMU with 64 MiB of translated code, virtiofsd, monitor; measured 90 MiB
-	hostPIDs  = 128       // threads of QEMU, virtiofsd, monitor and commands; measured 12
+	hostCost  = 192 << 20 // bytes: QEMU with 64 MiB of translated code, virtiofsd, slirp4netns, monitor; measured 90 MiB
+	hostPIDs  = 128       // threads of QEMU, virtiofsd, slirp4netns, monitor and commands; measured 12
 	unbounded = 512 << 20 // bytes of a machine whose workload has no bound
 )
 
@@ -152,6 +153,7 @@ func (b *Backend) missing() (list []string) {
 		{!machine.Separates(machine.Group + 1), "vmm-user: the user namespace that kmo is in has no user for a machine's program, which is kmo's then"},
 		{!t.firecracker && look(netns.Slirp) == "", "network: none beyond published ports: " + netns.ErrNoWayOut.Error()},
 		{t.firecracker, "network: none beyond published ports, by Firecracker"},
+		{true, "content: the cached disk of an image is not looked at again while it is used"},
 		{true, "memory-pool: a machine's memory is its own"},
 		{true, "sockets: a unix socket does not reach out of a machine"},
 		{true, "devices: no device of this host is given to a machine"},
