@@ -15,6 +15,9 @@ import (
 	"time"
 
 	"github.com/kindos/kmo/backends"
+	"github.com/kindos/kmo/backends/microvm/channel"
+	"github.com/kindos/kmo/backends/microvm/machine"
+	"github.com/kindos/kmo/backends/process/stage"
 	"github.com/kindos/kmo/registry/merkle"
 )
 
@@ -96,13 +99,19 @@ func logOf(t testing.TB, b *Backend, name string) string {
 // emulator is the process of QEMU that a monitor started.
 func emulator(t *testing.T, monitor int) int {
 	t.Helper()
+	return started(t, monitor, "qemu-system")
+}
+
+// started is a process that a monitor started, by the beginning of its name.
+func started(t *testing.T, monitor int, name string) int {
+	t.Helper()
 	found, err := filepath.Glob("/proc/[0-9]*/status")
 	if err != nil {
 		t.Fatal(err)
 	}
 	for _, path := range found {
 		text, err := os.ReadFile(path)
-		if err == nil && strings.Contains(string(text), fmt.Sprintf("PPid:\t%d\n", monitor)) && strings.HasPrefix(string(text), "Name:\tqemu-system") {
+		if err == nil && strings.Contains(string(text), fmt.Sprintf("PPid:\t%d\n", monitor)) && strings.HasPrefix(string(text), "Name:\t"+name) {
 			var pid int
 			if _, err := fmt.Sscanf(path, "/proc/%d/", &pid); err != nil {
 				t.Fatal(err)
@@ -110,7 +119,7 @@ func emulator(t *testing.T, monitor int) int {
 			return pid
 		}
 	}
-	t.Fatalf("monitor %d has no QEMU", monitor)
+	t.Fatalf("monitor %d has no %s", monitor, name)
 	return 0
 }
 
@@ -130,6 +139,25 @@ func TestEmulatorKilled(t *testing.T) {
 		return fmt.Sprintf("%+v", s), s.State == backends.Running && s.Restarts == 1 && s.ExitCode == 137 && !s.OOM
 	})
 	if text := logOf(t, b, w.Name); !strings.Contains(text, "the machine: it ended by itself") {
+		t.Errorf("the log does not tell: %q", text)
+	}
+}
+
+// A machine whose way out is gone is told, and comes back with another.
+func TestWayOutKilled(t *testing.T) {
+	b, _ := begin(t)
+	w := workload("relay", "wait")
+	if err := b.Apply(t.Context(), w); err != nil {
+		t.Fatal(err)
+	}
+	if err := syscall.Kill(started(t, status(t, b, w.Name).PID, "slirp4netns"), syscall.SIGKILL); err != nil {
+		t.Fatal(err)
+	}
+	until(t, "it runs again", func() (string, bool) {
+		s := status(t, b, w.Name)
+		return fmt.Sprintf("%+v", s), s.State == backends.Running && s.Restarts == 1
+	})
+	if text := logOf(t, b, w.Name); !strings.Contains(text, "the machine: slirp4netns ended") {
 		t.Errorf("the log does not tell: %q", text)
 	}
 }
@@ -236,6 +264,48 @@ func TestPortTaken(t *testing.T) {
 	}
 }
 
+// While nobody trims a log it does not grow for ever, and what is written when there is room again is in it.
+func TestLogIsBoundedWithoutAnAgent(t *testing.T) {
+	state := stateFolder(t)
+	b := open(t, state)
+	w := workload("loud", "tick")
+	if err := b.Apply(t.Context(), w); err != nil {
+		t.Fatal(err)
+	}
+	s := status(t, b, w.Name)
+	if got := strings.Join(s.Unapplied, "\n"); strings.Contains(got, "log") {
+		t.Errorf("unapplied: %q", got)
+	}
+	if err := b.Close(); err != nil {
+		t.Fatal(err)
+	}
+	const bound = 16 * 8 << 20
+	log := filepath.Join(state, "machines/work", w.Name, "log")
+	if err := os.Truncate(log, bound-3); err != nil {
+		t.Fatal(err)
+	}
+	var size int64
+	until(t, "a log that is full", func() (string, bool) {
+		found, err := os.Stat(log)
+		if err == nil {
+			size = found.Size()
+		}
+		return fmt.Sprint(size, err), size > bound-3
+	})
+	if size != bound { // a line has more than 3 bytes
+		t.Errorf("the log has %d bytes, want %d", size, bound)
+	}
+	b = open(t, state)
+	defer sweep(t, b, state)
+	until(t, "the program's next line", func() (string, bool) {
+		text, err := os.ReadFile(log)
+		return fmt.Sprint(len(text), err), len(text) < 1<<20 && strings.Contains(string(text), "tick ")
+	})
+	if again := status(t, b, w.Name); again.PID != s.PID || again.State != backends.Running {
+		t.Errorf("it is %+v, was %+v", again, s)
+	}
+}
+
 // What a host lacks is said, and what to install.
 func TestMissing(t *testing.T) {
 	for _, test := range []struct {
@@ -286,6 +356,53 @@ func TestCommandEnded(t *testing.T) {
 	status, output, err := b.Exec(t.Context(), w.Name, []string{"/none"})
 	if err != nil || status != 127 || !strings.Contains(string(output), "/none") {
 		t.Errorf("a program that is not there: %d %q %v", status, output, err)
+	}
+}
+
+// Commands leave nothing open in process 1 of a machine, not those that cannot be run either.
+func TestCommandsLeaveNothingOpen(t *testing.T) {
+	with, config := bareConfig(t, workload("relay").Image)
+	config.Dir = t.TempDir()
+	t.Chdir(config.Dir)
+	m := &bare{vmm: &machine.QEMU{Program: with.vmm, KVM: with.kvm}}
+	defer m.vmm.Stop()
+	if err := m.start(config, func(o *stage.Orders) {
+		o.Confine.User = 0 // process 1 is root's
+		o.Root.Binds = append(o.Root.Binds, stage.Bind{From: "/proc", To: "/machine"})
+	}); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := m.wait(channel.Started, 0, ""); err != nil {
+		t.Fatal(err)
+	}
+	next := uint32(0)
+	run := func(done channel.Kind, argv ...string) string {
+		t.Helper()
+		next++
+		if err := m.Say(channel.Exec, next, argv); err != nil {
+			t.Fatal(err)
+		}
+		said, err := m.wait(done, next, "")
+		if err != nil {
+			t.Fatal(err)
+		}
+		return said
+	}
+	count := func() (open int) {
+		t.Helper()
+		said := run(channel.Ended, "/probe", "count", "/machine/1/fd")
+		if _, err := fmt.Sscan(said, &open); err != nil || open < 4 {
+			t.Fatalf("process 1 has %q open", said)
+		}
+		return open
+	}
+	before := count()
+	for range 150 {
+		run(channel.Ended, "/app", "say it")
+		run(channel.Fault, "/none")
+	}
+	if after := count(); after > before+4 {
+		t.Errorf("process 1 has %d open, had %d", after, before)
 	}
 }
 

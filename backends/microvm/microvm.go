@@ -5,22 +5,30 @@
 // One machine, which package process keeps as it keeps a program: a monitor, this binary again, starts the machine, and what both started
 // ends with it. The machine boots the host's kernel, or one that Options name, with a first file system that holds the guest and nothing
 // else of a workload; package boot makes that. The guest (folder guest) builds the workload's root by package stage, exactly as the backend
-// native builds it on the host: the image, read-only, from a disk made of Content; above it a bounded tmpfs, if there is an overlay; files
-// and secrets, which come over the channel (package channel) and lie in the machine's memory alone. The program has no capability, can
-// gain none, is held by seccomp and landlock, and is process 1 of a pid namespace.
+// native builds it on the host: the image, read-only, from a disk made of Content, which is cached and not looked at again; above it a
+// bounded tmpfs, if there is an overlay; files and secrets, which come over the channel (package channel) and lie in the machine's memory
+// alone. The program has no capability, can gain none, is held by seccomp and landlock, and is process 1 of a pid namespace.
 //
 // Kept paths and mounts are folders of this host, seen by virtiofs: the same to every copy of a unit, old and new. A lock that a program
 // takes there holds in its own machine only. Firecracker has no such thing, and so neither keep nor mounts.
 //
-// The network is QEMU's own, of one machine: it has 10.0.2.15, the host's loopback is 10.0.2.2, a resolver 10.0.2.3, and what the host
-// reaches it reaches. Ports are published by QEMU, which accepts a connection before the program listens: that is the gate's business.
+// The network is QEMU's own, of one machine, and QEMU is in a network of its own, too (package netns): the machine has 10.0.3.15, and
+// reaches what this host reaches by slirp4netns, if that is installed, but nothing that listens on this host's loopback. 10.0.2.3 asks this
+// host's resolver. Ports are published by the monitor and QEMU, which accept a connection before the program listens: that is the gate's
+// business. A machine of Firecracker's has ports, by its vsock, and no way out.
+//
+// QEMU, or Firecracker, has a user of its own on this host, no capability and no way to gain one, and reads what it boots from by
+// descriptors. virtiofsd stays root, as it makes files for every user, in namespaces of its own.
 //
 // # Bounds
 //
 // Resources.Memory and Resources.PIDs bound the program and its hooks in the machine, by the guest's kernel, which tells an end for want of
-// memory from others. The machine has guestCost more, and the cgroup of this host has hostCost and hostPIDs beside that, for QEMU, virtiofsd
-// and the monitor. Resources.CPU bounds all of it on the host, from the first instruction of the boot on; where the processor is emulated it is the weight among others, too, if CPUMin is less. Usage is the program's own memory
-// and processes, and everybody's processor time.
+// memory from others. The machine has guestCost more, and the cgroup of this host has hostCost and hostPIDs beside that, for QEMU,
+// virtiofsd, slirp4netns and the monitor. Resources.CPU bounds all of it on the host, from the first instruction of the boot on; where the
+// processor is emulated it is the weight among others, too, if CPUMin is less. Usage is the program's own memory and processes, and
+// everybody's processor time.
+//
+// The monitor writes the log, and no more of it than package process lets a program write while no agent trims it.
 //
 // # State
 //
@@ -45,7 +53,9 @@ import (
 
 	"github.com/kindos/kmo/backends"
 	"github.com/kindos/kmo/backends/microvm/boot"
+	"github.com/kindos/kmo/backends/microvm/machine"
 	"github.com/kindos/kmo/backends/process"
+	"github.com/kindos/kmo/backends/process/netns"
 )
 
 // Name is the backend's name.
@@ -57,8 +67,8 @@ const MonitorArg = "microvm-monitor"
 // What a machine costs beside its workload.
 const (
 	guestCost = 96 << 20  // bytes: kernel, first file system, guest; measured 72 MiB
-	hostCost  = 192 << 20 // bytes: QEMU with 64 MiB of translated code, virtiofsd, monitor; measured 90 MiB
-	hostPIDs  = 128       // threads of QEMU, virtiofsd, monitor and commands; measured 12
+	hostCost  = 192 << 20 // bytes: QEMU with 64 MiB of translated code, virtiofsd, slirp4netns, monitor; measured 90 MiB
+	hostPIDs  = 128       // threads of QEMU, virtiofsd, slirp4netns, monitor and commands; measured 12
 	unbounded = 512 << 20 // bytes of a machine whose workload has no bound
 )
 
@@ -69,7 +79,7 @@ type Options struct {
 	// modules; "" is this host's own.
 	Kernel  string
 	Guest   string                           // the guest, a static program; "" is the one in this binary
-	VMM     string                           // path of qemu-system-<arch> or firecracker; "" is the first of them in PATH
+	VMM     string                           // path of qemu-system-<arch> or firecracker, which every user may execute; "" is the first of them in PATH
 	Memory  string                           // as process.Options has it
 	Logger  *slog.Logger                     // nil is silent
 	Backoff func(restarts int) time.Duration // as process.Options has it
@@ -130,15 +140,20 @@ func (b *Backend) Fingerprint(ctx context.Context) (backends.Fingerprint, error)
 
 // missing is what neither this host nor a machine lets be applied.
 func (b *Backend) missing() (list []string) {
+	t := find(b.options)
 	has := func(f backends.Feature) bool { return slices.Contains(b.Features(), f) }
 	for _, one := range []struct {
 		lacks bool
 		words string
 	}{
-		{!find(b.options).kvm, "kvm: this host's processor does not run a guest's kernel; it is emulated, and ten times slower"},
+		{!t.kvm, "kvm: this host's processor does not run a guest's kernel; it is emulated, and ten times slower"},
 		{!has(backends.Keep), "keep: a kept path is a folder that several copies of a unit see, for which QEMU and virtiofsd are needed"},
 		{!has(backends.Mounts), "mounts: for a folder of this host QEMU and virtiofsd are needed"},
 		{!has(backends.Secrets), "secrets: neither /run/kmo nor /dev/shm/kmo is on storage that is memory, and this user's own"},
+		{!machine.Separates(machine.Group + 1), "vmm-user: the user namespace that kmo is in has no user for a machine's program, which is kmo's then"},
+		{!t.firecracker && look(netns.Slirp) == "", "network: none beyond published ports: " + netns.ErrNoWayOut.Error()},
+		{t.firecracker, "network: none beyond published ports, by Firecracker"},
+		{true, "content: the cached disk of an image is not looked at again while it is used"},
 		{true, "memory-pool: a machine's memory is its own"},
 		{true, "sockets: a unix socket does not reach out of a machine"},
 		{true, "devices: no device of this host is given to a machine"},

@@ -73,7 +73,7 @@ func makeWorld(dir string) (w world, err error) {
 			return w, err
 		}
 	}
-	for to, from := range map[string]string{w.guest: "./guest", filepath.Join(w.image, "app"): "../conformance/testprogram"} {
+	for to, from := range map[string]string{w.guest: "./guest", filepath.Join(w.image, "app"): "../conformance/testprogram", filepath.Join(w.image, "probe"): "./testdata/probe"} {
 		build := exec.Command("go", "build", "-trimpath", "-ldflags=-s -w", "-o", to, from)
 		build.Env = append(os.Environ(), "CGO_ENABLED=0", "GOOS=linux", "GOARCH="+runtime.GOARCH)
 		if output, err := build.CombinedOutput(); err != nil {

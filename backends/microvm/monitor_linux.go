@@ -5,12 +5,11 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-
+	"io"
 	"net"
 	"os"
 	"os/signal"
 	"path/filepath"
-
 	"sync"
 	"time"
 
@@ -21,6 +20,7 @@ import (
 	"github.com/kindos/kmo/backends/microvm/channel"
 	"github.com/kindos/kmo/backends/microvm/machine"
 	"github.com/kindos/kmo/backends/process/monitor"
+	"github.com/kindos/kmo/backends/process/netns"
 	"github.com/kindos/kmo/backends/process/stage"
 )
 
@@ -70,7 +70,7 @@ func command(where string, argv []string) (int, error) {
 		return 0, err
 	}
 	defer stream.Close()
-	conn := channel.Open(stream, channel.MaxToHost)
+	conn, out := channel.Open(stream, channel.MaxToHost), place.Output()
 	if err := conn.Say(channel.Exec, 0, argv); err != nil {
 		return 0, err
 	}
@@ -81,7 +81,7 @@ func command(where string, argv []string) (int, error) {
 		}
 		switch f.Kind {
 		case channel.Output:
-			_, _ = os.Stdout.Write(f.Body)
+			_, _ = out.Write(f.Body)
 		case channel.Ended:
 			var end channel.End
 			return end.Code, errors.Join(f.Decode(&end))
@@ -103,9 +103,14 @@ func keep(m *monitor.Monitor, o orders) (monitor.End, error) {
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), bootTime)
 	defer cancel()
+	network, err := connect(o)
+	if err != nil {
+		return monitor.End{}, err
+	}
+	defer func() { _ = network.Close() }() // the machine has ended
 	v := vmm(o)
 	defer v.Stop()
-	h, err := raise(ctx, m, o, v)
+	h, err := raise(ctx, m, o, v, network)
 	if err != nil {
 		return monitor.End{}, err
 	}
@@ -128,7 +133,7 @@ func keep(m *monitor.Monitor, o orders) (monitor.End, error) {
 	}()
 	f, err := h.expect(context.Background(), channel.Ended)
 	if err != nil {
-		_, _ = fmt.Fprintln(os.Stderr, err) // in the workload's log
+		_, _ = fmt.Fprintln(h.log, err)
 		return monitor.End{Code: 128 + int(unix.SIGKILL)}, nil
 	}
 	var end channel.End
@@ -146,7 +151,7 @@ func vmm(o orders) machine.VMM {
 }
 
 // raise boots a machine and has its guest build what the workload runs in.
-func raise(ctx context.Context, m *monitor.Monitor, o orders, v machine.VMM) (*host, error) {
+func raise(ctx context.Context, m *monitor.Monitor, o orders, v machine.VMM, network *netns.Network) (*host, error) {
 	setup := channel.Setup{
 		Stage: stageOrders(m), Resources: inside(m.Workload), Disk: "/dev/vda",
 	}
@@ -155,7 +160,7 @@ func raise(ctx context.Context, m *monitor.Monitor, o orders, v machine.VMM) (*h
 	}
 	c := machine.Config{
 		Dir: m.Dir, Kernel: o.Boot.Kernel, Initrd: o.Boot.Initrd, Disk: o.Base, CPUs: processors(m.Workload.Resources.CPU),
-		Memory: unbounded >> 20, Forwards: forwards(m), Command: kernelCommand,
+		Memory: unbounded >> 20, Forwards: forwards(m, o), Command: kernelCommand, Network: network.Path(), User: o.User,
 	}
 	if setup.Resources.Memory > 0 {
 		c.Memory = (setup.Resources.Memory + guestCost + 1<<20 - 1) >> 20
@@ -174,6 +179,11 @@ func raise(ctx context.Context, m *monitor.Monitor, o orders, v machine.VMM) (*h
 	if err := v.Create(ctx, c); err != nil {
 		return nil, err
 	}
+	if !o.Firecracker {
+		if err := publish(m, network); err != nil {
+			return nil, err
+		}
+	}
 	if err := v.Start(ctx); err != nil {
 		return nil, err
 	}
@@ -181,7 +191,7 @@ func raise(ctx context.Context, m *monitor.Monitor, o orders, v machine.VMM) (*h
 	if err != nil {
 		return nil, err
 	}
-	h := &host{machine: v, conn: channel.Open(stream, channel.MaxToHost), dir: m.Dir, said: make(chan channel.Frame, 16), commands: map[uint32]*channel.Conn{}}
+	h := &host{machine: v, conn: channel.Open(stream, channel.MaxToHost), dir: m.Dir, log: m.Output(), said: make(chan channel.Frame, 16), gone: network.Gone(), commands: map[uint32]*channel.Conn{}}
 	go h.listen()
 	if _, err := h.expect(ctx, channel.Hello); err != nil {
 		return nil, err
@@ -203,7 +213,9 @@ type host struct {
 	machine machine.VMM
 	conn    *channel.Conn
 	dir     string
+	log     io.Writer          // the workload's
 	said    chan channel.Frame // of the program; closed when the machine has ended
+	gone    <-chan error       // tells when its way out has ended
 
 	mu       sync.Mutex // guards what follows
 	next     uint32
@@ -220,7 +232,7 @@ func (h *host) listen() {
 		}
 		switch {
 		case f.Kind == channel.Output && f.ID == 0:
-			_, _ = os.Stdout.Write(f.Body) // the workload's log; a disk that is full ends no program
+			_, _ = h.log.Write(f.Body)
 		case f.Kind == channel.Usage:
 			var u backends.Usage
 			if f.Decode(&u) == nil {
@@ -276,6 +288,8 @@ func (h *host) expect(ctx context.Context, want channel.Kind) (channel.Frame, er
 			return f, fmt.Errorf("in the machine: %s: %s", fault.Step, fault.Cause)
 		}
 		return f, h.blame(fmt.Errorf("the guest said %q, want %q", f.Kind, want))
+	case err := <-h.gone:
+		return channel.Frame{}, h.blame(err)
 	case <-ctx.Done():
 		return channel.Frame{}, h.blame(fmt.Errorf("the guest has not said %q within %v", want, bootTime))
 	}

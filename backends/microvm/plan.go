@@ -7,6 +7,8 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"hash/fnv"
+	"io"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -163,6 +165,22 @@ type orders struct {
 	Firecracker bool           `json:"firecracker,omitempty"`
 	Sharer      string         `json:"sharer,omitempty"`
 	KVM         bool           `json:"kvm,omitempty"`
+	User        int            `json:"user,omitempty"` // of the VMM; 0 is the monitor's
+}
+
+// vmmUser is the user of the VMM that a workload's machine is made by, by the workload's name. It is not the workload's own.
+func vmmUser(w backends.Workload) int {
+	const first, count = machine.Group + 1, 1 << 24
+	hash := fnv.New32a()
+	_, _ = io.WriteString(hash, w.Name)
+	user := first + int(hash.Sum32()%count)
+	if !machine.Separates(user) {
+		return 0
+	}
+	if user == w.Run.User {
+		user++
+	}
+	return user
 }
 
 // plan is what package process runs for a workload of inner's, with its ports resolved.
@@ -182,7 +200,7 @@ func (b *Backend) plan(ctx context.Context, w backends.Workload, place process.P
 	if err != nil {
 		return p, err
 	}
-	o := orders{VMM: t.vmm, Firecracker: t.firecracker, Sharer: t.sharer, KVM: t.kvm}
+	o := orders{VMM: t.vmm, Firecracker: t.firecracker, Sharer: t.sharer, KVM: t.kvm, User: vmmUser(w)}
 	if o.Boot, err = b.cache.Boot(ctx, k, guest, t.modules()); err != nil {
 		return p, err
 	}
@@ -197,7 +215,7 @@ func (b *Backend) plan(ctx context.Context, w backends.Workload, place process.P
 	}
 	where, err := json.Marshal(place)
 	return process.Program{
-		Monitor: true, Argv: []string{MonitorArg, runArg, string(what), string(where)},
+		Monitor: true, WritesLog: true, Argv: []string{MonitorArg, runArg, string(what), string(where)},
 		Env:     map[string]string{"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"},
 		Command: func(argv []string) []string { return append([]string{MonitorArg, commandArg, string(where)}, argv...) },
 	}, err

@@ -14,7 +14,6 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/kindos/kmo/backends/microvm/channel"
-	"github.com/kindos/kmo/backends/microvm/machine"
 	"github.com/kindos/kmo/backends/process"
 	"github.com/kindos/kmo/backends/process/monitor"
 	"github.com/kindos/kmo/backends/process/stage"
@@ -30,18 +29,6 @@ func processors(cpu int64) int {
 		return 1
 	}
 	return int(min((cpu+999)/1000, int64(runtime.NumCPU())))
-}
-
-// forwards are the ports to publish.
-func forwards(m *monitor.Monitor) (list []machine.Forward) {
-	for _, p := range m.Workload.Run.Ports {
-		f := machine.Forward{Address: "127.0.0.1", Host: p.Host, Guest: p.Port}
-		if slices.Contains(m.Public, p.Name) {
-			f.Address = ""
-		}
-		list = append(list, f)
-	}
-	return list
 }
 
 // stageOrders are what the guest's stage is told: the same that the keeper of package process tells one on the host.

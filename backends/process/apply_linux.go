@@ -277,7 +277,7 @@ func (k *Keeper) kept(w backends.Workload) (list []string, err error) {
 
 // place is where a monitor finds what belongs to a workload.
 func (k *Keeper) place(w *backends.Workload) Place {
-	p := Place{Dir: filepath.Join(k.options.State, "work", w.Name, "own"), Memory: k.secrets.Folder(w.Name), Bare: !k.support.Mounts}
+	p := Place{Dir: filepath.Join(k.options.State, "work", w.Name, "own"), Memory: k.secrets.Folder(w.Name), Log: logTimes * k.options.LogSize, Bare: !k.support.Mounts}
 	for _, keep := range w.Overlay.Keep {
 		p.Kept = append(p.Kept, k.keptPath(w.Unit, keep))
 	}

@@ -38,7 +38,7 @@
 // be larger than 16 logs, or its overlay if that is larger. A write beyond answers EFBIG, and SIGXFSZ is ignored from the start
 // on, so that a program which can do without its log goes on. The bound holds for every file, memfds and shared memory too, and
 // room cannot be had beyond a file's end. A program with kept paths or writable mounts has no such bound, as what it keeps may
-// be of any size; its Status says so in Unapplied.
+// be of any size; its Status says so in Unapplied. Nor has what a monitor runs, unless that writes the log itself (Program.WritesLog).
 //
 // No program is started while anybody listens on one of its ports, on whatever address. A port that the unit leaves open is chosen
 // anew then. For one that it names Apply returns an error that blames nobody, for a stranger on the host is no fault of the
@@ -117,6 +117,8 @@ type Program struct {
 	// but Env. Command then turns a hook, or what Exec is to run, into arguments of this binary, which are run beside it in the same way.
 	Monitor bool
 	Command func(argv []string) []string
+	// WritesLog says that a monitor and commands beside it write the log themselves, all of it by Place.Output, which bounds it.
+	WritesLog bool
 	// Unapplied is what this host does not let the program have, for the workload's status.
 	Unapplied []string
 }

@@ -145,7 +145,8 @@ func (k *Keeper) recordStart(e *entry, c *child, unapplied []string) error {
 }
 
 // unapplied says what this host and this keeper leave out of a workload's bounds and confinement.
-func (k *Keeper) unapplied(w backends.Workload, o stage.Orders) (list []string) {
+func (k *Keeper) unapplied(w backends.Workload, p *Program, o stage.Orders) []string {
+	list := slices.Clone(p.Unapplied)
 	if !k.support.Mounts {
 		list = append(list, "namespaces, a root and a user of its own: this keeper is not root")
 	}
@@ -158,7 +159,10 @@ func (k *Keeper) unapplied(w backends.Workload, o stage.Orders) (list []string) 
 	if w.Resources.Disk > 0 && len(w.Overlay.Keep) > 0 {
 		list = append(list, "disk bound of kept paths: they share the file system of the state folder")
 	}
-	if o.Confine.FileSize == 0 {
+	switch {
+	case p.Monitor && !p.WritesLog:
+		list = append(list, "log bound without the agent: what runs this workload writes the log, which is bounded only while the agent runs")
+	case !p.Monitor && o.Confine.FileSize == 0:
 		list = append(list, "log bound without the agent: where kept paths or mounts may be written, a log is bounded only while the agent runs")
 	}
 	return list

@@ -59,7 +59,7 @@ func (k *Keeper) start(ctx context.Context, e *entry, p *Program) (err error) {
 		return errors.Join(fmt.Errorf("%s: starting a stage: %v", e.name, err), k.groups.Remove(e.name))
 	}
 	k.step("cloned")
-	if err := k.recordStart(e, c, append(k.unapplied(r.Workload, orders), p.Unapplied...)); err != nil {
+	if err := k.recordStart(e, c, k.unapplied(r.Workload, p, orders)); err != nil {
 		c.abandon()
 		return errors.Join(err, k.groups.Remove(e.name))
 	}

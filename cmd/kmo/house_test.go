@@ -58,15 +58,15 @@ func house() map[string]room {
 		"backends/native":          {"backends backends/process registry/merkle", ""},
 		"backends/wasm":            {"backends backends/process backends/process/stage policy/refusal registry/merkle", "github.com/tetratelabs/wazero"},
 		"backends/fake":            {"backends registry/merkle", ""},
-		"backends/conformance":     {"backends backends/plugin registry/merkle", ""},
+		"backends/conformance":     {"backends policy/refusal backends/plugin registry/merkle", ""},
 		"reconciler/template":      {"backends policy/refusal registry/merkle", "go.yaml.in/yaml/v4"},
 		"reconciler/gate":          {"backends policy/refusal", ""},
 		"reconciler":               {"backends policy policy/audit policy/refusal policy/trust reconciler/gate reconciler/template", ""},
 		"reconciler/gitrepo":       {"policy/refusal policy/trust reconciler", "github.com/go-git/go-git/v5 github.com/go-git/go-billy/v5 github.com/fsnotify/fsnotify"},
-		"backends/microvm":         {"backends backends/microvm/boot backends/microvm/channel backends/microvm/machine backends/process backends/process/monitor backends/process/stage", ""},
+		"backends/microvm":         {"backends backends/microvm/boot backends/microvm/channel backends/microvm/machine backends/process backends/process/monitor backends/process/netns backends/process/stage", ""},
 		"backends/microvm/boot":    {"", "github.com/pierrec/lz4"},
 		"backends/microvm/channel": {"backends backends/process/stage", ""},
-		"backends/microvm/machine": {"backends/microvm/channel", ""},
+		"backends/microvm/machine": {"backends/microvm/channel backends/process/stage", ""},
 		"backends/microvm/guest":   {"backends backends/microvm/channel backends/process/cgroup backends/process/stage", ""},
 	}
 }

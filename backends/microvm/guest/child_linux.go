@@ -8,6 +8,7 @@ import (
 	"os"
 	"strconv"
 	"strings"
+	"sync"
 	"syscall"
 	"time"
 
@@ -18,38 +19,75 @@ import (
 
 // child is a stage, and then what it becomes.
 type child struct {
-	pid, pidfd int
-	to, from   *os.File // orders and report
-	output     *os.File
-	copied     chan struct{} // closed when all output has been sent
+	pid      int
+	to, from *os.File // orders and report
+	output   *os.File
+	copied   chan struct{} // closed when all output has been sent
+
+	mu    sync.Mutex // guards what follows
+	pidfd int        // -1 once it has been waited for
 }
 
 // spawn clones a stage, in namespaces of its own or in those of the process that pidfd in holds.
-func spawn(orders stage.Orders, joins []string, in int) (c *child, err error) {
+func spawn(orders stage.Orders, joins []string, in int) (*child, error) {
 	orders.Cgroups = len(joins)
-	null, err := os.OpenFile(os.DevNull, os.O_RDONLY, 0)
+	text, err := json.Marshal(orders)
 	if err != nil {
 		return nil, err
 	}
-	c = &child{pidfd: -1, copied: make(chan struct{})}
-	var output, read, report *os.File // the stage's
-	var failed [3]error
-	c.output, output, failed[0] = os.Pipe()
-	read, c.to, failed[1] = os.Pipe()
-	c.from, report, failed[2] = os.Pipe()
-	if err := errors.Join(failed[:]...); err != nil {
+	c := &child{pidfd: -1, copied: make(chan struct{})}
+	if err := c.clone(joins, in); err != nil {
+		c.close()
 		return nil, err
 	}
-	theirs := []*os.File{null, output, read, report}
-	files := []uintptr{null.Fd(), output.Fd(), output.Fd(), read.Fd(), report.Fd(), ^uintptr(0)} // the last is closed
-	for _, path := range joins {
-		f, err := os.OpenFile(path, os.O_WRONLY, 0)
+	if _, err := io.Copy(c.to, bytes.NewReader(text)); err != nil {
+		close(c.copied) // nobody copies
+		_ = unix.Kill(c.pid, unix.SIGKILL)
+		c.wait()
+		return nil, err
+	}
+	return c, nil
+}
+
+// clone starts the stage with its ends of the pipes, and has ours.
+func (c *child) clone(joins []string, in int) error {
+	null, err := os.OpenFile(os.DevNull, os.O_RDONLY, 0)
+	if err != nil {
+		return err
+	}
+	theirs := []*os.File{null}
+	defer func() {
+		for _, f := range theirs {
+			_ = f.Close() // they are the stage's
+		}
+	}()
+	pipe := func(write bool) (*os.File, error) {
+		other, ours, err := os.Pipe()
 		if err != nil {
 			return nil, err
 		}
+		if !write {
+			other, ours = ours, other
+		}
+		theirs = append(theirs, other)
+		return ours, nil
+	}
+	var failed [3]error
+	c.output, failed[0] = pipe(false)
+	c.to, failed[1] = pipe(true)
+	c.from, failed[2] = pipe(false)
+	if err := errors.Join(failed[:]...); err != nil {
+		return err
+	}
+	files := []uintptr{null.Fd(), theirs[1].Fd(), theirs[1].Fd(), theirs[2].Fd(), theirs[3].Fd(), ^uintptr(0)} // the last is closed
+	for _, path := range joins {
+		f, err := os.OpenFile(path, os.O_WRONLY, 0)
+		if err != nil {
+			return err
+		}
 		theirs, files = append(theirs, f), append(files, f.Fd())
 	}
-	sys := &syscall.SysProcAttr{Setsid: true}
+	sys := &syscall.SysProcAttr{Setsid: true, PidFD: &c.pidfd}
 	if in >= 0 {
 		files = append(files, uintptr(in))
 	} else {
@@ -63,20 +101,27 @@ func spawn(orders stage.Orders, joins []string, in int) (c *child, err error) {
 			c.pid, err = syscall.ForkExec("/proc/self/exe", []string{"kmo", stage.Arg}, &syscall.ProcAttr{Dir: "/", Env: []string{}, Files: files, Sys: sys})
 		}
 	})
-	for _, f := range theirs {
-		_ = f.Close() // they are the stage's
+	return err
+}
+
+// close closes what is ours. What is closed already is of no consequence.
+func (c *child) close() {
+	for _, f := range []*os.File{c.to, c.from, c.output} {
+		_ = f.Close() // one that was never made is an error, too
 	}
-	if err == nil {
-		c.pidfd, err = unix.PidfdOpen(c.pid, 0)
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.pidfd >= 0 {
+		_ = unix.Close(c.pidfd)
+		c.pidfd = -1
 	}
-	if err != nil {
-		return nil, err
-	}
-	text, err := json.Marshal(orders)
-	if err == nil {
-		_, err = io.Copy(c.to, bytes.NewReader(text))
-	}
-	return c, err
+}
+
+// hold returns a descriptor of the process, for the caller to close, as long as it has not been waited for.
+func (c *child) hold() (int, error) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return unix.FcntlInt(uintptr(c.pidfd), unix.F_DUPFD_CLOEXEC, 0)
 }
 
 // copy sends what it writes to w.
@@ -112,7 +157,7 @@ func (c *child) said(first []byte) *stage.Failure {
 	return nil
 }
 
-// wait returns the status of what has ended and whose output has been sent. What it left behind does not hold it up.
+// wait returns the status of what has ended and whose output has been sent, and lets go of it. What it left behind does not hold it up.
 func (c *child) wait() int {
 	var status unix.WaitStatus
 	for {
@@ -123,6 +168,7 @@ func (c *child) wait() int {
 	_ = unix.Kill(-c.pid, unix.SIGKILL) // its group
 	_ = c.output.SetReadDeadline(time.Now().Add(time.Second))
 	<-c.copied
+	c.close()
 	if status.Signaled() {
 		return 128 + int(status.Signal())
 	}
@@ -131,6 +177,11 @@ func (c *child) wait() int {
 
 // signal reaches the child, and its group if it has one. SIGTERM ends a process 1 that does not catch it, as it would end any other.
 func (c *child) signal(number unix.Signal, group bool) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.pidfd < 0 {
+		return // the number may be another's
+	}
 	if group {
 		_ = unix.Kill(-c.pid, number)
 		return

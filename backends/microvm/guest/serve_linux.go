@@ -182,7 +182,12 @@ func (g *guest) exec(id uint32, argv []string) {
 	}
 	orders := g.setup.Stage
 	orders.Root, orders.Pause, orders.Join, orders.Argv = nil, false, true, argv
-	c, err := spawn(orders, g.groups.Joins(workload), program.pidfd)
+	var c *child
+	in, err := program.hold()
+	if err == nil {
+		c, err = spawn(orders, g.groups.Joins(workload), in)
+		_ = unix.Close(in)
+	}
 	if err != nil {
 		fault(stage.Failure{Step: "starting a stage", Cause: err.Error()})
 		return

@@ -11,6 +11,7 @@ import (
 	"net/http"
 	"os"
 	"os/exec"
+	"path/filepath"
 	"strings"
 	"sync"
 	"time"
@@ -35,10 +36,12 @@ type Firecracker struct {
 	stopped bool
 }
 
-// The names of sockets in a machine's folder. The guest's port of the host's is calls, an underscore and the number.
+// The names of sockets in Firecracker's own folder, which is one in the machine's. The guest's port of the host's is vsock, an underscore
+// and the number.
 const (
 	apiSocket = "firecracker.sock"
 	vsock     = "vsock"
+	ownFolder = "vmm"
 )
 
 // guestCID is the guest's number on its vsock, of which each machine has its own.
@@ -56,9 +59,9 @@ func (f *Firecracker) requests(c Config) []request {
 	return []request{
 		{http.MethodPut, "/machine-config", object{"vcpu_count": c.CPUs, "mem_size_mib": c.Memory}},
 		{http.MethodPut, "/boot-source", object{
-			"kernel_image_path": c.Kernel, "initrd_path": c.Initrd, "boot_args": "console=ttyS0 quiet reboot=k panic=-1 " + c.Command,
+			"kernel_image_path": byFD(3), "initrd_path": byFD(4), "boot_args": "console=ttyS0 quiet reboot=k panic=-1 " + c.Command,
 		}},
-		{http.MethodPut, "/drives/base", object{"drive_id": "base", "path_on_host": c.Disk, "is_root_device": false, "is_read_only": true}},
+		{http.MethodPut, "/drives/base", object{"drive_id": "base", "path_on_host": byFD(5), "is_root_device": false, "is_read_only": true}},
 		{http.MethodPut, "/vsock", object{"guest_cid": guestCID, "uds_path": vsock}},
 	}
 }
@@ -69,12 +72,19 @@ func (f *Firecracker) Create(ctx context.Context, c Config) error {
 		return errors.New("firecracker has no shared folders")
 	}
 	f.config = c
-	var err error
-	if f.calls, err = net.ListenUnix("unix", &net.UnixAddr{Name: fmt.Sprintf("%s_%d", vsock, channel.Vsock), Net: "unix"}); err != nil {
+	calls := filepath.Join(ownFolder, fmt.Sprintf("%s_%d", vsock, channel.Vsock))
+	err := os.Mkdir(ownFolder, 0o700)
+	if err == nil {
+		f.calls, err = net.ListenUnix("unix", &net.UnixAddr{Name: calls, Net: "unix"})
+	}
+	if err == nil && c.User != 0 {
+		err = errors.Join(os.Chown(ownFolder, c.User, Group), os.Chown(calls, c.User, Group))
+	}
+	if err != nil {
 		return err
 	}
 	f.client = &http.Client{Timeout: 10 * time.Second, Transport: &http.Transport{DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
-		return (&net.Dialer{}).DialContext(ctx, "unix", apiSocket)
+		return (&net.Dialer{}).DialContext(ctx, "unix", filepath.Join(ownFolder, apiSocket))
 	}}}
 	if err := f.launch(); err != nil {
 		return err
@@ -99,11 +109,16 @@ func (f *Firecracker) launch() error {
 	if f.stopped {
 		return errors.New("the machine is to be stopped")
 	}
-	cmd, err := launched(f.config.Dir, f.Program, []string{"--api-sock", apiSocket, "--id", "kmo"}, nil, &f.words, f.environment...)
-	if err == nil {
-		f.started = cmd
+	files, err := lent(f.config)
+	if err != nil {
+		return err
 	}
-	return err
+	cmd := command(filepath.Join(f.config.Dir, ownFolder), f.Program, []string{"--api-sock", apiSocket, "--id", "kmo"}, files, &f.words, f.environment...)
+	if err := errors.Join(begin(cmd, f.config, true), closed(files)); err != nil {
+		return err
+	}
+	f.started = cmd
+	return nil
 }
 
 func (f *Firecracker) lives() bool {
@@ -212,7 +227,7 @@ func (f *Firecracker) publish(listener net.Listener, port int) {
 
 // call connects to a port of the guest's, as Firecracker has it: CONNECT and the port, answered by OK and a number.
 func (f *Firecracker) call(port int) (net.Conn, error) {
-	conn, err := net.Dial("unix", vsock)
+	conn, err := net.Dial("unix", filepath.Join(ownFolder, vsock))
 	if err != nil {
 		return nil, err
 	}

@@ -15,6 +15,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"syscall"
 	"testing"
 	"time"
 
@@ -187,6 +188,14 @@ func (p *pretender) take(path string, said map[string]any) error {
 	if p.made["/boot-source"] == nil {
 		return errors.New("cannot start microvm without kernel configuration")
 	}
+	for path, key := range map[string]string{"/boot-source": "kernel_image_path", "/drives/base": "path_on_host"} {
+		at, _ := p.made[path][key].(string)
+		f, err := os.Open(at)
+		if err != nil {
+			return err
+		}
+		_ = f.Close()
+	}
 	p.state = "Running"
 	socket, _ := p.made["/vsock"]["uds_path"].(string)
 	go func() {
@@ -254,17 +263,39 @@ func description(t *testing.T) string {
 	return ""
 }
 
-// made is a machine of the pretender's.
+// made is a machine of the pretender's, which has a user of its own where this process may give it one.
 func made(t *testing.T, c Config) (*Firecracker, error) {
 	t.Helper()
-	t.Setenv(descriptionVariable, description(t))
+	described, everybody := description(t), t.TempDir()
 	c.Dir = t.TempDir()
 	t.Chdir(c.Dir)
 	self, err := os.Executable()
 	if err != nil {
 		t.Fatal(err)
 	}
-	f := &Firecracker{Program: self, environment: []string{descriptionVariable + "=" + os.Getenv(descriptionVariable)}}
+	program, known := filepath.Join(everybody, "firecracker"), filepath.Join(everybody, "description")
+	for to, from := range map[string]string{program: self, known: described} {
+		text, err := os.ReadFile(from)
+		if err = errors.Join(err, os.WriteFile(to, text, 0o755)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for at := everybody; at != filepath.Clean(os.TempDir()) && os.Geteuid() == 0; at = filepath.Dir(at) {
+		if err := os.Chmod(at, 0o755); err != nil {
+			t.Fatal(err)
+		}
+		c.User = Group + 1
+	}
+	for _, path := range []*string{&c.Kernel, &c.Initrd, &c.Disk} {
+		f, err := os.CreateTemp(t.TempDir(), "")
+		if err != nil {
+			t.Fatal(err)
+		}
+		if *path = f.Name(); f.Close() != nil {
+			t.Fatal("a file is not written")
+		}
+	}
+	f := &Firecracker{Program: program, environment: []string{descriptionVariable + "=" + known}}
 	t.Cleanup(func() {
 		if said := f.Stop(); t.Failed() {
 			t.Log(said)
@@ -282,7 +313,7 @@ func TestFirecrackerByItsDescription(t *testing.T) {
 	if err := listener.Close(); err != nil {
 		t.Fatal(err)
 	}
-	f, err := made(t, Config{Kernel: "/kernel", Initrd: "/initrd", Disk: "/disk", CPUs: 2, Memory: 128, Forwards: []Forward{{"127.0.0.1", port, 8080}}})
+	f, err := made(t, Config{CPUs: 2, Memory: 128, Forwards: []Forward{{"127.0.0.1", port, 8080}}})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -293,6 +324,10 @@ func TestFirecrackerByItsDescription(t *testing.T) {
 		}
 	}
 	state(Created)
+	var found syscall.Stat_t
+	if err := syscall.Stat(fmt.Sprint("/proc/", f.started.Process.Pid), &found); err != nil || int(found.Uid) != f.config.User {
+		t.Errorf("its user is %d, %v; want %d", found.Uid, err, f.config.User)
+	}
 	if err := f.Start(t.Context()); err != nil {
 		t.Fatal(err)
 	}
@@ -318,7 +353,7 @@ func TestFirecrackerByItsDescription(t *testing.T) {
 
 // The description is held against what is wrong, too: otherwise the test above would not say much.
 func TestFirecrackerRefuses(t *testing.T) {
-	f, err := made(t, Config{Kernel: "/kernel", Initrd: "/initrd", Disk: "/disk", CPUs: 33, Memory: 128})
+	f, err := made(t, Config{CPUs: 33, Memory: 128})
 	if err == nil || !strings.Contains(err.Error(), "PUT /machine-config: 400") || !strings.Contains(err.Error(), "vcpu_count") {
 		t.Errorf("33 processors: %v", err)
 	}
@@ -339,7 +374,7 @@ func TestFirecrackerRefuses(t *testing.T) {
 
 // Who waits for a guest's call learns that the machine has ended, or the wait.
 func TestFirecrackerGone(t *testing.T) {
-	f, err := made(t, Config{Kernel: "/kernel", Initrd: "/initrd", Disk: "/disk", CPUs: 1, Memory: 128})
+	f, err := made(t, Config{CPUs: 1, Memory: 128})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -349,7 +384,7 @@ func TestFirecrackerGone(t *testing.T) {
 	if _, err := f.Connect(t.Context()); err == nil {
 		t.Error("a machine that is gone has called")
 	}
-	f, err = made(t, Config{Kernel: "/kernel", Initrd: "/initrd", Disk: "/disk", CPUs: 1, Memory: 128})
+	f, err = made(t, Config{CPUs: 1, Memory: 128})
 	if err != nil {
 		t.Fatal(err)
 	}

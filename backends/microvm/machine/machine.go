@@ -39,7 +39,7 @@ const (
 // Config is a machine.
 type Config struct {
 	Dir      string // for sockets; the working folder of this process, as a socket's path may be no longer than 107 bytes
-	Kernel   string
+	Kernel   string // this and what follows lie in folders that nobody else may enter
 	Initrd   string
 	Command  string // what the kernel is told, beside what the program's machine needs
 	CPUs     int
@@ -48,11 +48,15 @@ type Config struct {
 	Forwards []Forward
 	// Shares is a folder whose subfolders the guest sees, by virtiofs with the tag "kmo"; "" is none.
 	Shares string
+	// Network is the path of the network namespace that the program is to be in, whose loopback it lets its guest reach; "" is this one.
+	Network string
+	// User is the program's own: of what is not everybody's it has what is named here and nothing else; 0 leaves it this process's.
+	User int
 }
 
 // Forward publishes a TCP port of the guest's.
 type Forward struct {
-	Address     string // of this host; "" is every one
+	Address     string // of the program's network for QEMU, of this host for Firecracker; "" is every one
 	Host, Guest int
 }
 
@@ -102,11 +106,11 @@ func (w *words) String() string {
 	return strings.TrimSpace(string(w.text))
 }
 
-// launched is a program whose words are kept, in a machine's folder.
-func launched(dir, program string, args []string, files []*os.File, said *words, environment ...string) (*exec.Cmd, error) {
+// command is a program in a folder whose words are kept.
+func command(dir, program string, args []string, files []*os.File, said *words, environment ...string) *exec.Cmd {
 	cmd := exec.Command(program, args...)
 	cmd.Dir, cmd.Stdout, cmd.Stderr, cmd.ExtraFiles = dir, said, said, files
 	cmd.Env = append([]string{"PATH=" + os.Getenv("PATH")}, environment...)
 	cmd.WaitDelay = time.Second // for what it has left behind
-	return cmd, cmd.Start()
+	return cmd
 }

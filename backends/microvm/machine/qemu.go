@@ -10,7 +10,6 @@ import (
 	"net"
 	"os"
 	"os/exec"
-	"strings"
 	"sync"
 	"syscall"
 	"time"
@@ -36,12 +35,16 @@ type QEMU struct {
 const (
 	channelFD = 3
 	controlFD = 4
+	kernelFD  = 5
+	initrdFD  = 6
+	diskFD    = 7
+	sharesFD  = 8
 )
 
-// Guest is where the guest lies in the network that QEMU makes for it, and the way out.
+// Where the guest lies in the network that QEMU makes for it, and the way out: not 10.0.2.0/24, which may be that of QEMU's own way out.
 const (
-	GuestAddress = "10.0.2.15/24"
-	Gateway      = "10.0.2.2"
+	GuestAddress = "10.0.3.15/24"
+	Gateway      = "10.0.3.2"
 )
 
 // Arguments are the command line for a machine.
@@ -53,7 +56,7 @@ func (q *QEMU) Arguments(c Config) []string {
 	} else {
 		command += " mitigations=off no_timer_check" // it foresees nothing, and a busy host may be late with the ticks that are looked for
 	}
-	net := "user,id=net,ipv6=off"
+	net := "user,id=net,ipv6=off,net=10.0.3.0/24,host=" + Gateway
 	for _, f := range c.Forwards {
 		net += fmt.Sprintf(",hostfwd=tcp:%s:%d-:%d", f.Address, f.Host, f.Guest)
 	}
@@ -66,43 +69,26 @@ func (q *QEMU) Arguments(c Config) []string {
 		"-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny",
 		"-accel", accel, "-cpu", model, "-smp", fmt.Sprint(c.CPUs), "-m", fmt.Sprint(c.Memory) + "M",
 		"-object", memory, "-machine", machine + ",memory-backend=memory",
-		"-kernel", c.Kernel, "-initrd", c.Initrd, "-append", command,
+		"-kernel", byFD(kernelFD), "-initrd", byFD(initrdFD), "-append", command,
 		"-chardev", "stdio,id=console,signal=off", "-serial", "chardev:console",
 		"-chardev", fmt.Sprint("socket,id=control,fd=", controlFD), "-mon", "chardev=control,mode=control",
 		"-device", "virtio-serial-pci,max_ports=2", "-chardev", fmt.Sprint("socket,id=channel,fd=", channelFD), "-device", "virtserialport,chardev=channel,name=kmo",
-		"-drive", "if=none,id=base,format=raw,readonly=on,file=" + strings.ReplaceAll(c.Disk, ",", ",,"), "-device", "virtio-blk-pci,drive=base",
+		"-drive", "if=none,id=base,format=raw,readonly=on,file=" + byFD(diskFD), "-device", "virtio-blk-pci,drive=base",
 		"-netdev", net, "-device", "virtio-net-pci,netdev=net,romfile=",
 	}
 	if c.Shares != "" {
-		args = append(args, "-chardev", "socket,id=shares,path=shares.sock", "-device", "vhost-user-fs-pci,chardev=shares,tag=kmo")
+		args = append(args, "-chardev", fmt.Sprint("socket,id=shares,fd=", sharesFD), "-device", "vhost-user-fs-pci,chardev=shares,tag=kmo")
 	}
 	return args
 }
 
 // Create starts QEMU, and virtiofsd before it.
 func (q *QEMU) Create(ctx context.Context, c Config) error {
-	if c.Shares != "" {
-		if err := q.share(c); err != nil {
-			return fmt.Errorf("starting %s: %v", q.Sharer, err)
-		}
+	theirs, err := q.given(c)
+	if err == nil {
+		err = q.launch(command("/", q.Program, q.Arguments(c), theirs, &q.words), func(cmd *exec.Cmd) error { return begin(cmd, c, q.KVM) })
 	}
-	var theirs []*os.File
-	for _, mine := range []**os.File{&q.channel, &q.control} {
-		pair, err := syscall.Socketpair(syscall.AF_UNIX, syscall.SOCK_STREAM, 0)
-		if err != nil {
-			return err
-		}
-		syscall.CloseOnExec(pair[0])
-		syscall.CloseOnExec(pair[1])
-		_ = syscall.SetNonblock(pair[0], true) // in the runtime's poller, so that Close ends a read
-		*mine = os.NewFile(uintptr(pair[0]), "machine")
-		theirs = append(theirs, os.NewFile(uintptr(pair[1]), "machine"))
-	}
-	err := q.launch(c, q.Program, q.Arguments(c), theirs)
-	for _, f := range theirs {
-		err = errors.Join(err, f.Close())
-	}
-	if err != nil {
+	if err = errors.Join(err, closed(theirs)); err != nil {
 		return err
 	}
 	q.said = bufio.NewReader(q.control)
@@ -112,33 +98,68 @@ func (q *QEMU) Create(ctx context.Context, c Config) error {
 	return nil
 }
 
-// share starts virtiofsd over the folder, with the socket at which QEMU will call.
-func (q *QEMU) share(c Config) error {
-	listener, err := net.ListenUnix("unix", &net.UnixAddr{Name: "shares.sock", Net: "unix"})
-	if err != nil {
-		return err
+// given is what QEMU gets, in the order of its descriptors.
+func (q *QEMU) given(c Config) (theirs []*os.File, err error) {
+	for _, mine := range []**os.File{&q.channel, &q.control} {
+		pair, err := syscall.Socketpair(syscall.AF_UNIX, syscall.SOCK_STREAM, 0)
+		if err != nil {
+			return theirs, err
+		}
+		syscall.CloseOnExec(pair[0])
+		syscall.CloseOnExec(pair[1])
+		_ = syscall.SetNonblock(pair[0], true) // in the runtime's poller, so that Close ends a read
+		*mine = os.NewFile(uintptr(pair[0]), "machine")
+		theirs = append(theirs, os.NewFile(uintptr(pair[1]), "machine"))
 	}
-	listener.SetUnlinkOnClose(false)
+	files, err := lent(c)
+	theirs = append(theirs, files...)
+	if err != nil || c.Shares == "" {
+		return theirs, err
+	}
+	shares, err := q.share(c)
+	if err != nil {
+		return theirs, fmt.Errorf("starting %s: %v", q.Sharer, err)
+	}
+	return append(theirs, shares), nil
+}
+
+// share starts virtiofsd over the folder, and returns a connection to it for QEMU. It stays root: it makes files for every user of the guest's.
+func (q *QEMU) share(c Config) (*os.File, error) {
+	at := &net.UnixAddr{Name: "shares.sock", Net: "unix"}
+	listener, err := net.ListenUnix("unix", at)
+	if err != nil {
+		return nil, err
+	}
+	defer func() { _ = listener.Close() }() // virtiofsd has its own
+	conn, err := net.DialUnix("unix", nil, at)
+	if err != nil {
+		return nil, err
+	}
+	defer func() { _ = conn.Close() }() // QEMU has its own
 	f, err := listener.File()
-	if err = errors.Join(err, listener.Close()); err != nil {
-		return err
+	if err != nil {
+		return nil, err
 	}
 	defer f.Close()
-	return q.launch(c, q.Sharer, []string{"--fd=3", "--rlimit-nofile=0", "-o", "source=" + c.Shares}, []*os.File{f})
+	args := []string{"--fd=3", "--rlimit-nofile=0", "-o", "source=" + c.Shares}
+	if err := q.launch(command(c.Dir, q.Sharer, args, []*os.File{f}, &q.words), (*exec.Cmd).Start); err != nil {
+		return nil, err
+	}
+	return conn.File()
 }
 
 // launch starts a program that Stop ends.
-func (q *QEMU) launch(c Config, program string, args []string, files []*os.File) error {
+func (q *QEMU) launch(cmd *exec.Cmd, start func(*exec.Cmd) error) error {
 	q.mu.Lock()
 	defer q.mu.Unlock()
 	if q.stopped {
 		return errors.New("the machine is to be stopped")
 	}
-	cmd, err := launched(c.Dir, program, args, files, &q.words)
-	if err == nil {
-		q.started = append(q.started, cmd)
+	if err := start(cmd); err != nil {
+		return err
 	}
-	return err
+	q.started = append(q.started, cmd)
+	return nil
 }
 
 // Start lets the processor run.

@@ -35,6 +35,7 @@ type Place struct {
 	Dir    string   `json:"dir"`            // a folder for the monitor's own, new at each start, cleared with the workload
 	Memory string   `json:"memory"`         // the same on storage that is memory, for secrets; "" where this host has none
 	Kept   []string `json:"kept,omitempty"` // kept folders, in the order of Overlay.Keep, made for Run.User
+	Log    int64    `json:"log,omitempty"`  // bytes that the log may have while nobody trims it; 0 is no bound
 	Bare   bool     `json:"-"`              // programs get no root of their own and see this host's paths: there are no monitors then
 }
 
@@ -77,6 +78,24 @@ func (p Place) Read() (t Task, err error) {
 		return t, err
 	}
 	return t, json.Unmarshal(text, &t)
+}
+
+// Output is this process's standard output. Where that is the log, what goes beyond Place.Log is lost until somebody trims it.
+func (p Place) Output() io.Writer { return output{os.Stdout, p.Log} }
+
+type output struct {
+	file *os.File
+	most int64
+}
+
+// Write says that all was written: a log that is full, or a disk, ends no program.
+func (o output) Write(text []byte) (int, error) {
+	rest := text
+	if found, err := o.file.Stat(); err == nil && found.Mode().IsRegular() && o.most > 0 {
+		rest = text[:min(int64(len(text)), max(0, o.most-found.Size()))]
+	}
+	_, _ = o.file.Write(rest)
+	return len(text), nil
 }
 
 // End is how a workload's program ended.
