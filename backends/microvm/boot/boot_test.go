@@ -79,7 +79,7 @@ func TestUnpack(t *testing.T) {
 			t.Errorf("%.20q was unpacked", broken)
 		}
 	}
-	for range 2000 { // what is broken is no kernel, or another, and nobody panics
+	for range 200 { // what is broken is no kernel, or another, and nobody panics
 		broken := slices.Clone(framed[:min(len(framed), 4096)])
 		broken[4+random.IntN(len(broken)-4)] ^= byte(1 + random.IntN(255))
 		_, _ = unpack(image(broken[:random.IntN(len(broken))]))
