@@ -34,7 +34,7 @@ func Benchmark(b *testing.B) {
 			}
 			conformance.Bench(b, conformance.Race{Backend: backend, Format: backends.OCI, Image: image, Many: 100, Rival: byHand(d, measured.Name, b.TempDir())})
 			done()
-			backend.drop(b.Context(), id)
+			backend.drop(id)
 		})
 	}
 }

@@ -75,7 +75,7 @@ func (b *Backend) Apply(ctx context.Context, w backends.Workload) error {
 		if err := b.discard(ctx, found.id); err != nil {
 			return err
 		}
-		defer b.drop(context.WithoutCancel(ctx), found.image)
+		defer b.drop(found.image)
 	}
 	return b.anew(ctx, e, w)
 }
@@ -333,12 +333,16 @@ func (b *Backend) clear(ctx context.Context, e *entry) error {
 			return err
 		}
 	}
-	if err := errors.Join(os.RemoveAll(e.dir), b.plan.Secrets.Forget(e.name)); err != nil {
+	image := e.imageID()
+	e.mu.Lock()
+	err := errors.Join(os.RemoveAll(e.dir), b.plan.Secrets.Forget(e.name))
+	e.cleared = err == nil // an end that is told of now is recorded no more
+	e.mu.Unlock()
+	if err != nil {
 		return err
 	}
-	image := e.imageID()
 	b.leave(e)
-	b.drop(ctx, image)
+	b.drop(image)
 	return nil
 }
 
