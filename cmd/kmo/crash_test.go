@@ -229,7 +229,7 @@ func (s *scene) strike(old []string, target step, i int, pushed <-chan error) {
 		s.t.Logf("without more priority than the load, a kill may fall late: %v", err)
 	}
 	defer func() { _ = unix.Setpriority(unix.PRIO_PROCESS, unix.Gettid(), 0) }()
-	for deadline := time.Now().Add(30 * time.Second); !target.now(s); {
+	for deadline := time.Now().Add(30 * time.Second); !target.now(s) && !s.ended(s.record()); { // a step that goes by unseen is aimed at again
 		if s.name == "" {
 			for _, name := range s.workloads() {
 				if !slices.Contains(old, name) {
@@ -292,16 +292,19 @@ func (s *scene) landed() string {
 	return "between"
 }
 
+// ended says that a record is the last of what was pushed.
+func (s *scene) ended(rec reconciler.Record) bool {
+	if !s.bad {
+		return rec.Good == s.pushed && rec.Head == s.pushed && rec.Trying == "" && rec.Outcome == reconciler.Converged
+	}
+	return rec.Trying == "" && rec.Outcome == reconciler.Reverted && len(rec.Bad) > 0 && rec.Bad[0].Commit == s.pushed && rec.Bad[0].Revert != "" &&
+		rec.Good == rec.Bad[0].Revert && rec.Head == rec.Good
+}
+
 // settle waits until the host has come to its end.
 func (s *scene) settle() {
 	s.t.Helper()
-	s.until(fmt.Sprintf("end of %s (bad: %v)", s.pushed, s.bad), 40*time.Second, func(rec reconciler.Record) bool {
-		if !s.bad {
-			return rec.Good == s.pushed && rec.Head == s.pushed && rec.Trying == "" && rec.Outcome == reconciler.Converged
-		}
-		return rec.Trying == "" && rec.Outcome == reconciler.Reverted && len(rec.Bad) > 0 && rec.Bad[0].Commit == s.pushed && rec.Bad[0].Revert != "" &&
-			rec.Good == rec.Bad[0].Revert && rec.Head == rec.Good
-	})
+	s.until(fmt.Sprintf("end of %s (bad: %v)", s.pushed, s.bad), 40*time.Second, s.ended)
 	if err := until(func() bool { _, err := s.status(); return err == nil }); err != nil {
 		s.t.Fatal(err)
 	}
