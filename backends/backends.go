@@ -82,12 +82,23 @@ type Fingerprint struct {
 	Platforms []string  `json:"platforms"`         // "linux/amd64"; for wasm "wasip1/wasm"
 	Isolation Isolation `json:"isolation"`         // how strongly it separates
 	Features  []Feature `json:"features"`          // sorted
-	Missing   []string  `json:"missing,omitempty"` // what this host does not let it apply, in words: "landlock: kernel has none"
+	Missing   []string  `json:"missing,omitempty"` // what this host does not let it apply: subjects, a colon, why: "landlock: kernel has none"
 }
 
 // Has says whether the fingerprint has feature f.
 func (p Fingerprint) Has(f Feature) bool {
 	return slices.Contains(p.Features, f)
+}
+
+// Concerning picks from lines as Fingerprint.Missing has them those that begin with one of the subjects: "apparmor, selinux: …" is about both.
+func Concerning(missing []string, subjects ...string) (list []string) {
+	for _, line := range missing {
+		about, _, _ := strings.Cut(line, ":")
+		if slices.ContainsFunc(strings.Split(about, ", "), func(subject string) bool { return slices.Contains(subjects, subject) }) {
+			list = append(list, line)
+		}
+	}
+	return list
 }
 
 // Isolation orders backends by how strongly they separate a workload from the host; more is stronger.
@@ -297,7 +308,7 @@ type Status struct {
 	ExitCode  int           `json:"exitCode,omitempty"` // of the last program that ended; 128 + signal; 0 too if nobody saw it, which Detail says
 	OOM       bool          `json:"oom,omitempty"`      // the last end was for want of memory
 	Usage     Usage         `json:"usage"`
-	Unapplied []string      `json:"unapplied,omitempty"` // what the host did not let the backend apply, in words
+	Unapplied []string      `json:"unapplied,omitempty"` // what the host did not let the backend apply, in words; what Missing says of its confinement too
 	Detail    string        `json:"detail,omitempty"`
 }
 

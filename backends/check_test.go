@@ -1,6 +1,9 @@
 package backends
 
-import "testing"
+import (
+	"slices"
+	"testing"
+)
 
 func TestCleanPaths(t *testing.T) {
 	for path, want := range map[string]bool{
@@ -9,5 +12,15 @@ func TestCleanPaths(t *testing.T) {
 		if clean(path) != want {
 			t.Errorf("T42 %q: %t, want %t", path, !want, want)
 		}
+	}
+}
+
+func TestConcerning(t *testing.T) {
+	missing := []string{"apparmor, selinux: none", "seccomp: no filter", "limit-cpu: no seccomp, no bound", "network"}
+	if got, want := Concerning(missing, "seccomp", "apparmor"), missing[:2]; !slices.Equal(got, want) {
+		t.Errorf("got %q, want %q", got, want)
+	}
+	if got := Concerning(missing, "network", "devices"); !slices.Equal(got, missing[3:]) {
+		t.Errorf("got %q, want %q", got, missing[3:])
 	}
 }

@@ -3,6 +3,7 @@ package conformance
 import (
 	"fmt"
 	"os"
+	"slices"
 	"strconv"
 	"strings"
 
@@ -17,6 +18,7 @@ func rightsChecks() []check {
 		{"all of the host is given", privilegeGiven},
 		{"the base can be written where that is asked for", baseWritable},
 		{"the filter can be switched off", filterOff},
+		{"what is missing of its confinement is told of a workload", missingTold},
 	}
 }
 
@@ -107,5 +109,15 @@ func filterOff(b *bench) {
 	}
 	if told := b.told(backends.Security{Unconfined: true}); told["Seccomp"] != "0" {
 		b.Errorf("without a filter the kernel says Seccomp %s, want 0", told["Seccomp"])
+	}
+}
+
+func missingTold(b *bench) {
+	w := b.apply(b.unit("relay", "wait"))
+	s := b.up(w.Name)
+	for _, line := range b.able.Missing {
+		if (strings.HasPrefix(line, "seccomp") || strings.HasPrefix(line, "apparmor")) && !slices.Contains(s.Unapplied, line) {
+			b.Errorf("the fingerprint says %q, the workload that only %q is unapplied", line, s.Unapplied)
+		}
 	}
 }

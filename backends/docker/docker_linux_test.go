@@ -8,6 +8,7 @@ import (
 	"os"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -206,4 +207,20 @@ func TestLook(t *testing.T) {
 			t.Error(err)
 		}
 	})
+}
+
+func TestUnapplied(t *testing.T) {
+	able := backends.Fingerprint{Missing: []string{"apparmor, selinux: neither", "capabilities: some", "seccomp: no filter"}}
+	for _, test := range []struct {
+		security backends.Security
+		want     []string
+	}{
+		{backends.Security{}, []string{able.Missing[0], able.Missing[2]}},
+		{backends.Security{Unconfined: true}, nil},
+		{backends.Security{Privileged: true}, nil},
+	} {
+		if got := unapplied(able, backends.Workload{Security: test.security}); !slices.Equal(got, test.want) {
+			t.Errorf("%+v: got %q, want %q", test.security, got, test.want)
+		}
+	}
 }

@@ -379,6 +379,17 @@ func (b *Backend) measure(able *backends.Fingerprint, info system.Info) {
 	slices.Sort(able.Features)
 }
 
+// unapplied is what the engine leaves out of a workload's bounds and of the confinement that it did not ask to be without.
+func unapplied(able backends.Fingerprint, w backends.Workload) (list []string) {
+	if !w.Security.Unconfined && !w.Security.Privileged {
+		list = backends.Concerning(able.Missing, "seccomp", "apparmor")
+	}
+	if w.Resources.Disk > 0 && len(w.Overlay.Keep) > 0 {
+		list = append(list, "disk bound of kept paths: they share the file system of the state folder")
+	}
+	return list
+}
+
 // unprivileged says why all of the host cannot be given, or nothing if it can. Docker gives every capability the kernel knows, and cannot
 // give what it has not itself; Podman gives what it has.
 func (b *Backend) unprivileged(mapped bool) string {

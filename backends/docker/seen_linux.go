@@ -35,6 +35,10 @@ func (b *Backend) Observe(ctx context.Context) ([]backends.Status, error) {
 	if err := b.ready(ctx); err != nil {
 		return nil, err
 	}
+	able, err := b.abilities(ctx)
+	if err != nil {
+		return nil, err
+	}
 	found, err := b.containers(ctx)
 	if err != nil {
 		return nil, err
@@ -50,6 +54,7 @@ func (b *Backend) Observe(ctx context.Context) ([]backends.Status, error) {
 			return nil, err
 		}
 		if s != nil {
+			s.Unapplied = unapplied(able, e.asked())
 			list = append(list, *s)
 		}
 	}
@@ -82,7 +87,7 @@ func (b *Backend) status(ctx context.Context, e *entry, c container.Summary) (*b
 	if e.cleared || e.workload.Name == "" {
 		return nil, nil
 	}
-	s := &backends.Status{Name: e.name, Spec: e.workload.Spec, State: backends.Backoff, Restarts: e.record.Restarts, Detail: e.detail, Unapplied: unapplied(e.workload)}
+	s := &backends.Status{Name: e.name, Spec: e.workload.Spec, State: backends.Backoff, Restarts: e.record.Restarts, Detail: e.detail}
 	for i, p := range e.workload.Run.Ports {
 		s.Addresses = append(s.Addresses, backends.Address{Port: p.Name, Address: fmt.Sprintf("127.0.0.1:%d", e.ports[i])})
 	}
@@ -124,13 +129,6 @@ func (e *entry) doubtful(id string, runs bool) bool {
 		return e.program != nil && e.program.Ended()
 	}
 	return e.record.Ended == nil || !e.again && !e.starting
-}
-
-func unapplied(w backends.Workload) (list []string) {
-	if w.Resources.Disk > 0 && len(w.Overlay.Keep) > 0 {
-		list = append(list, "disk bound of kept paths: they share the file system of the state folder")
-	}
-	return list
 }
 
 // Exec runs a command inside a running workload.

@@ -149,3 +149,19 @@ func stranger(t *testing.T, root string) func(*testing.T) {
 		}
 	}
 }
+
+// What is not there on this host is told of each workload that it concerns.
+func TestUnapplied(t *testing.T) {
+	b := open(t, t.TempDir())
+	defer b.Close()
+	t.Setenv("PATH", t.TempDir()) // without slirp4netns
+	told := func(w backends.Workload, subject string) bool {
+		return len(backends.Concerning(b.unapplied(w), subject)) > 0
+	}
+	if w := (backends.Workload{}); !told(w, "network") || !told(w, "apparmor") {
+		t.Errorf("unapplied is %q, want the network and apparmor in it", b.unapplied(w))
+	}
+	if w := (backends.Workload{Security: backends.Security{Host: []string{"network"}}}); told(w, "network") {
+		t.Errorf("in the host's network unapplied is %q", b.unapplied(w))
+	}
+}
