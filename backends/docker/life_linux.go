@@ -333,10 +333,14 @@ func (b *Backend) clear(ctx context.Context, e *entry) error {
 			return err
 		}
 	}
-	if err := errors.Join(os.RemoveAll(e.dir), b.plan.Secrets.Forget(e.name)); err != nil {
+	image := e.imageID()
+	e.mu.Lock()
+	err := errors.Join(os.RemoveAll(e.dir), b.plan.Secrets.Forget(e.name))
+	e.cleared = err == nil // an end that is told of now is recorded no more
+	e.mu.Unlock()
+	if err != nil {
 		return err
 	}
-	image := e.imageID()
 	b.leave(e)
 	b.drop(ctx, image)
 	return nil
