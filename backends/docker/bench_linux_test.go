@@ -71,7 +71,7 @@ func BenchmarkStart(b *testing.B) {
 			tell(b, starts, stops)
 		})
 		done()
-		keeper.drop(b.Context(), measured.ID)
+		keeper.drop(measured.ID)
 		if err := keeper.Close(); err != nil {
 			b.Error(err)
 		}

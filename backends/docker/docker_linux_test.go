@@ -165,7 +165,7 @@ func stranger(t *testing.T, d *daemon, image backends.Image) func(*testing.T) {
 		if err := b.discard(t.Context(), made.ID); err != nil {
 			t.Error(err)
 		}
-		b.drop(t.Context(), id)
+		b.drop(id)
 		if err := b.Close(); err != nil {
 			t.Error(err)
 		}
@@ -202,7 +202,7 @@ func TestLook(t *testing.T) {
 			t.Errorf("the state folder: %v, want none", err)
 		}
 		done()
-		other.drop(t.Context(), id)
+		other.drop(id)
 		if err := other.Close(); err != nil {
 			t.Error(err)
 		}

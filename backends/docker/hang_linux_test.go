@@ -86,6 +86,7 @@ func TestImageRemovalHangs(t *testing.T) {
 		if err := <-applied; err != nil {
 			t.Error(err)
 		}
+		cancelledRemoval(t, b, unit("third", images[0], "wait"), asked)
 		b.dropTime = time.Second
 		if err := errors.Join(b.Remove(t.Context(), "other-00000001"), b.Apply(t.Context(), relay(3, 0)), b.Remove(t.Context(), "relay-00000001")); err != nil {
 			t.Errorf("while no image can be removed: %v", err)
@@ -101,4 +102,27 @@ func TestImageRemovalHangs(t *testing.T) {
 		}
 		over(t, d, b, state)
 	})
+}
+
+// cancelledRemoval ends the context of a Remove while the image is being removed, which is removed all the same.
+func cancelledRemoval(t *testing.T, b *Backend, w backends.Workload, asked <-chan chan struct{}) {
+	t.Helper()
+	if err := b.Apply(t.Context(), w); err != nil {
+		t.Fatal(err)
+	}
+	id := b.entry(w.Name).imageID()
+	ctx, cancel := context.WithCancel(t.Context())
+	defer cancel()
+	removed := make(chan struct{})
+	go func() {
+		defer close(removed)
+		_ = b.Remove(ctx, w.Name) // done or not
+	}()
+	goOn := <-asked
+	cancel()
+	close(goOn)
+	<-removed
+	if there, err := b.has(t.Context(), id, nil); there || err != nil {
+		t.Errorf("after a removal that was given up its image is there: %t; %v", there, err)
+	}
 }

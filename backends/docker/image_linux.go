@@ -12,6 +12,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"time"
 
 	"github.com/containerd/errdefs"
 	"github.com/moby/moby/client"
@@ -110,6 +111,7 @@ func (b *Backend) image(ctx context.Context, w backends.Workload) (id string, do
 	}
 	if err := b.provide(ctx, w, id, measured); err != nil {
 		done()
+		b.drop(id) // it may have been loaded all the same
 		return "", nil, err
 	}
 	return id, done, nil
@@ -168,7 +170,12 @@ func (b *Backend) has(ctx context.Context, id string, measured *layer.Image) (bo
 	return true, nil
 }
 
+// load sends an image. When ctx ends nothing more is sent; of one that has been sent already the answer is waited for, for a while: what the
+// engine makes of it would come after it has been looked at what is to be removed.
 func (b *Backend) load(ctx context.Context, i *layer.Image) error {
+	answered, cancel := context.WithCancel(context.WithoutCancel(ctx))
+	defer cancel()
+	defer context.AfterFunc(ctx, func() { time.AfterFunc(b.dropTime, cancel) })()
 	r, w := io.Pipe()
 	sent := make(chan error, 1)
 	go func() {
@@ -176,7 +183,7 @@ func (b *Backend) load(ctx context.Context, i *layer.Image) error {
 		_ = w.CloseWithError(err) // never fails
 		sent <- err
 	}()
-	answer, err := b.engine.ImageLoad(ctx, r, client.ImageLoadWithQuiet(true))
+	answer, err := b.engine.ImageLoad(answered, r, client.ImageLoadWithQuiet(true))
 	if err == nil {
 		err = loadFault(answer)
 		err = errors.Join(err, answer.Close())
@@ -207,9 +214,10 @@ func loadFault(r io.Reader) error {
 	}
 }
 
-// drop removes an image if nobody uses it. What the engine says against it counts: others may. One that does not answer in time is not
-// waited for: what is left then is removed when the state folder is opened again.
-func (b *Backend) drop(ctx context.Context, id string) {
+// drop removes an image if nobody uses it, whatever becomes of who wants that: nobody comes back for it. What the engine says against it
+// counts: others may use it. One that does not answer in time is not waited for: what is left then is removed when the state folder is
+// opened again.
+func (b *Backend) drop(id string) {
 	if id == "" {
 		return
 	}
@@ -224,7 +232,7 @@ func (b *Backend) drop(ctx context.Context, id string) {
 		return
 	}
 	defer over()
-	ctx, cancel := context.WithTimeout(ctx, b.dropTime)
+	ctx, cancel := context.WithTimeout(b.ctx, b.dropTime)
 	defer cancel()
 	_, err := b.engine.ImageRemove(ctx, id, client.ImageRemoveOptions{PruneChildren: true})
 	if err != nil && !errdefs.IsNotFound(err) {
@@ -260,7 +268,7 @@ func (b *Backend) tidy(ctx context.Context) error {
 	for _, i := range found.Items {
 		ours := slices.ContainsFunc(i.RepoTags, func(tag string) bool { return strings.HasPrefix(tag, layer.Repository+":") })
 		if ours {
-			b.drop(ctx, imageID(i.ID))
+			b.drop(imageID(i.ID))
 		}
 	}
 	return nil

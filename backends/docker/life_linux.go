@@ -75,7 +75,7 @@ func (b *Backend) Apply(ctx context.Context, w backends.Workload) error {
 		if err := b.discard(ctx, found.id); err != nil {
 			return err
 		}
-		defer b.drop(context.WithoutCancel(ctx), found.image)
+		defer b.drop(found.image)
 	}
 	return b.anew(ctx, e, w)
 }
@@ -342,7 +342,7 @@ func (b *Backend) clear(ctx context.Context, e *entry) error {
 		return err
 	}
 	b.leave(e)
-	b.drop(ctx, image)
+	b.drop(image)
 	return nil
 }
 
