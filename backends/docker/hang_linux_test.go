@@ -126,3 +126,17 @@ func cancelledRemoval(t *testing.T, b *Backend, w backends.Workload, asked <-cha
 		t.Errorf("after a removal that was given up its image is there: %t; %v", there, err)
 	}
 }
+
+// An engine that went away just after a start has not damaged what it started.
+func TestFaultOver(t *testing.T) {
+	b := &Backend{options: Options{State: t.TempDir()}}
+	e := b.fresh("relay-00000001")
+	e.running = true
+	e.fail(errors.New("docker does not answer"))
+	if e.record.Fault == "" {
+		t.Error("it is not told at once")
+	}
+	if err := b.postInit(t.Context(), e); err != nil || e.record.Fault != "" {
+		t.Errorf("after it has been applied again its fault is %q; %v", e.record.Fault, err)
+	}
+}

@@ -364,8 +364,11 @@ func (b *Backend) leave(e *entry) {
 // applying it again runs them again.
 func (b *Backend) postInit(ctx context.Context, e *entry) error {
 	e.mu.Lock()
-	pending, c := e.record.Pending, e.id
+	pending, fault, c := e.record.Pending, e.record.Fault, e.id
 	e.mu.Unlock()
+	if !pending && fault != "" { // of an engine that went away while it was started
+		return e.change(func(r *record) { r.Fault = "" })
+	}
 	if !pending {
 		return nil
 	}
