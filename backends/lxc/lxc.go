@@ -184,14 +184,20 @@ func (b *Backend) Fingerprint(ctx context.Context) (backends.Fingerprint, error)
 // missing is what the keeper lacks that counts here, and what LXC does.
 func (b *Backend) missing() []string {
 	list := slices.DeleteFunc(b.Missing(), func(line string) bool {
-		subject, _, _ := strings.Cut(line, ":")
-		return subject == "landlock" || subject == "network" || subject == "low-ports" || subject == "process groups"
+		return len(backends.Concerning([]string{line}, "landlock", "seccomp", "network", "low-ports", "process groups")) > 0
 	})
 	if b.users.lacks != "" {
 		list = append(list, "users: "+b.users.lacks)
 	}
-	if _, err := os.Stat(seccompProfile); err != nil {
-		list = append(list, "seccomp: "+seccompProfile+" is not there")
+	return append(list, b.lacks()...)
+}
+
+// lacks is what a container has not of its confinement, and of its network. It needs no keeper: plan is asked before there is one.
+func (*Backend) lacks() (list []string) {
+	for _, needed := range []string{seccompProfile, "/proc/sys/kernel/seccomp"} {
+		if _, err := os.Stat(needed); err != nil {
+			list = append(list, "seccomp: "+needed+" is not there")
+		}
 	}
 	if _, err := exec.LookPath(netns.Slirp); err != nil {
 		list = append(list, "network: none beyond published ports: "+netns.ErrNoWayOut.Error())
@@ -199,13 +205,12 @@ func (b *Backend) missing() []string {
 	return append(list, "apparmor: none is applied")
 }
 
-// unapplied is what this host leaves out of the confinement of a workload, and of its network.
+// unapplied is what of that concerns a workload.
 func (b *Backend) unapplied(w backends.Workload) []string {
-	subjects := []string{"seccomp", "apparmor"}
-	if !slices.Contains(w.Security.Host, "network") {
-		subjects = append(subjects, "network")
+	if slices.Contains(w.Security.Host, "network") {
+		return backends.Concerning(b.lacks(), "seccomp", "apparmor")
 	}
-	return backends.Concerning(b.missing(), subjects...)
+	return b.lacks()
 }
 
 // Apply starts the workload's container.

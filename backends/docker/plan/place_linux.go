@@ -124,7 +124,8 @@ func (p *Plan) Missing(w *backends.Workload) error {
 
 var errLink = errors.New("a link on the way to it; want a path without")
 
-// straight wants a path to be there and to have no link in it, which is errLink.
+// straight wants a path to be there and to have no link in it, which is errLink, and to stay so: the engine looks for it again by its name, so
+// nobody but root may be able to put another in its place.
 func straight(path string) error {
 	fd, err := unix.Openat2(unix.AT_FDCWD, path, &unix.OpenHow{Flags: unix.O_PATH | unix.O_CLOEXEC, Resolve: unix.RESOLVE_NO_SYMLINKS})
 	if errors.Is(err, unix.ELOOP) {
@@ -133,7 +134,21 @@ func straight(path string) error {
 	if err != nil {
 		return fmt.Errorf("%s: %v", path, err)
 	}
-	return unix.Close(fd)
+	if err := unix.Close(fd); err != nil {
+		return err
+	}
+	for name := filepath.Clean(path); name != "/"; name = filepath.Dir(name) {
+		var within, entry unix.Stat_t
+		if err := errors.Join(unix.Lstat(filepath.Dir(name), &within), unix.Lstat(name, &entry)); err != nil {
+			return fmt.Errorf("%s: %v", path, err)
+		}
+		alone := within.Mode&0o022 == 0 || within.Mode&unix.S_ISVTX != 0 && int(entry.Uid) == os.Geteuid()
+		if owner := int(within.Uid); owner != os.Geteuid() && owner != 0 || !alone {
+			return fmt.Errorf("%s: user %d may put another in its place, mode %#o of %s; want folders above it that only root may write",
+				path, within.Uid, within.Mode&0o7777, filepath.Dir(name))
+		}
+	}
+	return nil
 }
 
 // mounts are the folders and files of this host that a workload sees.
