@@ -8,7 +8,7 @@ COUNT   ?= 6
 VERSION := $(shell git describe --tags --always --dirty 2>/dev/null || echo unknown)
 LDFLAGS := -s -w -X main.version=$(VERSION)
 
-.PHONY: build demo test test-units test-engines test-kubelet test-fast need-engines check vulnerabilities bench fuzz generate cross clean need
+.PHONY: build demo test test-engines test-kubelet test-fast need-engines check vulnerabilities bench fuzz generate cross clean need
 
 build: ## the one binary, with the guest of micro-VMs in it, and the programs of the demo
 	GOOS=linux CGO_ENABLED=0 $(GO) build -trimpath -buildvcs=false -ldflags '-s -w' -o backends/microvm/built/guest-$$($(GO) env GOARCH) ./backends/microvm/guest
@@ -24,12 +24,10 @@ demo: build ## the whole story on this machine, in a temporary folder; git signs
 	.ci/need git ssh-keygen
 	bin/kmo demo
 
-test: check cross test-units test-engines ## everything, with the race detector
-
-test-units: need ## what needs no engine
+test: need check cross ## everything that needs no engine, with the race detector
 	$(GO) test -race -timeout 30m $(PKGS)
 
-test-engines: need-engines ## the backends on their real engines, two at a time
+test-engines: need-engines ## the backends on their real engines, two at a time, with the race detector
 	$(GO) list ./... | grep -E '$(ENGINES)' | xargs $(GO) test -race -p 2 -timeout 60m
 
 test-kubelet: need ## the contract on a real node of a cluster: kubelet, containerd and runc, in namespaces of their own; needs root

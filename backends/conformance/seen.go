@@ -358,7 +358,7 @@ func mountMissing(b *bench) {
 	if !b.has(backends.Mounts) {
 		return // the refusal of it is checked with the others
 	}
-	dir := b.hostDir()
+	dir := b.TempDir()
 	absent, link := filepath.Join(dir, "absent"), filepath.Join(dir, "link")
 	if err := os.Symlink(dir, link); err != nil {
 		b.Fatal(err)

@@ -57,6 +57,33 @@ func TestLinkIsNotMounted(t *testing.T) {
 }
 
 // Secrets that are gone with the host's memory make a workload damaged, once its program is to be started again, until it is applied again.
+// The engine looks for a folder again by its name: where others may write beside it they could put a link to anything there meanwhile.
+func TestMountThatOthersCanReplace(t *testing.T) {
+	image := content(t)
+	each(t, func(t *testing.T, d *daemon) {
+		state, shared := t.TempDir(), filepath.Join(t.TempDir(), "anybody")
+		folder := filepath.Join(shared, "mine")
+		if err := errors.Join(os.MkdirAll(folder, 0o755), os.Chmod(shared, 0o777)); err != nil {
+			t.Fatal(err)
+		}
+		b := open(t, d.name, state)
+		w := unit("relay", image, "wait")
+		w.Mounts = []backends.Mount{{From: folder, To: "/host"}}
+		err := b.Apply(t.Context(), w)
+		if plain(t, "apply", err); err != nil && !strings.Contains(err.Error(), "may put another in its place") {
+			t.Errorf("error %v", err)
+		}
+		if err := os.Chmod(shared, 0o777|os.ModeSticky); err != nil { // now only its owner may
+			t.Fatal(err)
+		}
+		if err := b.Apply(t.Context(), w); err != nil {
+			t.Fatal(err)
+		}
+		until(t, b, "running", running)
+		over(t, d, b, state)
+	})
+}
+
 func TestSecretsGone(t *testing.T) {
 	image := content(t)
 	each(t, func(t *testing.T, d *daemon) {
