@@ -31,6 +31,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -241,6 +242,14 @@ func Demo(t *testing.T, backend, engine string) {
 		t.Fatal(err)
 	}
 	at := strings.TrimSpace(string(root))
+	turn, err := os.Open(filepath.Join(at, "Makefile")) // of who builds and plays there: other packages' tests do, too
+	if err == nil {
+		err = syscall.Flock(int(turn.Fd()), syscall.LOCK_EX)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer turn.Close()
 	if output, err := exec.CommandContext(t.Context(), "make", "-C", at, "build").CombinedOutput(); err != nil {
 		t.Fatalf("building the demo: %v\n%s", err, output)
 	}
