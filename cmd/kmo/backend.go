@@ -211,12 +211,12 @@ Exit statuses: 0 good, 1 error, 2 usage.`,
 		},
 	}
 	out.add(list)
-	addEngines(list, engines)
+	addEngines(list, &engines)
 	return list
 }
 
-func addEngines(cmd *cobra.Command, engines map[string]string) {
-	cmd.Flags().StringToStringVar(&engines, "engine", nil, "where a backend's runtime is, as NAME=PATH; as engines in the agent's file")
+func addEngines(cmd *cobra.Command, engines *map[string]string) {
+	cmd.Flags().StringToStringVar(engines, "engine", nil, "where a backend's runtime is, as NAME=PATH; as engines in the agent's file")
 }
 
 func printBackends(w io.Writer, all []found) {
@@ -266,7 +266,7 @@ Exit statuses: 0 it can run something, 1 it cannot, or an error, 2 usage.`,
 		},
 	}
 	out.add(check)
-	addEngines(check, engines)
+	addEngines(check, &engines)
 	return check
 }
 
@@ -335,7 +335,7 @@ Exit statuses: 0 it would run, 1 error, 2 usage, 3 it would not, or the folder i
 	}
 	fit.Flags().StringVar(&folder, "site", ".", "the site's folder")
 	out.add(fit)
-	addEngines(fit, engines)
+	addEngines(fit, &engines)
 	return fit
 }
 

@@ -6,6 +6,7 @@ import (
 	"os"
 	"path/filepath"
 	"strconv"
+	"strings"
 
 	"github.com/moby/moby/api/types/mount"
 	"golang.org/x/sys/unix"
@@ -173,6 +174,11 @@ func (p *Plan) mounts(w backends.Workload) (list []mount.Mount, err error) {
 	}
 	for _, m := range w.Mounts {
 		bind(m.From, m.To, m.ReadOnly)
+	}
+	for _, m := range list { // Podman makes one text of them, in which a comma begins another option: another source
+		if strings.Contains(m.Source+m.Target, ",") {
+			return nil, &backends.StartError{Workload: w.Name, Stage: "mount " + m.Target, Cause: fmt.Sprintf("a comma in %q or %q; want paths without", m.Source, m.Target)}
+		}
 	}
 	return list, p.Missing(&w)
 }
