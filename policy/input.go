@@ -42,6 +42,8 @@ type Host struct {
 	PIDs   int64             `json:"pids"`
 	Disk   int64             `json:"disk"`  // bytes where kMO keeps its state
 	State  string            `json:"state"` // kMO's state folder, which nothing may mount
+	// Engines are where the agent's file says that runtimes are, and where that leads: sockets, which nothing may mount.
+	Engines []string `json:"engines,omitempty"`
 }
 
 // Unit is one changed unit. Before and After are the unit's template after its profile (the keys of unit.yaml), null if the unit is new or gone.

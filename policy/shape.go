@@ -40,7 +40,7 @@ func inputShape() *shape {
 		"rules":   listOf(needed(text)),
 		"site":    {kind: object, must: true, fields: map[string]*shape{"name": needed(text), "registries": listOf(needed(text))}},
 		"host": {kind: object, must: true, fields: map[string]*shape{
-			"state": needed(text), "cpu": needed(integer), "memory": needed(integer), "pids": needed(integer), "disk": needed(integer)}},
+			"state": needed(text), "engines": listOf(needed(text)), "cpu": needed(integer), "memory": needed(integer), "pids": needed(integer), "disk": needed(integer)}},
 		"change": {kind: object, must: true, fields: map[string]*shape{
 			"commit": needed(text), "base": needed(text), "signer": needed(text), "revert": needed(truth),
 			"trust": needed(truth), "policy": needed(truth), "other": needed(truth), "apart": of(truth), "units": listOf(facts), "tripwires": listOf(needed(text))}},

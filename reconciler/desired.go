@@ -213,7 +213,7 @@ func (r *Reconciler) input(ctx context.Context, rec Record, good, next *desired)
 		Version: 1,
 		Site:    policy.Site{Name: string(next.site.Config.Site), Branch: string(next.site.Config.Branch)},
 		Host: policy.Host{Name: r.Host.Name, Zone: r.Host.Zone, OS: r.Host.OS, Arch: r.Host.Arch, Labels: r.Host.Labels,
-			CPU: r.Host.CPU, Memory: r.Host.Memory, PIDs: r.Host.PIDs, Disk: r.Host.Disk, State: r.State},
+			CPU: r.Host.CPU, Memory: r.Host.Memory, PIDs: r.Host.PIDs, Disk: r.Host.Disk, State: r.State, Engines: r.Host.Engines},
 		Time:   next.facts.Time,
 		Commit: next.commit.ID,
 		Change: next.facts,

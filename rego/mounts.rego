@@ -53,6 +53,14 @@ deny contains plan.finding("KT004", i, place(i, from), msg) if {
 	msg := sprintf("mounts %q, where sockets of container runtimes lie; want a folder made for the workload, such as /run/%s", [from, input.units[i].name])
 }
 
+deny contains plan.finding("KT004", i, place(i, from), msg) if {
+	some [i, from, path] in plan.mounts
+	not regex.match(sockets, path)
+	some engine in input.host.engines
+	related(path, plan.clean(engine))
+	msg := sprintf("mounts %q, by which %s is reached, where this host has a runtime; want a folder made for the workload, such as /srv/%s", [from, engine, input.units[i].name])
+}
+
 # /run and each user's own, what runtimes keep in them, and their sockets wherever they lie.
 sockets := concat("|", [
 	`^/(var/)?run(/user(/[^/]+)?)?$`,

@@ -42,6 +42,16 @@ test_kt004 if {
 	}
 }
 
+test_kt004_engines if {
+	engines := {"host": {"engines": ["/srv/engine/docker", "/opt/podman.socket"]}}
+	every from in ["/srv/engine/docker", "/srv/engine", "/srv//engine/", "/srv", "/opt", "/opt/podman.socket"] {
+		example.ids(mounts.deny) == {"KT004"} with input as object.union(mounting(from), engines)
+	}
+	every from in ["/srv/engine/dockers", "/srv/engines", "/opt/podman"] {
+		mounts.deny == set() with input as object.union(mounting(from), engines)
+	}
+}
+
 test_kt004_near if {
 	every from in ["/run/relay", "/run/dockerish", "/x/docker.sock.d"] {
 		mounts.deny == set() with input as mounting(from)

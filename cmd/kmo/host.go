@@ -343,6 +343,13 @@ func hostFacts(config Config, dir string) (template.Host, error) {
 		facts.Labels[string(name)] = string(value)
 	}
 	facts.Devices = config.devices()
+	for _, path := range config.Engines {
+		facts.Engines = append(facts.Engines, string(path))
+		if leads, err := filepath.EvalSymlinks(string(path)); err == nil && leads != string(path) { // it may come later
+			facts.Engines = append(facts.Engines, leads)
+		}
+	}
+	slices.Sort(facts.Engines)
 	return facts, measure(&facts, dir)
 }
 
