@@ -1,4 +1,4 @@
-# Two commands set everything up: `make demo` plays the main job, `make test` runs every test.
+# Two commands set everything up: `make demo` plays the main job, `make test` runs every test that needs no engine.
 GO      ?= go
 PKGS    ?= $(shell $(GO) list ./... | grep -Ev '$(ENGINES)')
 # Packages whose tests start an engine, a machine or a cluster.

@@ -41,7 +41,7 @@ type Rival struct {
 //	many     as many at once, until the last one's program waits
 //	observe  one look at as many
 //
-// Times are medians, after a round in which images are loaded and caches made; a ratio is the backend's by the rival's. Of what is Hollow
+// Times are medians, after a round in which images are loaded and caches made; a ratio is the backend's by the rival's. Of what is Played
 // the backend says that it runs.
 func Bench(b *testing.B, race Race) {
 	able, err := race.Backend.Fingerprint(b.Context())

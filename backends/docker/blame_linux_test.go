@@ -70,7 +70,7 @@ func TestMountThatOthersCanReplace(t *testing.T) {
 		w := unit("relay", image, "wait")
 		w.Mounts = []backends.Mount{{From: folder, To: "/host"}}
 		err := b.Apply(t.Context(), w)
-		if plain(t, "apply", err); err != nil && !strings.Contains(err.Error(), "may put another in its place") {
+		if plain(t, "apply", err); err != nil && !strings.Contains(err.Error(), "others may put another in its place") {
 			t.Errorf("error %v", err)
 		}
 		if err := os.Chmod(shared, 0o777|os.ModeSticky); err != nil { // now only its owner may

@@ -145,8 +145,8 @@ func straight(path string) error {
 		}
 		alone := within.Mode&0o022 == 0 || within.Mode&unix.S_ISVTX != 0 && int(entry.Uid) == os.Geteuid()
 		if owner := int(within.Uid); owner != os.Geteuid() && owner != 0 || !alone {
-			return fmt.Errorf("%s: user %d may put another in its place, mode %#o of %s; want folders above it that only root may write",
-				path, within.Uid, within.Mode&0o7777, filepath.Dir(name))
+			return fmt.Errorf("%s: others may put another in its place: %s is user %d's, mode %#o; want folders above it that only root may write",
+				path, filepath.Dir(name), within.Uid, within.Mode&0o7777)
 		}
 	}
 	return nil
