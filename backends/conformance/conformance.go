@@ -26,6 +26,7 @@ import (
 	"errors"
 	"io"
 	"maps"
+	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -268,4 +269,44 @@ func Demo(t *testing.T, backend, engine string) {
 		t.Errorf("%v is left, %v", left, err)
 	}
 	t.Logf("%s", output)
+}
+
+// Greeting says hello to whoever calls at an address of this host, and returns the port: what a workload may reach, or must not.
+func Greeting(t *testing.T, address string) (port string) {
+	t.Helper()
+	listener, err := net.Listen("tcp", net.JoinHostPort(address, "0"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = listener.Close() })
+	go func() {
+		for {
+			conn, err := listener.Accept()
+			if err != nil {
+				return
+			}
+			_, _ = io.WriteString(conn, "hello")
+			_ = conn.Close()
+		}
+	}()
+	if _, port, err = net.SplitHostPort(listener.Addr().String()); err != nil {
+		t.Fatal(err)
+	}
+	return port
+}
+
+// HostAddress is one of this host's that is not its loopback.
+func HostAddress(t *testing.T) string {
+	t.Helper()
+	found, err := net.InterfaceAddrs()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, one := range found {
+		if at, ok := one.(*net.IPNet); ok && at.IP.To4() != nil && at.IP.IsGlobalUnicast() {
+			return at.IP.String()
+		}
+	}
+	t.Fatal("this host has no address of version 4 but its loopback; want one to reach from within")
+	return ""
 }

@@ -1,7 +1,6 @@
 package gvisor
 
 import (
-	"io"
 	"net"
 	"os"
 	"os/exec"
@@ -11,6 +10,7 @@ import (
 	"testing"
 
 	"github.com/kindos/kmo/backends"
+	"github.com/kindos/kmo/backends/conformance"
 )
 
 // looking is an image with the probe of this package.
@@ -25,59 +25,18 @@ func looking(t *testing.T) backends.Image {
 	return backends.Image{Content: root, Config: backends.ImageConfig{Entrypoint: []string{"/app"}}}
 }
 
-// greeting listens on an address of this host, tells its number, and says hello to all.
-func greeting(t *testing.T, host string) string {
-	t.Helper()
-	listener, err := net.Listen("tcp", net.JoinHostPort(host, "0"))
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { _ = listener.Close() })
-	go func() {
-		for {
-			conn, err := listener.Accept()
-			if err != nil {
-				return
-			}
-			_, _ = io.WriteString(conn, "hello")
-			_ = conn.Close()
-		}
-	}()
-	_, port, err := net.SplitHostPort(listener.Addr().String())
-	if err != nil {
-		t.Fatal(err)
-	}
-	return port
-}
-
-// address is one of this host's that is not its loopback.
-func address(t *testing.T) string {
-	t.Helper()
-	found, err := net.InterfaceAddrs()
-	if err != nil {
-		t.Fatal(err)
-	}
-	for _, one := range found {
-		if at, ok := one.(*net.IPNet); ok && at.IP.To4() != nil && at.IP.IsGlobalUnicast() {
-			return at.IP.String()
-		}
-	}
-	t.Fatal("this host has no address of version 4 but its loopback; want one to reach from within")
-	return ""
-}
-
 // A sandbox reaches what this host reaches, and nothing that listens on the host's loopback.
 func TestWayOut(t *testing.T) {
-	b, image, out := fresh(t), looking(t), address(t)
+	b, image, out := fresh(t), looking(t), conformance.HostAddress(t)
 	for name, test := range map[string]struct {
 		steps []string
 		host  []string
 		want  string
 	}{
-		"host":     {[]string{"get", net.JoinHostPort(out, greeting(t, out))}, nil, "got hello"},
-		"loopback": {[]string{"get", net.JoinHostPort("10.0.2.2", greeting(t, "127.0.0.1"))}, nil, "error: "},
-		"itself":   {[]string{"get", net.JoinHostPort("127.0.0.1", greeting(t, "127.0.0.1"))}, nil, "error: "},
-		"shared":   {[]string{"get", net.JoinHostPort("127.0.0.1", greeting(t, "127.0.0.1"))}, []string{"network"}, "got hello"},
+		"host":     {[]string{"get", net.JoinHostPort(out, conformance.Greeting(t, out))}, nil, "got hello"},
+		"loopback": {[]string{"get", net.JoinHostPort("10.0.2.2", conformance.Greeting(t, "127.0.0.1"))}, nil, "error: "},
+		"itself":   {[]string{"get", net.JoinHostPort("127.0.0.1", conformance.Greeting(t, "127.0.0.1"))}, nil, "error: "},
+		"shared":   {[]string{"get", net.JoinHostPort("127.0.0.1", conformance.Greeting(t, "127.0.0.1"))}, []string{"network"}, "got hello"},
 		"names":    {[]string{"resolve", "localhost"}, nil, "resolved "},
 	} {
 		w := unit(image, name, test.steps...)

@@ -10,45 +10,9 @@ import (
 	"testing"
 
 	"github.com/kindos/kmo/backends"
+	"github.com/kindos/kmo/backends/conformance"
 	"github.com/kindos/kmo/backends/process"
 )
-
-// greeting says hello to whoever calls at an address of this host, and returns the port.
-func greeting(t *testing.T, address string) string {
-	t.Helper()
-	listener, err := net.Listen("tcp", net.JoinHostPort(address, "0"))
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { _ = listener.Close() })
-	go func() {
-		for {
-			conn, err := listener.Accept()
-			if err != nil {
-				return
-			}
-			_, _ = io.WriteString(conn, "hello")
-			_ = conn.Close()
-		}
-	}()
-	return strconv.Itoa(listener.Addr().(*net.TCPAddr).Port)
-}
-
-// outer is an address of this host that others reach.
-func outer(t *testing.T) string {
-	t.Helper()
-	list, err := net.InterfaceAddrs()
-	if err != nil {
-		t.Fatal(err)
-	}
-	for _, one := range list {
-		if prefix, ok := one.(*net.IPNet); ok && prefix.IP.IsGlobalUnicast() && prefix.IP.To4() != nil {
-			return prefix.IP.String()
-		}
-	}
-	t.Fatal("this host has no address but its loopback's, by which a way out could be seen")
-	return ""
-}
 
 func run(t *testing.T, b *Backend, name string, argv ...string) string {
 	t.Helper()
@@ -62,7 +26,7 @@ func run(t *testing.T, b *Backend, name string, argv ...string) string {
 // A machine reaches what this host reaches and asks its resolver, and reaches nothing that listens on its loopback; its own ports are reached.
 func TestNetwork(t *testing.T) {
 	b, _ := begin(t)
-	alone, every := greeting(t, "127.0.0.1"), greeting(t, "")
+	alone, every := conformance.Greeting(t, "127.0.0.1"), conformance.Greeting(t, "")
 	free, err := process.ChoosePort("public", "public", func(int) bool { return true })
 	if err != nil {
 		t.Fatal(err)
@@ -73,7 +37,7 @@ func TestNetwork(t *testing.T) {
 	if err := b.Apply(t.Context(), w); err != nil {
 		t.Fatal(err)
 	}
-	mine := outer(t)
+	mine := conformance.HostAddress(t)
 	for _, address := range []string{"10.0.2.2", "10.0.2.3", "10.0.2.15", "10.0.2.100", "10.0.3.2", "10.0.3.3", "127.0.0.1", "127.0.1.1", "0.0.0.0", mine} {
 		if said := run(t, b, w.Name, "/probe", "get", net.JoinHostPort(address, alone)); !strings.HasPrefix(said, "error: ") {
 			t.Errorf("by %s the host's loopback answers %q", address, said)
