@@ -1,6 +1,7 @@
 package main
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"io"
@@ -11,6 +12,7 @@ import (
 	"slices"
 	"strings"
 	"text/tabwriter"
+	"time"
 
 	"github.com/spf13/cobra"
 
@@ -175,7 +177,7 @@ func look(cmd *cobra.Command, all []builtIn, engines map[string]string) (list []
 		f := found{Runs: b.runs, Fingerprint: backends.Fingerprint{Backend: b.name}}
 		backend, err := b.open(opening{state: filepath.Join(folder, b.name), engine: engines[b.name], site: "kmo", look: true, logger: logger})
 		if err == nil {
-			f.Fingerprint, err = backend.Fingerprint(cmd.Context())
+			f.Fingerprint, err = asked(cmd.Context(), backend)
 			err = errors.Join(err, closed(backend))
 		}
 		switch {
@@ -189,6 +191,13 @@ func look(cmd *cobra.Command, all []builtIn, engines map[string]string) (list []
 		list = append(list, f)
 	}
 	return list, nil
+}
+
+// asked is what a backend says of itself, in a time in which each does that whose runtime answers.
+func asked(ctx context.Context, b backends.Backend) (backends.Fingerprint, error) {
+	ctx, cancel := context.WithTimeout(ctx, 30*time.Second)
+	defer cancel()
+	return b.Fingerprint(ctx)
 }
 
 func backendList() *cobra.Command {

@@ -10,6 +10,7 @@ import (
 	"net/http"
 	"os"
 	"os/exec"
+	"os/signal"
 	"path/filepath"
 	"runtime"
 	"slices"
@@ -43,7 +44,11 @@ Exit statuses: 0 each act ended as it must, 1 one did not.`,
 				return err
 			}
 			d.out = cmd.OutOrStdout()
-			return d.play(cmd.Context())
+			// Nobody who listens any more, or a terminal that goes away, is its end too: nothing is left then either.
+			signal.Notify(make(chan os.Signal, 1), syscall.SIGPIPE) // a write is an error then, and no end at once
+			ctx, stop := signal.NotifyContext(cmd.Context(), syscall.SIGHUP)
+			defer stop()
+			return d.play(ctx)
 		},
 	}
 	cmd.Flags().BoolVar(&d.keep, "keep", false, "leave everything running, and say where it is; Ctrl-C ends it")
@@ -312,7 +317,8 @@ func (d *demo) perform(ctx context.Context, number int, a act) error {
 		}
 		return rec.Head == head && rec.Outcome == a.outcome && rec.Trying == ""
 	})
-	_, _ = fmt.Fprintf(d.out, "\n%d. %s\n   pushed %s: %s after %d ms\n", number, a.title, short(head), rec.Outcome, time.Since(pushed).Milliseconds())
+	_, told := fmt.Fprintf(d.out, "\n%d. %s\n   pushed %s: %s after %d ms\n", number, a.title, short(head), rec.Outcome, time.Since(pushed).Milliseconds())
+	err = errors.Join(err, told)
 	if rec.Reason != "" {
 		_, _ = fmt.Fprintf(d.out, "   %s: %s\n", rec.Stage, strings.ReplaceAll(rec.Reason, "\n", "\n   "))
 	}

@@ -91,6 +91,44 @@ func TestDemo(t *testing.T) {
 	t.Logf("%s", out)
 }
 
+// A demo that nobody listens to any more, or whose terminal goes away, leaves nothing either.
+func TestDemoAbandoned(t *testing.T) {
+	b := binaries(t)
+	for name, abandon := range map[string]func(*exec.Cmd, io.Closer) error{
+		"its output is closed": func(_ *exec.Cmd, out io.Closer) error { return out.Close() },
+		"it hangs up":          func(cmd *exec.Cmd, _ io.Closer) error { return cmd.Process.Signal(syscall.SIGHUP) },
+	} {
+		t.Run(name, func(t *testing.T) {
+			folder, err := os.MkdirTemp("/tmp", "kmo-demo-test-") // short: sockets lie below it
+			if err != nil {
+				t.Fatal(err)
+			}
+			t.Cleanup(func() { _ = os.RemoveAll(folder) })
+			cmd := exec.CommandContext(t.Context(), b.kmo, "demo")
+			cmd.Env = append(os.Environ(), "TMPDIR="+folder)
+			out, err := cmd.StdoutPipe()
+			if err = errors.Join(err, cmd.Start()); err != nil {
+				t.Fatal(err)
+			}
+			if _, err := io.ReadFull(out, make([]byte, 20)); err != nil { // the first act
+				t.Fatal(err)
+			}
+			if err := abandon(cmd, out); err != nil {
+				t.Fatal(err)
+			}
+			if err := cmd.Wait(); err == nil || cmd.ProcessState.ExitCode() != exitError {
+				t.Errorf("it ended with %v, want status %d", err, exitError)
+			}
+			if left, err := os.ReadDir(folder); err != nil || len(left) > 0 {
+				t.Errorf("%v is left, %v", left, err)
+			}
+			if left := processesOf(b, folder, ""); len(left) > 0 {
+				t.Errorf("processes %v are left", left)
+			}
+		})
+	}
+}
+
 // setUp gives a script its home and its state folder, whose path must be short, and clears up after it.
 func setUp(env *testscript.Env, b built, bin string) error {
 	folder, err := os.MkdirTemp("/tmp", "kmo-")
