@@ -195,9 +195,14 @@ func look(cmd *cobra.Command, all []builtIn, engines map[string]string) (list []
 
 // asked is what a backend says of itself, in a time in which each does that whose runtime answers.
 func asked(ctx context.Context, b backends.Backend) (backends.Fingerprint, error) {
-	ctx, cancel := context.WithTimeout(ctx, 30*time.Second)
+	const limit = 30 * time.Second
+	within, cancel := context.WithTimeout(ctx, limit)
 	defer cancel()
-	return b.Fingerprint(ctx)
+	print, err := b.Fingerprint(within)
+	if err != nil && within.Err() != nil && ctx.Err() == nil {
+		err = fmt.Errorf("its runtime has not answered within %v: %w", limit, err)
+	}
+	return print, err
 }
 
 func backendList() *cobra.Command {
