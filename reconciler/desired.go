@@ -56,37 +56,24 @@ func asked(check template.Check) string {
 	return fmt.Sprintf("%x", sum[:8])
 }
 
-// asked is the digest of what is asked of the workload of that name, "" if it is not wanted.
-func (d *desired) asked(workload string) string {
-	for _, check := range d.plan.Checks {
-		if check.Workload == workload {
-			return asked(check)
+// repeats returns the first of what failed before that is wanted again: the same workload on the same backend, of which the same is asked. It is
+// nil if nothing is.
+func (d *desired) repeats(failed ...Bad) *Bad {
+	permits := d.permitted()
+	for i, bad := range failed {
+		if permit, wanted := permits[bad.Workload]; wanted && permit == bad.Permit {
+			return &failed[i]
 		}
 	}
-	return ""
+	return nil
 }
 
-// repeats says whether what failed before is wanted again: the same workload, of which the same is asked.
-func (d *desired) repeats(bad Bad) bool {
-	return d.runs(bad.Workload) && d.asked(bad.Workload) == bad.Asked
-}
-
-// runs says whether a workload of that name is wanted.
-func (d *desired) runs(name string) bool {
-	if d.wanted == nil {
-		d.wanted = make(map[string]bool, len(d.plan.Workloads))
-		for _, workload := range d.plan.Workloads {
-			d.wanted[workload.Name] = true
-		}
-	}
-	return d.wanted[name]
-}
-
-// compare notes the units whose workload is not one that the good commit runs here, or of which something else is asked.
+// compare notes the units whose workload is not one that the good commit runs here, or runs on another backend, or of which something else is asked.
 func (d *desired) compare(rec Record) {
 	d.changed = make(map[string]bool)
+	permits := d.permitted()
 	for _, check := range d.plan.Checks {
-		if permit, ok := rec.Allowed[check.Workload]; !ok || permit.Asked != asked(check) {
+		if permit, ok := rec.Allowed[check.Workload]; !ok || permit != permits[check.Workload] {
 			d.changed[check.Unit] = true
 		}
 	}

@@ -359,6 +359,38 @@ func TestAGoodCommitThatFitsNoMoreStopsNoOther(t *testing.T) {
 	})
 }
 
+// TestWhatFailedOnOneBackendMayRunOnAnother: the very same workload, and nothing of it stays on the backend where it failed.
+func TestWhatFailedOnOneBackendMayRunOnAnother(t *testing.T) {
+	story(t, func(t *testing.T, w *world) {
+		on := func(version, backend string) {
+			w.unit("relay", version, "")
+			w.files["units/relay/unit.yaml"] = strings.Replace(w.files["units/relay/unit.yaml"], "resources:", "    backends: ["+backend+"]\nresources:", 1)
+		}
+		other := &fake.Backend{}
+		w.r.Backends["other"] = other
+		on("1", "fake")
+		w.push("v1")
+		w.reconcile(Converged)
+		w.failing("2")
+		on("2", "fake")
+		w.push("v2")
+		w.reconcile(Reverted)
+		w.reconcile(Reverted)
+		on("2", "other")
+		w.push("v2, elsewhere")
+		w.reconcile(Converged)
+		w.wantRunning("")
+		if list := other.Workloads(); len(list) != 1 || list[0].Run.Args[0] != "2" {
+			t.Errorf("the other backend has %v, want relay 2", list)
+		}
+		on("2", "fake")
+		w.push("v2, back where it failed")
+		if rec := w.reconcile(Refused); !strings.Contains(rec.Reason, "E_FAILED_BEFORE") {
+			t.Errorf("reason %q", rec.Reason)
+		}
+	})
+}
+
 func TestPreviewSaysWhatQuarantineRefuses(t *testing.T) {
 	story(t, func(t *testing.T, w *world) {
 		w.unit("relay", "1", "")

@@ -27,7 +27,6 @@ type desired struct {
 	decision policy.Decision
 	changed  map[string]bool // units whose workload, or what is asked of it, is not the good commit's
 	probes   []gate.Target   // of every workload; made by all
-	wanted   map[string]bool // names of the workloads; made by runs
 	prints   map[string]backends.Fingerprint
 	withheld map[string]error // units that are not in the plan although they are placed, and why; their copies are left as they are
 	ready    bool             // judged, fetched, and nothing withheld
@@ -117,12 +116,10 @@ func (rec *Record) obstacle(next *desired) (stage string, err error) {
 	if err := errors.Join(next.plan.Lacks...); err != nil {
 		return "render", err
 	}
-	for _, bad := range rec.Bad {
-		if next.repeats(bad) {
-			return "quarantine", &refusal.Error{Code: "E_FAILED_BEFORE", Subject: "unit " + bad.Unit,
-				Got:  fmt.Sprintf("%s, which failed here in %s: %s: %s", bad.Workload, bad.Commit, bad.Gate, bad.Evidence),
-				Want: "a commit that changes the unit, or what is asked of it"}
-		}
+	if bad := next.repeats(rec.Bad...); bad != nil {
+		return "quarantine", &refusal.Error{Code: "E_FAILED_BEFORE", Subject: "unit " + bad.Unit,
+			Got:  fmt.Sprintf("%s, which failed here on %s in %s: %s: %s", bad.Workload, bad.Backend, bad.Commit, bad.Gate, bad.Evidence),
+			Want: "a commit that changes the unit, the backend it runs on, or what is asked of it"}
 	}
 	return "", nil
 }

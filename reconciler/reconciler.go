@@ -112,10 +112,10 @@ type Permit struct {
 
 // Bad is a commit that ran on this host and was not healthy.
 type Bad struct {
-	Commit   string    `json:"commit"`
-	Unit     string    `json:"unit"`
-	Workload string    `json:"workload"` // with Asked: never placed again by itself
-	Asked    string    `json:"asked"`    // digest of what was asked of it: its health and gate
+	Commit   string `json:"commit"`
+	Unit     string `json:"unit"`
+	Workload string `json:"workload"` // with how it was to run: never placed again by itself
+	Permit
 	Gate     string    `json:"gate"`
 	Evidence string    `json:"evidence"`
 	Revert   string    `json:"revert,omitempty"` // the commit that took it back; empty while it is not pushed

@@ -85,7 +85,8 @@ type session struct {
 	address string // of its socket
 }
 
-// Open starts the plugin and returns it once it is ready to be asked.
+// Open starts the plugin and returns it once it is ready to be asked. A plugin that may start another time is returned together with the error: each
+// call tries that again.
 func Open(ctx context.Context, options Options) (*Client, error) {
 	if (len(options.Cmd) == 0) == (options.Found == nil) {
 		return nil, errors.New("plugin options: one of Cmd and Found is needed")
@@ -104,10 +105,11 @@ func Open(ctx context.Context, options Options) (*Client, error) {
 	}
 	clearOld(options.Dir)
 	c := &Client{options: options, now: time.Now, busy: make(chan struct{}, 1)}
-	if _, err := c.session(ctx); err != nil {
+	_, err := c.session(ctx)
+	if refusal.Of(err) != nil || ctx.Err() != nil {
 		return nil, err
 	}
-	return c, nil
+	return c, err
 }
 
 // Close ends the plugin's process. Workloads go on.
