@@ -1,4 +1,4 @@
-# Two commands set everything up: `make demo` plays the main job, `make test` runs every test that needs no engine.
+# Two commands set everything up: `make demo` plays the main job, `make test` passes the tests, on real engines.
 GO      ?= go
 PKGS    ?= $(shell $(GO) list ./... | grep -Ev '$(ENGINES)')
 # Packages whose tests start an engine, a machine or a cluster.
@@ -8,7 +8,7 @@ COUNT   ?= 6
 VERSION := $(shell git describe --tags --always --dirty 2>/dev/null || echo unknown)
 LDFLAGS := -s -w -X main.version=$(VERSION)
 
-.PHONY: build demo test test-engines test-kubelet test-fast need-engines check vulnerabilities bench fuzz generate cross clean need
+.PHONY: build demo test test-units test-engines test-kubelet test-fast need-engines check vulnerabilities bench fuzz generate cross clean need
 
 build: ## the one binary, with the guest of micro-VMs in it, and the programs of the demo
 	GOOS=linux CGO_ENABLED=0 $(GO) build -trimpath -buildvcs=false -ldflags '-s -w' -o backends/microvm/built/guest-$$($(GO) env GOARCH) ./backends/microvm/guest
@@ -24,7 +24,9 @@ demo: build ## the whole story on this machine, in a temporary folder; git signs
 	.ci/need git ssh-keygen
 	bin/kmo demo
 
-test: need check cross ## everything that needs no engine, with the race detector
+test: need-engines check cross test-units test-engines ## everything
+
+test-units: need ## what needs no engine, with the race detector
 	$(GO) test -race -timeout 30m $(PKGS)
 
 test-engines: need-engines ## the backends on their real engines, two at a time, with the race detector

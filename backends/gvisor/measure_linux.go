@@ -39,6 +39,9 @@ func measure(ctx context.Context, o Options) (r runtime, err error) {
 		return r, fmt.Errorf("%s --version: %v", r.Runsc, err)
 	}
 	r.Version, _, _ = strings.Cut(string(said), "\n")
+	if !strings.HasPrefix(r.Version, "runsc ") {
+		return r, fmt.Errorf("%s --version says %.100q; want gVisor's runsc", r.Runsc, r.Version)
+	}
 	dir, err := os.MkdirTemp(o.State, "measure-")
 	if err != nil {
 		return r, err

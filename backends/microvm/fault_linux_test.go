@@ -313,6 +313,7 @@ func TestMissing(t *testing.T) {
 		want   string
 	}{
 		{func(o *Options) { o.Kernel = filepath.Join(o.State, "none") }, "no such file"},
+		{func(o *Options) { o.Kernel = "/etc/passwd" }, "is no kernel"},
 		{func(o *Options) { o.Guest = filepath.Join(o.State, "none") }, "no such file"},
 		{func(o *Options) { o.VMM = filepath.Join(o.State, "none") }, "no such file"},
 	} {

@@ -82,7 +82,7 @@ func (t tools) kernel() (boot.Kernel, error) {
 	root := cmp.Or(t.options.Kernel, "/")
 	found, err := os.Stat(root)
 	if err == nil && !found.IsDir() {
-		return boot.Kernel{Image: root}, nil
+		return boot.Named(root)
 	}
 	if err != nil {
 		return boot.Kernel{}, err

@@ -34,6 +34,7 @@ type builtIn struct {
 	name string
 	runs string   // what, in a few words
 	env  []string // of the agent's variables, those that its process gets too
+	at   string   // what may be named as its runtime; "" if nothing may
 	open func(o opening) (backends.Backend, error)
 }
 
@@ -58,22 +59,22 @@ func builtIns() []builtIn {
 		{name: appimage.Name, runs: "AppImages", open: func(o opening) (backends.Backend, error) {
 			return appimage.Open(appimage.Options{State: o.state, Logger: o.logger})
 		}},
-		{name: docker.Docker, runs: "images, on Docker Engine", env: []string{"XDG_RUNTIME_DIR"}, open: func(o opening) (backends.Backend, error) {
+		{name: docker.Docker, runs: "images, on Docker Engine", at: "a socket", env: []string{"XDG_RUNTIME_DIR"}, open: func(o opening) (backends.Backend, error) {
 			return docker.Open(docker.Options{Name: docker.Docker, State: o.state, Socket: o.engine, Look: o.look, Logger: o.logger})
 		}},
-		{name: docker.Podman, runs: "images, on Podman", env: []string{"XDG_RUNTIME_DIR"}, open: func(o opening) (backends.Backend, error) {
+		{name: docker.Podman, runs: "images, on Podman", at: "a socket", env: []string{"XDG_RUNTIME_DIR"}, open: func(o opening) (backends.Backend, error) {
 			return docker.Open(docker.Options{Name: docker.Podman, State: o.state, Socket: o.engine, Look: o.look, Logger: o.logger})
 		}},
 		{name: lxc.Name, runs: "LXC root file systems and images, in containers", open: func(o opening) (backends.Backend, error) {
 			return lxc.Open(lxc.Options{State: o.state, Logger: o.logger})
 		}},
-		{name: gvisor.Name, runs: "images, in gVisor's sandbox", open: func(o opening) (backends.Backend, error) {
+		{name: gvisor.Name, runs: "images, in gVisor's sandbox", at: "runsc", open: func(o opening) (backends.Backend, error) {
 			return gvisor.Open(gvisor.Options{State: o.state, Runsc: o.engine, Logger: o.logger})
 		}},
-		{name: kubernetes.Name, runs: "images, as Deployments of a cluster", env: []string{"KUBERNETES_SERVICE_HOST", "KUBERNETES_SERVICE_PORT", "HTTPS_PROXY", "NO_PROXY"}, open: func(o opening) (backends.Backend, error) {
+		{name: kubernetes.Name, runs: "images, as Deployments of a cluster", at: "a kubeconfig", env: []string{"KUBERNETES_SERVICE_HOST", "KUBERNETES_SERVICE_PORT", "HTTPS_PROXY", "NO_PROXY"}, open: func(o opening) (backends.Backend, error) {
 			return kubernetes.Open(kubernetes.Options{State: o.state, Kubeconfig: o.engine, Namespace: o.site, Logger: o.logger})
 		}},
-		{name: microvm.Name, runs: "images, each with a kernel of its own", open: func(o opening) (backends.Backend, error) {
+		{name: microvm.Name, runs: "images, each with a kernel of its own", at: "a kernel, or a folder with boot and lib/modules", open: func(o opening) (backends.Backend, error) {
 			return microvm.Open(microvm.Options{State: o.state, Kernel: o.engine, Logger: o.logger})
 		}},
 	}
@@ -93,6 +94,20 @@ func findBuiltIn(name string) (builtIn, error) {
 		return builtIn{}, usageError{fmt.Errorf("no built-in backend %q; there are %s", name, strings.Join(builtInNames(), ", "))}
 	}
 	return all[i], nil
+}
+
+// runtimeAt judges where a built-in backend's runtime is said to be.
+func runtimeAt(name, path string) error {
+	b, err := findBuiltIn(name)
+	switch {
+	case err != nil:
+		return err
+	case b.at == "":
+		return usageError{fmt.Errorf("engine of %s: %s; it has no runtime that can be named", name, path)}
+	case !filepath.IsAbs(path):
+		return usageError{fmt.Errorf("engine of %s: %q; want the absolute path of %s", name, path, b.at)}
+	}
+	return nil
 }
 
 // passed is what a built-in backend's process gets of this one's environment.
@@ -172,6 +187,11 @@ func look(cmd *cobra.Command, all []builtIn, engines map[string]string) (list []
 		return nil, err
 	}
 	defer func() { err = errors.Join(err, os.RemoveAll(folder)) }()
+	for name, path := range engines {
+		if err := runtimeAt(name, path); err != nil {
+			return nil, err
+		}
+	}
 	logger := slog.New(slog.DiscardHandler) // what matters is in what is printed
 	for _, b := range all {
 		f := found{Runs: b.runs, Fingerprint: backends.Fingerprint{Backend: b.name}}

@@ -74,6 +74,7 @@ type demo struct {
 	dir        string
 	self       string
 	agent      *exec.Cmd
+	ended      <-chan error // how the agent did, once it has; closed then
 	registry   string
 	pins       map[string]string // variant lines of unit.yaml by program
 	begun      time.Time
@@ -138,7 +139,11 @@ func (d *demo) engine(cmd *cobra.Command) error {
 	if err != nil {
 		return err
 	}
-	all, err := look(cmd, []builtIn{b}, map[string]string{d.backend: d.enginePath})
+	engines := map[string]string{}
+	if d.enginePath != "" {
+		engines[d.backend] = d.enginePath
+	}
+	all, err := look(cmd, []builtIn{b}, engines)
 	if err != nil {
 		return err
 	}
@@ -241,7 +246,16 @@ func (d *demo) startAgent(ctx context.Context) error {
 	d.agent.Stderr = log
 	d.agent.Cancel = func() error { return d.agent.Process.Signal(syscall.SIGTERM) }
 	d.agent.WaitDelay = 10 * time.Second
-	return d.agent.Start()
+	if err := d.agent.Start(); err != nil {
+		return err
+	}
+	ended := make(chan error, 1)
+	d.ended = ended
+	go func(agent *exec.Cmd) {
+		ended <- agent.Wait()
+		close(ended)
+	}(d.agent)
+	return nil
 }
 
 func (d *demo) state() string { return filepath.Join(d.dir, "state") }
@@ -406,6 +420,8 @@ func (d *demo) wait(ctx context.Context, done func(reconciler.Record) bool) (rec
 		select {
 		case <-ctx.Done():
 			return rec, errors.Join(context.Cause(ctx), err)
+		case how := <-d.ended:
+			return rec, fmt.Errorf("the agent has ended: %w", errors.Join(how, context.Cause(ctx), err))
 		case <-time.After(2 * time.Millisecond):
 		}
 	}
@@ -418,9 +434,10 @@ func (d *demo) end(ctx context.Context, played error) error {
 		<-ctx.Done()
 	}
 	var errs []error
-	if d.agent != nil {
+	if d.ended != nil {
 		_ = d.agent.Process.Signal(syscall.SIGTERM)
-		_ = d.agent.Wait() // however it ended
+		for range d.ended { // however it ended
+		}
 		errs = append(errs, d.removeWorkloads())
 	}
 	if played != nil {

@@ -94,9 +94,16 @@ func TestDemo(t *testing.T) {
 // A demo that nobody listens to any more, or whose terminal goes away, leaves nothing either.
 func TestDemoAbandoned(t *testing.T) {
 	b := binaries(t)
-	for name, abandon := range map[string]func(*exec.Cmd, io.Closer) error{
-		"its output is closed": func(_ *exec.Cmd, out io.Closer) error { return out.Close() },
-		"it hangs up":          func(cmd *exec.Cmd, _ io.Closer) error { return cmd.Process.Signal(syscall.SIGHUP) },
+	for name, abandon := range map[string]func(cmd *exec.Cmd, out io.Closer, folder string) error{
+		"its output is closed": func(_ *exec.Cmd, out io.Closer, _ string) error { return out.Close() },
+		"it hangs up":          func(cmd *exec.Cmd, _ io.Closer, _ string) error { return cmd.Process.Signal(syscall.SIGHUP) },
+		"its agent is killed": func(_ *exec.Cmd, _ io.Closer, folder string) error {
+			agent := processesOf(b, folder, "agent")
+			if len(agent) != 1 {
+				return fmt.Errorf("agents %v, want one", agent)
+			}
+			return syscall.Kill(agent[0], syscall.SIGKILL)
+		},
 	} {
 		t.Run(name, func(t *testing.T) {
 			folder, err := os.MkdirTemp("/tmp", "kmo-demo-test-") // short: sockets lie below it
@@ -113,7 +120,7 @@ func TestDemoAbandoned(t *testing.T) {
 			if _, err := io.ReadFull(out, make([]byte, 20)); err != nil { // the first act
 				t.Fatal(err)
 			}
-			if err := abandon(cmd, out); err != nil {
+			if err := abandon(cmd, out, folder); err != nil {
 				t.Fatal(err)
 			}
 			if err := cmd.Wait(); err == nil || cmd.ProcessState.ExitCode() != exitError {

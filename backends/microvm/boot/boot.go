@@ -18,9 +18,11 @@ import (
 	"bytes"
 	"context"
 	"crypto/sha256"
+	"debug/elf"
 	"encoding/hex"
 	"errors"
 	"fmt"
+	"io"
 	"os"
 	"path/filepath"
 	"slices"
@@ -51,6 +53,22 @@ func Find(images, modules string) (Kernel, error) {
 		}
 	}
 	return Kernel{}, fmt.Errorf("no kernel to boot: none of %q in %s has its modules in %s; install one (Debian: linux-image-cloud-amd64), or name one to this backend", list, images, modules)
+}
+
+// Named returns the kernel in one file, which needs no modules: an x86 bzImage, or a vmlinux.
+func Named(image string) (Kernel, error) {
+	file, err := os.Open(image)
+	if err != nil {
+		return Kernel{}, err
+	}
+	defer file.Close()
+	head := make([]byte, payloadEnd)
+	if n, err := io.ReadFull(file, head); err != nil && !errors.Is(err, io.ErrUnexpectedEOF) && !errors.Is(err, io.EOF) {
+		return Kernel{}, err
+	} else if !packed(head[:n]) && !bytes.HasPrefix(head[:n], []byte(elf.ELFMAG)) {
+		return Kernel{}, fmt.Errorf("%s is no kernel: want an x86 bzImage, or a vmlinux (ELF)", image)
+	}
+	return Kernel{Image: image}, nil
 }
 
 // byVersion compares names by their numbers as numbers.

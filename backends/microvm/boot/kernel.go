@@ -18,10 +18,18 @@ import (
 	"github.com/pierrec/lz4/v4"
 )
 
+// payloadEnd is where the fields of a bzImage's header end that say where its kernel is.
+const payloadEnd = 0x250
+
+// packed says whether this is the begin of an x86 bzImage.
+func packed(image []byte) bool {
+	return len(image) >= payloadEnd && string(image[0x202:0x206]) == "HdrS"
+}
+
 // unpack returns the vmlinux in an x86 bzImage. It is false for any other image, and for one packed otherwise.
 func unpack(image []byte) ([]byte, bool) {
 	// Documentation/arch/x86/boot.rst: setup_sects, the magic "HdrS", payload_offset and payload_length.
-	if len(image) < 0x250 || string(image[0x202:0x206]) != "HdrS" {
+	if !packed(image) {
 		return nil, false
 	}
 	start := (uint64(image[0x1f1]) + 1) * 512
@@ -30,16 +38,16 @@ func unpack(image []byte) ([]byte, bool) {
 	if from >= to || to > uint64(len(image)) {
 		return nil, false
 	}
-	packed := image[from:to]
+	payload := image[from:to]
 	var unpacked []byte
 	var err error
 	switch {
-	case bytes.HasPrefix(packed, []byte{0x02, 0x21, 0x4c, 0x18}):
+	case bytes.HasPrefix(payload, []byte{0x02, 0x21, 0x4c, 0x18}):
 		// What the kernel's build appends to the frame, the size of all, is no part of it.
-		unpacked, err = io.ReadAll(io.LimitReader(lz4.NewReader(bytes.NewReader(packed[:len(packed)-4])), 1<<28))
-	case bytes.HasPrefix(packed, []byte{0x1f, 0x8b}):
+		unpacked, err = io.ReadAll(io.LimitReader(lz4.NewReader(bytes.NewReader(payload[:len(payload)-4])), 1<<28))
+	case bytes.HasPrefix(payload, []byte{0x1f, 0x8b}):
 		var r *gzip.Reader
-		if r, err = gzip.NewReader(bytes.NewReader(packed)); err == nil {
+		if r, err = gzip.NewReader(bytes.NewReader(payload)); err == nil {
 			r.Multistream(false)
 			unpacked, err = io.ReadAll(io.LimitReader(r, 1<<28))
 		}
