@@ -30,7 +30,8 @@
 // when its conmon has gone before: such a container is made anew, and how its program ended is not known.
 //
 // A program has no capability and can gain none, a read-only root, and the engine's own seccomp filter. With Overlay.Size it may write
-// to /tmp, a tmpfs of that size, and to /dev/shm, another of at most 64 MiB; both are new at each start and count as the workload's memory.
+// to /tmp, a tmpfs of that size unless the unit has something else there, and to /dev/shm, another of at most 64 MiB; both are new at each
+// start and count as the workload's memory.
 // A port whose number on this host the unit names is published on every address, any other on the loopback.
 //
 // A folder of the host is mounted if no component of its path is a link. That is looked at before each start; the engine then opens

@@ -218,17 +218,13 @@ func (b *Backend) startFault(ctx context.Context, w backends.Workload, err error
 		return plain
 	case strings.Contains(text, "address already in use"), strings.Contains(text, "port is already allocated"):
 		return &busyError{w.Name, text}
-	case unexecutable(err):
+	case engine.Unexecutable(text):
 		return &backends.StartError{Workload: w.Name, Stage: "exec " + process.Argv(w)[0], Cause: text}
 	}
+	if place, why := engine.Unmountable(text); why != "" {
+		return &backends.StartError{Workload: w.Name, Stage: "mount " + place, Cause: why + ": " + text}
+	}
 	return err
-}
-
-// unexecutable says whether the engine has found nothing to execute, or not what can be. It has no code for that.
-func unexecutable(err error) bool {
-	return slices.ContainsFunc([]string{"exec: ", "chdir to cwd", "executable file not found", "exec format error", "exec failed"}, func(part string) bool {
-		return strings.Contains(err.Error(), part)
-	})
 }
 
 // Remove ends a workload: exit hooks, SIGTERM, its grace, SIGKILL. When ctx ends before, the workload is still there, is not started
@@ -424,7 +420,7 @@ func (b *Backend) hook(ctx context.Context, name, moment string, argv []string, 
 		fault.Cause = fmt.Sprintf("has not ended within %v", b.hookTime)
 	case errors.As(err, &cause):
 		fault.Cause = cause.Stage + ": " + cause.Cause
-	case err != nil && unexecutable(err):
+	case err != nil && engine.Unexecutable(err.Error()):
 		fault.Cause = err.Error()
 	case err != nil:
 		return err
