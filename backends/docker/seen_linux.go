@@ -323,6 +323,9 @@ func (b *Backend) Logs(ctx context.Context, name string, options backends.LogOpt
 	if !options.Follow {
 		var text bytes.Buffer
 		err := b.copyLog(ctx, id, options.Tail, func(piece []byte) error {
+			if text.Len()+len(piece) > engine.MaxAnswer {
+				return fmt.Errorf("%s: the log of %s is longer than %d bytes; want at most that, for the engine is told to keep less", b.options.Name, name, engine.MaxAnswer)
+			}
 			text.Write(piece)
 			return nil
 		})
