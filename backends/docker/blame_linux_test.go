@@ -2,10 +2,12 @@ package docker
 
 import (
 	"errors"
+	"io"
 	"os"
 	"path/filepath"
 	"strings"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -36,6 +38,96 @@ func TestNotExecutable(t *testing.T) {
 		}
 		over(t, d, b, state)
 	})
+}
+
+// Where nothing can be mounted the unit has named a wrong path, whatever stands in the way: the image's, the engine's, its own.
+func TestCannotBeMounted(t *testing.T) {
+	image := content(t)
+	err := errors.Join(os.Symlink("/proc/mounts", filepath.Join(image.Content, "etc", "mtab")), os.Symlink("loop", filepath.Join(image.Content, "loop")))
+	if err != nil {
+		t.Fatal(err)
+	}
+	each(t, func(t *testing.T, d *daemon) {
+		state := t.TempDir()
+		b := open(t, d.name, state)
+		keep := func(path string) func(w *backends.Workload) {
+			return func(w *backends.Workload) { w.Overlay.Keep = []string{path} }
+		}
+		cases := map[string]func(w *backends.Workload){
+			"/app": keep("/app"), "/app/x": keep("/app/x"), "/etc/mtab": keep("/etc/mtab"), "/loop/x": keep("/loop/x"), "/" + strings.Repeat("a", 256): keep("/" + strings.Repeat("a", 256)),
+			"/var":     func(w *backends.Workload) { w.Files = []backends.File{{To: "/var", Mode: 0o400}} },
+			"/app/dir": func(w *backends.Workload) { w.Mounts = []backends.Mount{{From: t.TempDir(), To: "/app/dir"}} },
+		}
+		if d.name == Docker { // which has a file of its own there
+			cases["/etc/resolv.conf"] = keep("/etc/resolv.conf")
+		}
+		for path, change := range cases {
+			w := unit("relay", image, "wait")
+			change(&w)
+			for range 2 { // as the program's fault, and as a hook's, which is started before
+				var start *backends.StartError
+				if err := b.Apply(t.Context(), w); !errors.As(err, &start) || !strings.Contains(err.Error(), "mount "+path+": ") || !strings.Contains(start.Cause, "; want ") {
+					t.Errorf("keeping %s: %v, want a *StartError that says what is wrong there", path, err)
+				}
+				w.Hooks.PreInit = [][]string{{"/app", "say first"}}
+			}
+		}
+		over(t, d, b, state)
+	})
+}
+
+// Any folder may be kept, and the unit's own takes the place of what the engine would have there.
+func TestKeptInsteadOfEngines(t *testing.T) {
+	image := content(t)
+	if err := os.Symlink("/run", filepath.Join(image.Content, "var", "run")); err != nil {
+		t.Fatal(err)
+	}
+	each(t, func(t *testing.T, d *daemon) {
+		state := t.TempDir()
+		b := open(t, d.name, state)
+		for _, path := range []string{"/tmp", "/run", "/var/tmp", "/tmp/x", "/run/x", "/var/run", "/var", "/etc", "/run/secrets", "/home/a b:c=d"} {
+			for _, size := range []int64{0, 1 << 20} {
+				w := unit("relay", image, "append file x", "wait")
+				w.Run.Dir, w.Overlay = path, backends.Overlay{Size: size, Keep: []string{path}}
+				if err := b.Apply(t.Context(), w); err != nil {
+					t.Errorf("keeping %s, with %d bytes to write: %v", path, size, err)
+					continue
+				}
+				if got := says(t, b, w.Name, "append file:"); got != "append file: ok" {
+					t.Errorf("keeping %s, with %d bytes to write: the program says %q", path, size, got)
+				}
+				if err := b.Remove(t.Context(), w.Name); err != nil {
+					t.Error(err)
+				}
+			}
+			if text, err := os.ReadFile(filepath.Join(state, "kept", "relay", backends.KeptName(path), "file")); string(text) != "xx" {
+				t.Errorf("kept of %s is %q; %v; want what was written in two runs", path, text, err)
+			}
+		}
+		over(t, d, b, state)
+	})
+}
+
+// says waits for the line of a workload's log that begins so.
+func says(t *testing.T, b *Backend, name, begins string) string {
+	t.Helper()
+	var text []byte
+	for deadline := time.Now().Add(time.Minute); time.Now().Before(deadline); time.Sleep(20 * time.Millisecond) {
+		log, err := b.Logs(t.Context(), name, backends.LogOptions{})
+		if err == nil {
+			text, err = io.ReadAll(log)
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		for line := range strings.Lines(string(text)) {
+			if strings.HasPrefix(line, begins) {
+				return strings.TrimSuffix(line, "\n")
+			}
+		}
+	}
+	t.Fatalf("no line %q within a minute; its log is %q", begins, text)
+	return ""
 }
 
 func TestLinkIsNotMounted(t *testing.T) {

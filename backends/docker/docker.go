@@ -7,7 +7,7 @@
 // trusted, mode 0700, this user's own:
 //
 //	instance                      what tells this folder's containers from those of others on the same engine
-//	work/<workload>/record.json   restarts, how the last program ended, whether hooks are due
+//	work/<workload>/record.json   restarts, which process the program is, how the last one ended, whether hooks are due
 //	work/<workload>/files         the unit's files, mounted into the container
 //	images/<content root>         the id of the image that a content has become
 //	kept/<unit>/<path>            kept paths, which outlive their workloads
@@ -26,8 +26,12 @@
 // end by the program's pidfd and by the engine's events, and looks at all containers now and then. Containers of ours that nobody made to
 // the end are removed; nobody else's is touched.
 //
+// That a program runs is believed of the engine while the process lives that was seen in the container's cgroup. Podman learns of no end
+// when its conmon has gone before: such a container is made anew, and how its program ended is not known.
+//
 // A program has no capability and can gain none, a read-only root, and the engine's own seccomp filter. With Overlay.Size it may write
-// to /tmp, a tmpfs of that size, and to /dev/shm, another of at most 64 MiB; both are new at each start and count as the workload's memory.
+// to /tmp, a tmpfs of that size unless the unit has something else there, and to /dev/shm, another of at most 64 MiB; both are new at each
+// start and count as the workload's memory.
 // A port whose number on this host the unit names is published on every address, any other on the loopback.
 //
 // A folder of the host is mounted if no component of its path is a link. That is looked at before each start; the engine then opens

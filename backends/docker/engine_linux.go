@@ -223,6 +223,7 @@ type seen struct {
 	labels    map[string]string
 	status    container.ContainerState
 	running   bool // paused too
+	untold    bool // its process has ended, and the engine does not know
 	paused    bool
 	pid       int
 	started   time.Time
@@ -255,8 +256,36 @@ func (b *Backend) inspect(ctx context.Context, id string) (*seen, error) {
 	if s.running {
 		s.pid = c.State.Pid
 	}
+	if e := b.entry(s.labels[plan.LabelName]); e != nil && e.lost(s.started, c.State.Pid) && (s.running || s.status == stopping) {
+		s.untold, s.running, s.exit, s.finished = true, false, 0, "after "+c.State.StartedAt
+	}
 	return s, nil
 }
+
+// final is inspect, which gives the engine the time to learn how a program ended.
+func (b *Backend) final(ctx context.Context, id string) (*seen, error) {
+	for late := time.After(tellTime); ; {
+		c, err := b.inspect(ctx, id)
+		if err != nil || c == nil || !c.untold {
+			return c, err
+		}
+		select {
+		case <-time.After(20 * time.Millisecond):
+		case <-late:
+			return c, nil
+		case <-ctx.Done():
+			return nil, ctx.Err()
+		}
+	}
+}
+
+// improper says that Podman takes a container for something that it is not, which nothing but a forced removal mends.
+func improper(err error) bool {
+	return err != nil && strings.Contains(err.Error(), "container state improper")
+}
+
+// stopping is what Podman alone says of a container that it is about to end.
+const stopping container.ContainerState = "stopping"
 
 // imageID is an image's id as Docker says it: Podman leaves out what kind of digest it is.
 func imageID(id string) string { return "sha256:" + strings.TrimPrefix(id, "sha256:") }

@@ -27,6 +27,7 @@ const (
 	clearTime    = 20 * time.Second // for undoing what an ended call has begun
 	quick        = time.Minute      // an end sooner than this after the start makes the next pause longer
 	lastWords    = 2 * time.Second  // for those who follow a log to read the end of it
+	tellTime     = 5 * time.Second  // for an engine to learn that a program has ended
 )
 
 // Apply makes a workload run as specified.
@@ -46,7 +47,7 @@ func (b *Backend) Apply(ctx context.Context, w backends.Workload) error {
 		return err
 	}
 	defer release()
-	found, err := b.inspect(ctx, b.plan.Container(w.Name))
+	found, err := b.final(ctx, b.plan.Container(w.Name))
 	if err != nil {
 		return b.unmade(e, err)
 	}
@@ -166,6 +167,11 @@ func (b *Backend) start(ctx context.Context, e *entry, c *seen) (err error) {
 	if err := b.plan.Missing(&w); err != nil {
 		return err
 	}
+	if c.untold { // the engine takes it for running, and would not start it
+		if c, err = b.replace(ctx, e, w, c.id); err != nil {
+			return err
+		}
+	}
 	for _, argv := range w.Hooks.PreInit {
 		if err := b.preInit(ctx, e, w, argv); err != nil {
 			return err
@@ -190,6 +196,18 @@ func (b *Backend) start(ctx context.Context, e *entry, c *seen) (err error) {
 	return e.change(func(r *record) { r.Starting, r.Started = false, found.started })
 }
 
+// replace makes the container of a workload anew.
+func (b *Backend) replace(ctx context.Context, e *entry, w backends.Workload, id string) (*seen, error) {
+	if err := b.discard(ctx, id); err != nil {
+		return nil, err
+	}
+	e.mu.Lock()
+	image, ports := e.image, e.ports
+	e.mu.Unlock()
+	id, err := b.createLoaded(ctx, w, image, ports, nil)
+	return &seen{id: id, image: image}, err
+}
+
 // startFault says whose fault it is that a container does not start.
 func (b *Backend) startFault(ctx context.Context, w backends.Workload, err error) error {
 	var down *engine.DownError
@@ -200,17 +218,13 @@ func (b *Backend) startFault(ctx context.Context, w backends.Workload, err error
 		return plain
 	case strings.Contains(text, "address already in use"), strings.Contains(text, "port is already allocated"):
 		return &busyError{w.Name, text}
-	case unexecutable(err):
+	case engine.Unexecutable(text):
 		return &backends.StartError{Workload: w.Name, Stage: "exec " + process.Argv(w)[0], Cause: text}
 	}
+	if place, why := engine.Unmountable(text); why != "" {
+		return &backends.StartError{Workload: w.Name, Stage: "mount " + place, Cause: why + ": " + text}
+	}
 	return err
-}
-
-// unexecutable says whether the engine has found nothing to execute, or not what can be. It has no code for that.
-func unexecutable(err error) bool {
-	return slices.ContainsFunc([]string{"exec: ", "chdir to cwd", "executable file not found", "exec format error", "exec failed"}, func(part string) bool {
-		return strings.Contains(err.Error(), part)
-	})
 }
 
 // Remove ends a workload: exit hooks, SIGTERM, its grace, SIGKILL. When ctx ends before, the workload is still there, is not started
@@ -232,7 +246,7 @@ func (b *Backend) Remove(ctx context.Context, name string) error {
 	if err := e.leaving(); err != nil { // again: an Apply may have had the turn before
 		return err
 	}
-	found, err := b.inspect(ctx, b.plan.Container(name))
+	found, err := b.final(ctx, b.plan.Container(name))
 	if err != nil {
 		return err
 	}
@@ -245,11 +259,17 @@ func (b *Backend) Remove(ctx context.Context, name string) error {
 	return b.clear(ctx, e)
 }
 
-// stop ends the program of a container, if there is one.
-func (b *Backend) stop(ctx context.Context, e *entry, c *seen, hooks bool) error {
+// stop ends the program of a container, if there is one. Where the engine refuses to, the removal that follows ends it by force.
+func (b *Backend) stop(ctx context.Context, e *entry, c *seen, hooks bool) (err error) {
 	if !c.running {
 		return nil
 	}
+	defer func() {
+		if improper(err) {
+			b.options.Logger.Warn("ending a program", "workload", e.name, "err", err)
+			err = nil
+		}
+	}()
 	b.adopt(e, c)
 	w := e.asked()
 	if hooks && !c.paused {
@@ -299,22 +319,26 @@ func (b *Backend) signal(ctx context.Context, id, signal string) error {
 	return b.plain(ctx, err)
 }
 
-// over waits until a container does not run.
+// over waits until a container does not run, or its program has ended and the engine has had the time to learn of it.
 func (b *Backend) over(ctx context.Context, id string, p *program.Program) error {
+	var late <-chan time.Time
 	if p != nil {
 		select {
 		case <-p.Done:
+			late = time.After(tellTime)
 		case <-ctx.Done():
 			return ctx.Err()
 		}
 	}
 	for pause := time.Millisecond; ; pause = min(2*pause, 100*time.Millisecond) {
 		found, err := b.inspect(ctx, id)
-		if err != nil || found == nil || !found.running {
+		if err != nil || found == nil || !found.running && !found.untold {
 			return err
 		}
 		select {
 		case <-time.After(pause):
+		case <-late:
+			return nil
 		case <-ctx.Done():
 			return ctx.Err()
 		}
@@ -379,4 +403,88 @@ func (b *Backend) postInit(ctx context.Context, e *entry) error {
 		}
 	}
 	return e.change(func(r *record) { r.Pending, r.Fault = false, "" })
+}
+
+// hook runs a hook and turns how it ended into an error with what it wrote. One that does not end in its time is at fault itself.
+func (b *Backend) hook(ctx context.Context, name, moment string, argv []string, run func(context.Context) (int, []byte, error)) error {
+	within, cancel := context.WithTimeout(ctx, b.hookTime)
+	defer cancel()
+	status, words, err := run(within)
+	fault := &backends.StartError{Workload: name, Stage: fmt.Sprintf("%s %v", moment, argv), Output: string(words)}
+	var cause *backends.StartError
+	var down *engine.DownError
+	switch {
+	case errors.As(err, &down):
+		return err
+	case err != nil && ctx.Err() == nil && within.Err() != nil:
+		fault.Cause = fmt.Sprintf("has not ended within %v", b.hookTime)
+	case errors.As(err, &cause):
+		fault.Cause = cause.Stage + ": " + cause.Cause
+	case err != nil && engine.Unexecutable(err.Error()):
+		fault.Cause = err.Error()
+	case err != nil:
+		return err
+	case status != 0:
+		fault.Cause = fmt.Sprintf("exit status %d", status)
+	default:
+		return nil
+	}
+	return fault
+}
+
+// inside is how a hook is run in a container that runs.
+func (b *Backend) inside(id string, argv []string) func(context.Context) (int, []byte, error) {
+	return func(ctx context.Context) (int, []byte, error) {
+		out := &output{most: maxWords, last: true}
+		status, _, err := b.exec(ctx, id, argv, out)
+		return status, out.text, err
+	}
+}
+
+// preInit runs a hook in a container of its own, which is removed. Its time begins when it has been started: a slow engine is no fault of the hook's.
+func (b *Backend) preInit(ctx context.Context, e *entry, w backends.Workload, argv []string) (err error) {
+	e.mu.Lock()
+	image, ports := e.image, e.ports
+	e.mu.Unlock()
+	id, err := b.createLoaded(ctx, w, image, ports, argv)
+	if err != nil {
+		return err
+	}
+	defer func() {
+		undo, cancel := context.WithTimeout(context.WithoutCancel(ctx), clearTime)
+		defer cancel()
+		if left := b.discard(undo, id); err == nil {
+			err = left // what is left otherwise is removed by the next look
+		}
+	}()
+	b.step("hook")
+	_, startErr := b.engine.ContainerStart(ctx, id, client.ContainerStartOptions{})
+	return b.hook(ctx, e.name, "preInit", argv, func(ctx context.Context) (int, []byte, error) {
+		if startErr != nil {
+			return 0, nil, b.startFault(ctx, w, startErr)
+		}
+		return b.await(ctx, id)
+	})
+}
+
+// await waits until a hook's container has ended, and returns its status and its last words.
+func (b *Backend) await(ctx context.Context, id string) (int, []byte, error) {
+	var p *program.Program
+	if c, err := b.inspect(ctx, id); err == nil && c != nil && c.running {
+		p = program.Hold(c.pid, id)
+		defer p.Release()
+	}
+	ended := b.over(ctx, id, p)
+	undo, cancel := context.WithTimeout(context.WithoutCancel(ctx), clearTime)
+	defer cancel()
+	out := &output{most: maxWords, last: true}
+	_ = b.copyLog(undo, id, 0, out.add) // without them it has failed all the same
+	c, err := b.inspect(undo, id)
+	if ended == nil && err == nil && c != nil && c.running {
+		err = fmt.Errorf("%s says that container %s runs, whose process %d has ended: how it ended cannot be told", b.options.Name, id, c.pid)
+	}
+	if ended != nil || err != nil || c == nil {
+		return 0, out.text, errors.Join(ended, err)
+	}
+	return c.exit, out.text, nil
 }

@@ -64,23 +64,13 @@ func (b *Backend) Observe(ctx context.Context) ([]backends.Status, error) {
 
 // status is a workload as it is, or nil if it has gone meanwhile.
 func (b *Backend) status(ctx context.Context, e *entry, c container.Summary) (*backends.Status, error) {
-	runs := c.State == container.StateRunning || c.State == container.StatePaused
+	runs, last := c.State == container.StateRunning || c.State == container.StatePaused, end{}
 	if e.doubtful(c.ID, runs) && c.State != container.StateCreated {
-		found, err := b.inspect(ctx, c.ID)
-		if err != nil {
+		found, err := b.takeUp(ctx, e, c.ID)
+		if found == nil {
 			return nil, err
 		}
-		if found == nil {
-			return nil, nil
-		}
-		if runs = found.running; runs {
-			b.adopt(e, found)
-			if e.foreign() && b.ctx.Err() == nil {
-				b.working.Go(func() { b.repeat(e) })
-			}
-		} else {
-			b.ended(e, found)
-		}
+		runs, last.Untold = found.running, found.untold
 	}
 	e.mu.Lock()
 	defer e.mu.Unlock()
@@ -91,13 +81,16 @@ func (b *Backend) status(ctx context.Context, e *entry, c container.Summary) (*b
 	for i, p := range e.workload.Run.Ports {
 		s.Addresses = append(s.Addresses, backends.Address{Port: p.Name, Address: fmt.Sprintf("127.0.0.1:%d", e.ports[i])})
 	}
-	if e.record.Ended != nil {
-		s.ExitCode, s.OOM = e.record.Ended.Code, e.record.Ended.OOM
+	if e.record.Ended != nil && !last.Untold {
+		last = *e.record.Ended
+	}
+	if s.ExitCode, s.OOM = last.Code, last.OOM; last.Untold && s.Detail == "" {
+		s.Detail = last.String()
 	}
 	switch {
 	case e.record.Removing && !runs:
 		s.State, s.Detail = backends.Exited, "being removed"
-	case c.State == container.StatePaused:
+	case c.State == container.StatePaused && runs:
 		s.State, s.Detail = backends.Damaged, "somebody has paused its container"
 	case e.record.Fault != "":
 		s.State, s.Detail = backends.Damaged, e.record.Fault
@@ -116,6 +109,50 @@ func (b *Backend) status(ctx context.Context, e *entry, c container.Summary) (*b
 		}
 	}
 	return s, nil
+}
+
+// takeUp goes on with what has become of a workload's container, which is nil if it has gone.
+func (b *Backend) takeUp(ctx context.Context, e *entry, id string) (*seen, error) {
+	found, err := b.inspect(ctx, id)
+	switch {
+	case found == nil:
+	case found.running:
+		b.adopt(e, found)
+		if e.foreign() && b.ctx.Err() == nil {
+			b.working.Go(func() { b.repeat(e) })
+		}
+	case !found.untold:
+		b.ended(e, found)
+	case b.ctx.Err() == nil:
+		b.working.Go(func() { b.finish(e) })
+	}
+	return found, err
+}
+
+// String says it in words.
+func (e end) String() string {
+	switch {
+	case e.Untold:
+		return "its last program ended with a status that the engine does not know"
+	case e.OOM:
+		return fmt.Sprintf("ended with status %d, for want of memory", e.Code)
+	}
+	return fmt.Sprintf("ended with status %d", e.Code)
+}
+
+// held is a program that was seen as a process in its container's cgroup. The engine may say that it runs when it does not any more.
+type held struct {
+	Started time.Time `json:"started"` // as the engine says it
+	PID     int       `json:"pid"`
+	Began   uint64    `json:"began"` // as program.Program has it
+}
+
+// lost says whether a program that was seen has ended, whatever the engine says.
+func (e *entry) lost(started time.Time, pid int) bool {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	h := e.record.Held
+	return h != nil && h.Started.Equal(started) && h.PID == pid && !program.Lives(pid, h.Began)
 }
 
 // doubtful says whether what is known of a container may not be so any more.
@@ -141,7 +178,7 @@ func (b *Backend) Exec(ctx context.Context, name string, argv []string) (int, []
 		return 0, nil, backends.ErrNotFound
 	}
 	e.mu.Lock()
-	id, running := e.id, e.running
+	id, running := e.id, e.running && (e.program == nil || !e.program.Ended())
 	e.mu.Unlock()
 	if !running {
 		return 0, nil, backends.ErrNotFound
@@ -217,87 +254,6 @@ func (b *Backend) endExec(ctx context.Context, exec, id string) {
 	}
 }
 
-// hook runs a hook and turns how it ended into an error with what it wrote. One that does not end in its time is at fault itself.
-func (b *Backend) hook(ctx context.Context, name, moment string, argv []string, run func(context.Context) (int, []byte, error)) error {
-	within, cancel := context.WithTimeout(ctx, b.hookTime)
-	defer cancel()
-	status, words, err := run(within)
-	fault := &backends.StartError{Workload: name, Stage: fmt.Sprintf("%s %v", moment, argv), Output: string(words)}
-	var cause *backends.StartError
-	var down *engine.DownError
-	switch {
-	case errors.As(err, &down):
-		return err
-	case err != nil && ctx.Err() == nil && within.Err() != nil:
-		fault.Cause = fmt.Sprintf("has not ended within %v", b.hookTime)
-	case errors.As(err, &cause):
-		fault.Cause = cause.Stage + ": " + cause.Cause
-	case err != nil && unexecutable(err):
-		fault.Cause = err.Error()
-	case err != nil:
-		return err
-	case status != 0:
-		fault.Cause = fmt.Sprintf("exit status %d", status)
-	default:
-		return nil
-	}
-	return fault
-}
-
-// inside is how a hook is run in a container that runs.
-func (b *Backend) inside(id string, argv []string) func(context.Context) (int, []byte, error) {
-	return func(ctx context.Context) (int, []byte, error) {
-		out := &output{most: maxWords, last: true}
-		status, _, err := b.exec(ctx, id, argv, out)
-		return status, out.text, err
-	}
-}
-
-// preInit runs a hook in a container of its own, which is removed. Its time begins when it has been started: a slow engine is no fault of the hook's.
-func (b *Backend) preInit(ctx context.Context, e *entry, w backends.Workload, argv []string) (err error) {
-	e.mu.Lock()
-	image, ports := e.image, e.ports
-	e.mu.Unlock()
-	id, err := b.createLoaded(ctx, w, image, ports, argv)
-	if err != nil {
-		return err
-	}
-	defer func() {
-		undo, cancel := context.WithTimeout(context.WithoutCancel(ctx), clearTime)
-		defer cancel()
-		if left := b.discard(undo, id); err == nil {
-			err = left // what is left otherwise is removed by the next look
-		}
-	}()
-	b.step("hook")
-	_, startErr := b.engine.ContainerStart(ctx, id, client.ContainerStartOptions{})
-	return b.hook(ctx, e.name, "preInit", argv, func(ctx context.Context) (int, []byte, error) {
-		if startErr != nil {
-			return 0, nil, b.startFault(ctx, w, startErr)
-		}
-		return b.await(ctx, id)
-	})
-}
-
-// await waits until a hook's container has ended, and returns its status and its last words.
-func (b *Backend) await(ctx context.Context, id string) (int, []byte, error) {
-	var p *program.Program
-	if c, err := b.inspect(ctx, id); err == nil && c != nil && c.running {
-		p = program.Hold(c.pid, id)
-		defer p.Release()
-	}
-	ended := b.over(ctx, id, p)
-	undo, cancel := context.WithTimeout(context.WithoutCancel(ctx), clearTime)
-	defer cancel()
-	out := &output{most: maxWords, last: true}
-	_ = b.copyLog(undo, id, 0, out.add) // without them it has failed all the same
-	c, err := b.inspect(undo, id)
-	if ended != nil || err != nil || c == nil {
-		return 0, out.text, errors.Join(ended, err)
-	}
-	return c.exit, out.text, nil
-}
-
 // copyLog copies what a container has written, or its last lines.
 func (b *Backend) copyLog(ctx context.Context, id string, lines int, each func([]byte) error) error {
 	if b.options.Name == Docker {
@@ -367,6 +323,9 @@ func (b *Backend) Logs(ctx context.Context, name string, options backends.LogOpt
 	if !options.Follow {
 		var text bytes.Buffer
 		err := b.copyLog(ctx, id, options.Tail, func(piece []byte) error {
+			if text.Len()+len(piece) > engine.MaxAnswer {
+				return fmt.Errorf("%s: the log of %s is longer than %d bytes; want at most that, for the engine is told to keep less", b.options.Name, name, engine.MaxAnswer)
+			}
 			text.Write(piece)
 			return nil
 		})

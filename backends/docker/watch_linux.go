@@ -4,7 +4,6 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
-	"fmt"
 	"os"
 	"path/filepath"
 	"slices"
@@ -55,6 +54,7 @@ type present struct {
 type working struct {
 	starting  bool               // somebody starts it
 	again     bool               // somebody waits to start it again
+	ending    bool               // somebody asks the engine how it ended
 	stuck     bool               // it is not to be started again until it is applied
 	interrupt context.CancelFunc // ends what is done under the turn of our own accord; nil when nothing is
 }
@@ -68,6 +68,7 @@ type record struct {
 	Pending  bool      `json:"pending,omitempty"`  // the postInit hooks have not all ended 0
 	Starting bool      `json:"starting,omitempty"` // it is about to be started by us
 	Started  time.Time `json:"started,omitzero"`   // of the program that we started last
+	Held     *held     `json:"held,omitempty"`     // the program that was seen last
 	Removing bool      `json:"removing,omitempty"` // Remove has begun: never start it again
 	Fault    string    `json:"fault,omitempty"`    // why it is damaged
 }
@@ -77,6 +78,8 @@ type end struct {
 	At   string `json:"at"` // as the engine says it: it tells one end from another
 	Code int    `json:"code"`
 	OOM  bool   `json:"oom"`
+
+	Untold bool `json:"untold,omitempty"` // the engine does not know: Code and OOM say nothing
 }
 
 func (b *Backend) fresh(name string) *entry {
@@ -277,6 +280,10 @@ func (b *Backend) adopt(e *entry, c *seen) {
 	e.program.Release()
 	e.program, e.running, e.started, e.detail = program.Hold(c.pid, c.id), true, c.started, ""
 	if p := e.program; p != nil {
+		e.record.Held = &held{Started: c.started, PID: p.PID, Began: p.Began}
+		if err := e.save(); err != nil {
+			b.options.Logger.Warn("recording which process a program is", "workload", e.name, "err", err)
+		}
 		b.working.Go(func() {
 			select {
 			case <-p.Done:
@@ -315,18 +322,39 @@ func (b *Backend) repeat(e *entry) {
 	}
 }
 
-// finish waits until the engine knows of the end of a program. If it does not answer, a later look finds it.
+// asks says whether the caller is to ask how a program ended, and to call answered then.
+func (e *entry) asks() bool {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	if e.ending || e.again {
+		return false
+	}
+	e.ending = true
+	return true
+}
+
+func (e *entry) answered() {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	e.ending = false
+}
+
+// finish waits until the engine knows of the end of a program, or has had the time to. If it does not answer, a later look finds it.
 func (b *Backend) finish(e *entry) {
 	ctx, cancel := context.WithTimeout(b.ctx, clearTime)
 	defer cancel()
+	if !e.asks() {
+		return // somebody else does, or has
+	}
+	defer e.answered()
 	for pause := time.Millisecond; ctx.Err() == nil; pause = min(2*pause, 200*time.Millisecond) {
 		e.mu.Lock()
-		id, over := e.id, e.cleared || e.program == nil || !e.program.Ended()
+		id, over := e.id, e.cleared || e.program != nil && !e.program.Ended()
 		e.mu.Unlock()
 		if over {
 			return // somebody else has seen to it
 		}
-		c, err := b.inspect(ctx, id)
+		c, err := b.final(ctx, id)
 		switch {
 		case err == nil && c == nil:
 			b.nudge()
@@ -334,7 +362,7 @@ func (b *Backend) finish(e *entry) {
 		case err == nil && !c.running:
 			b.ended(e, c)
 			return
-		case err == nil && e.now() != nil && c.pid != e.now().PID:
+		case err == nil:
 			b.adopt(e, c) // started again by whomever
 			if e.foreign() {
 				b.repeat(e)
@@ -360,15 +388,12 @@ func (b *Backend) ended(e *entry, c *seen) {
 	if r.Ended == nil || r.Ended.At != c.finished {
 		short, known := e.program.Short()
 		short = short || e.oom || !known && c.oom // what the engine says may be of an earlier program
-		r.Ended = &end{At: c.finished, Code: c.exit, OOM: short && c.exit == 137}
+		r.Ended = &end{At: c.finished, Code: c.exit, OOM: short && c.exit == 137, Untold: c.untold}
 		if r.Quick++; e.started.IsZero() || time.Since(e.started) > quick {
 			r.Quick = 0
 		}
 		r.Fault = ""
-		e.detail = fmt.Sprintf("ended with status %d", c.exit)
-		if r.Ended.OOM {
-			e.detail += ", for want of memory"
-		}
+		e.detail = r.Ended.String()
 		if err := e.save(); err != nil {
 			b.options.Logger.Warn("recording an end", "workload", e.name, "err", err)
 		}

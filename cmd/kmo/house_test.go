@@ -47,7 +47,7 @@ func house() map[string]room {
 		"backends/docker":          {"backends backends/docker/engine backends/docker/layer backends/docker/plan backends/docker/program backends/process backends/process/secret policy/refusal registry/merkle", "github.com/moby/moby"},
 		"backends/docker/engine":   {"", "github.com/moby/moby"},
 		"backends/docker/layer":    {"", ""},
-		"backends/docker/plan":     {"backends backends/docker/engine backends/process backends/process/secret policy/refusal", "github.com/moby/moby"},
+		"backends/docker/plan":     {"backends backends/docker/engine backends/process backends/process/secret backends/process/stage policy/refusal", "github.com/moby/moby"},
 		"backends/docker/program":  {"backends backends/process/cgroup", ""},
 		"backends/gvisor":          {"backends backends/process backends/process/monitor backends/process/netns backends/process/stage", "github.com/opencontainers/runtime-spec github.com/cyphar/filepath-securejoin"},
 		"backends/kubernetes":      {"backends registry/merkle", "k8s.io/client-go"},

@@ -24,12 +24,14 @@ type Door struct {
 }
 
 // Client asks the engine. It need not be there yet. Each answer tells heard, if that is not nil, what program gave it: "Libpod/4.3.1 (linux)".
+// One that is longer than MaxAnswer is an error.
 func (d Door) Client(heard func(server string)) (*client.Client, error) {
-	return client.New(client.WithHost("unix:///engine"), client.WithDialContext(d.dial), client.WithHTTPResponseHook(func(r *http.Response) {
+	listen := func(r *http.Response) {
 		if server := r.Header.Get("Server"); server != "" && heard != nil {
 			heard(server)
 		}
-	}))
+	}
+	return client.New(client.WithHost("unix:///engine"), client.WithDialContext(d.line), client.WithHTTPRequestHook(d.bound), client.WithHTTPResponseHook(listen))
 }
 
 // Sockets are where the engine may be, likeliest first.

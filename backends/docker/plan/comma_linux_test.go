@@ -13,6 +13,7 @@ func TestCommaIsRefused(t *testing.T) {
 	for name, w := range map[string]backends.Workload{
 		"kept path": {Name: "relay-00000001", Unit: "relay", Overlay: backends.Overlay{Keep: []string{"/data,source=/root"}}},
 		"mount":     {Name: "relay-00000001", Unit: "relay", Mounts: []backends.Mount{{From: "/srv", To: "/m,source=/etc,U=true"}}},
+		"a quote":   {Name: "relay-00000001", Unit: "relay", Overlay: backends.Overlay{Keep: []string{`/a"b`}}},
 		"its place": {Name: "relay-00000001", Unit: "relay", Mounts: []backends.Mount{{From: "/srv,readonly=false", To: "/m"}}},
 	} {
 		var fault *backends.StartError

@@ -175,9 +175,9 @@ func (p *Plan) mounts(w backends.Workload) (list []mount.Mount, err error) {
 	for _, m := range w.Mounts {
 		bind(m.From, m.To, m.ReadOnly)
 	}
-	for _, m := range list { // Podman makes one text of them, in which a comma begins another option: another source
-		if strings.Contains(m.Source+m.Target, ",") {
-			return nil, &backends.StartError{Workload: w.Name, Stage: "mount " + m.Target, Cause: fmt.Sprintf("a comma in %q or %q; want paths without", m.Source, m.Target)}
+	for _, m := range list { // Podman makes one text of them, in which a comma begins another option, such as another source, and a quote another text
+		if strings.ContainsAny(m.Source+m.Target, `,"`) {
+			return nil, &backends.StartError{Workload: w.Name, Stage: "mount " + m.Target, Cause: fmt.Sprintf("a comma or a quote in %q or %q; want paths without", m.Source, m.Target)}
 		}
 	}
 	return list, p.Missing(&w)

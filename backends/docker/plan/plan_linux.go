@@ -7,16 +7,19 @@ import (
 	"fmt"
 	"maps"
 	"net/netip"
+	"path/filepath"
 	"slices"
 	"strconv"
 
 	"github.com/moby/moby/api/types/container"
+	"github.com/moby/moby/api/types/mount"
 	"github.com/moby/moby/api/types/network"
 	"github.com/moby/moby/client"
 
 	"github.com/kindos/kmo/backends"
 	"github.com/kindos/kmo/backends/process"
 	"github.com/kindos/kmo/backends/process/secret"
+	"github.com/kindos/kmo/backends/process/stage"
 )
 
 // Plan is what is the same for all workloads of a state folder.
@@ -145,26 +148,31 @@ func bounds(r backends.Resources) container.Resources {
 	return bounds
 }
 
-// writable says where a workload may write, beside what is mounted.
+// writable says where a workload may write, beside what is mounted, which is what the unit has there instead.
 func (p *Plan) writable(host *container.HostConfig, w backends.Workload) {
+	host.Tmpfs = map[string]string{}
+	tmpfs := func(dir, options string) {
+		mounted := slices.ContainsFunc(host.Mounts, func(m mount.Mount) bool {
+			at, err := stage.Resolve(w.Image.Content, m.Target) // where the image's links lead
+			return m.Target == dir || err == nil && at == filepath.Join(w.Image.Content, dir)
+		})
+		if !mounted && host.Tmpfs[dir] == "" {
+			host.Tmpfs[dir] = options
+		}
+	}
 	size := w.Overlay.Size
 	if w.Resources.Disk > 0 {
 		size = min(size, w.Resources.Disk)
 	}
 	if size > 0 {
-		host.Tmpfs = map[string]string{"/tmp": "rw,exec,nosuid,nodev,mode=1777,size=" + strconv.FormatInt(size, 10)}
+		tmpfs("/tmp", "rw,exec,nosuid,nodev,mode=1777,size="+strconv.FormatInt(size, 10))
 		host.ShmSize = min(size, shmSize)
 	} else if !slices.Contains(w.Security.Host, "ipc") {
 		host.IpcMode = "none"
 	}
 	if p.Engine == podman && host.ReadonlyRootfs { // it would put folders that can be written over these
-		if host.Tmpfs == nil {
-			host.Tmpfs = map[string]string{}
-		}
 		for _, dir := range []string{"/tmp", "/run", "/var/tmp"} {
-			if host.Tmpfs[dir] == "" {
-				host.Tmpfs[dir] = "ro,nosuid,nodev,noexec,size=4096"
-			}
+			tmpfs(dir, "ro,nosuid,nodev,noexec,size=4096")
 		}
 	}
 }

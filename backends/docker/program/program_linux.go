@@ -4,6 +4,8 @@ package program
 
 import (
 	"errors"
+	"fmt"
+	"io/fs"
 	"os"
 	"path/filepath"
 	"strconv"
@@ -19,8 +21,9 @@ import (
 
 // Program is one process, the first of its container. The nil Program is none.
 type Program struct {
-	PID  int
-	Done chan struct{} // closed when it has ended
+	PID   int
+	Began uint64        // in ticks since this host was started: it tells the process from a later one of its number
+	Done  chan struct{} // closed when it has ended
 
 	fd     *os.File          // the pidfd, in the runtime's poller: waiting costs no thread
 	groups map[string]string // cgroup folder by controller; "" is version 2
@@ -40,22 +43,57 @@ func Hold(pid int, id string) *Program {
 	}
 	p := &Program{PID: pid, Done: make(chan struct{}), fd: os.NewFile(uintptr(fd), "pidfd")}
 	text, err := os.ReadFile("/proc/" + strconv.Itoa(pid) + "/cgroup") // after the pidfd was taken: it is of the same process, or of none
-	if err != nil || !strings.Contains(string(text), id) {
+	fields, statErr := stat(pid)
+	if err != nil || statErr != nil || !strings.Contains(string(text), id) {
 		_ = p.fd.Close()
 		return nil
 	}
-	p.groups = groups(string(text))
+	p.Began, p.groups = began(fields), groups(string(text), id)
 	p.hear()
 	go p.wait()
 	return p
 }
 
-// groups finds the folders of /proc/PID/cgroup.
-func groups(text string) map[string]string {
+// Lives says whether the process of that number which began then is there, and has not ended.
+func Lives(pid int, since uint64) bool {
+	fields, err := stat(pid)
+	if err != nil { // one that cannot be looked at may well be there
+		return !errors.Is(err, fs.ErrNotExist) && !errors.Is(err, unix.ESRCH)
+	}
+	if began(fields) != since {
+		return false
+	}
+	if fields[0] != "Z" && fields[0] != "X" {
+		return true
+	}
+	threads, _ := os.ReadDir("/proc/" + strconv.Itoa(pid) + "/task") // the first of several may end before the others
+	return len(threads) > 1
+}
+
+// stat are the fields of /proc/PID/stat that follow the name: the first is the state, the fourth the session.
+func stat(pid int) ([]string, error) {
+	text, err := os.ReadFile("/proc/" + strconv.Itoa(pid) + "/stat")
+	if err != nil {
+		return nil, err
+	}
+	fields := strings.Fields(string(text[strings.LastIndexByte(string(text), ')')+1:]))
+	if len(fields) < 20 {
+		return nil, fmt.Errorf("/proc/%d/stat has %d fields after the name; want at least 20", pid, len(fields))
+	}
+	return fields, nil
+}
+
+func began(fields []string) uint64 {
+	ticks, _ := strconv.ParseUint(fields[19], 10, 64) // the kernel writes nothing else
+	return ticks
+}
+
+// groups finds the folders of /proc/PID/cgroup that are of the container with that id: a process that has ended is in the host's own.
+func groups(text, id string) map[string]string {
 	found := map[string]string{}
 	for line := range strings.SplitSeq(text, "\n") {
 		parts := strings.SplitN(line, ":", 3)
-		if len(parts) != 3 {
+		if len(parts) != 3 || !strings.Contains(parts[2], id) {
 			continue
 		}
 		if parts[1] == "" {
@@ -220,12 +258,8 @@ func KillSession(leader int, id string) {
 
 func killMember(pid, leader int, id string) bool {
 	member := func() bool {
-		text, err := os.ReadFile("/proc/" + strconv.Itoa(pid) + "/stat")
-		if err != nil {
-			return false
-		}
-		fields := strings.Fields(string(text[strings.LastIndexByte(string(text), ')')+1:]))
-		return len(fields) > 3 && fields[3] == strconv.Itoa(leader) && fields[0] != "Z"
+		fields, err := stat(pid)
+		return err == nil && fields[3] == strconv.Itoa(leader) && fields[0] != "Z"
 	}
 	if !member() {
 		return false

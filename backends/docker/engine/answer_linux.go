@@ -1,0 +1,60 @@
+package engine
+
+import (
+	"context"
+	"fmt"
+	"net"
+	"net/http"
+	"net/http/httptrace"
+	"strings"
+	"sync/atomic"
+)
+
+// MaxAnswer bounds an answer of an engine, in bytes: a list of a thousand containers has some megabytes. A log is a stream, each piece of which
+// Frames bounds; the events are an answer like any other, and are asked for again when it is over.
+const MaxAnswer = 32 << 20
+
+// answer is what an engine may still say to one request.
+type answer struct {
+	door, request string
+	left          atomic.Int64
+}
+
+// line is a connection to an engine. It carries one answer at a time.
+type line struct {
+	net.Conn
+	now atomic.Pointer[answer] // nil is without a bound
+}
+
+// Read is that of the connection, and ends with the bound.
+func (l *line) Read(p []byte) (int, error) {
+	n, err := l.Conn.Read(p)
+	if a := l.now.Load(); a != nil && a.left.Add(-int64(n)) < 0 {
+		return 0, fmt.Errorf("%s: the answer to %s is longer than %d bytes; want at most that", a.door, a.request, MaxAnswer)
+	}
+	return n, err
+}
+
+// line dials an engine.
+func (d Door) line(ctx context.Context, network, address string) (net.Conn, error) {
+	conn, err := d.dial(ctx, network, address)
+	if err != nil {
+		return nil, err
+	}
+	return &line{Conn: conn}, nil
+}
+
+// bound bounds the answer to a request, which the client reads itself, as a whole.
+func (d Door) bound(r *http.Request) error {
+	var a *answer
+	if !strings.HasSuffix(r.URL.Path, "/logs") {
+		a = &answer{door: d.Name, request: r.Method + " " + r.URL.Path}
+		a.left.Store(MaxAnswer)
+	}
+	*r = *r.WithContext(httptrace.WithClientTrace(r.Context(), &httptrace.ClientTrace{GotConn: func(got httptrace.GotConnInfo) {
+		if l, ok := got.Conn.(*line); ok {
+			l.now.Store(a)
+		}
+	}}))
+	return nil
+}
