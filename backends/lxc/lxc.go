@@ -47,6 +47,7 @@ import (
 	"hash/fnv"
 	"io"
 	"log/slog"
+	"maps"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -96,6 +97,8 @@ type Backend struct {
 	mu      sync.Mutex
 	version string         // of LXC; "" until it has been asked
 	first   map[string]int // where the users of workloads begin that this process has planned
+	running map[int]bool   // where those of everybody's containers did, when that was last looked at
+	looked  time.Time
 }
 
 // Open goes on with what an earlier process left in the state folder. It does not need LXC to be there.
@@ -307,7 +310,10 @@ func (b *Backend) firstUser(name string) int {
 	if at, ok := b.first[name]; ok {
 		return at
 	}
-	taken := mapped()
+	if time.Since(b.looked) > time.Second { // for that every process of this host is read
+		b.running, b.looked = mapped(), time.Now()
+	}
+	taken := maps.Clone(b.running)
 	for _, at := range b.first {
 		taken[at] = true
 	}

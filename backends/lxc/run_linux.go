@@ -75,20 +75,24 @@ func (r *run) log() string {
 
 // begun waits until the program is executed. It returns a fault if it cannot be.
 func (r *run) begun() error {
-	for {
-		select {
-		case <-r.ended:
-			return r.early()
-		default:
-		}
+	for begun := time.Now(); ; {
 		if r.pid == 0 {
 			r.find()
 		}
 		if r.pid != 0 && r.executed() {
 			return nil
 		}
-		time.Sleep(time.Millisecond)
+		select {
+		case <-r.ended:
+			return r.early()
+		case <-patience(begun):
+		}
 	}
+}
+
+// patience is a pause before LXC is looked at again: the longer that takes the longer, as others want the processor then.
+func patience(begun time.Time) <-chan time.Time {
+	return time.After(max(time.Millisecond, time.Since(begun)/20))
 }
 
 // early judges a container that ended before it was seen to begin.
@@ -157,7 +161,7 @@ func (r *run) wait() int {
 	case <-over:
 	case <-r.ended:
 	}
-	for deadline := time.Now().Add(5 * time.Second); ; time.Sleep(time.Millisecond) {
+	for begun := time.Now(); ; {
 		if code, ok := ended(r.log(), r.pid); ok {
 			return code
 		}
@@ -170,9 +174,9 @@ func (r *run) wait() int {
 				return 0
 			}
 			return 128 + int(unix.SIGKILL) // somebody ended lxc-start, and the program with it
-		default:
+		case <-patience(begun):
 		}
-		if time.Now().After(deadline) {
+		if time.Since(begun) > 5*time.Second {
 			return 128 + int(unix.SIGKILL)
 		}
 	}

@@ -102,8 +102,10 @@ func (k *Keeper) Remove(ctx context.Context, name string) error {
 		return err
 	}
 	defer release()
-	if err := e.leave(); err != nil { // again: an Apply may have had the turn before
-		return err
+	if !e.removing() { // an Apply has had the turn before
+		if err := e.leave(); err != nil {
+			return err
+		}
 	}
 	if err := k.stop(ctx, e, true); err != nil {
 		return err

@@ -23,7 +23,6 @@ import (
 	"os"
 	"path/filepath"
 
-	"github.com/google/renameio/v2"
 	"golang.org/x/sys/unix"
 
 	"github.com/kindos/kmo/backends"
@@ -104,6 +103,16 @@ type End struct {
 	OOM  bool `json:"oom,omitempty"`
 }
 
+// Replace puts a file in the place of another as a whole: a process killed at any instruction leaves the old or the new one. It is not synced,
+// for it needs to outlive processes, not the machine.
+func Replace(path string, text []byte) error {
+	next := path + ".next"
+	if err := os.WriteFile(next, text, 0o600); err != nil {
+		return err
+	}
+	return os.Rename(next, path)
+}
+
 // Half says that there is a monitor whose program has not been started, as far as it has got round to saying so.
 func (p Place) Half() bool {
 	_, task := os.Stat(p.file())
@@ -152,7 +161,7 @@ func Run(place string, keep func(*Monitor) (End, error)) int {
 	}
 	text, err := json.Marshal(end)
 	if err == nil {
-		err = renameio.WriteFile(filepath.Join(m.Dir, endFile), text, 0o600)
+		err = Replace(filepath.Join(m.Dir, endFile), text)
 	}
 	if err != nil {
 		_, _ = io.WriteString(os.Stderr, "recording how it ended: "+err.Error()+"\n")
