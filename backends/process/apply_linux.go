@@ -209,6 +209,9 @@ func (k *Keeper) clear(e *entry) error {
 	if err := errors.Join(os.RemoveAll(e.dir), k.secrets.Forget(e.name)); err != nil {
 		return err
 	}
+	if k.options.Gone != nil {
+		k.options.Gone(e.name)
+	}
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	delete(k.entries, e.name)
