@@ -15,6 +15,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/kindos/kmo/backends"
+	"github.com/kindos/kmo/backends/process/stage"
 )
 
 // run is one run of lxc-start, in the foreground.
@@ -185,7 +186,7 @@ func (r *run) wait() int {
 // halt tells the program to stop, or ends it if it would not hear that.
 func (r *run) halt(name string) {
 	s := unix.SignalNum(name)
-	if !catches(r.pid, s) {
+	if !stage.Catches(r.pid, s) {
 		s = unix.SIGKILL
 	}
 	_ = unix.PidfdSendSignal(r.init, s, nil, 0) // it may have ended
@@ -313,10 +314,4 @@ func killBelow(parent int) {
 			_ = unix.Kill(pid, unix.SIGKILL)
 		}
 	}
-}
-
-// catches says whether a process catches a signal, true where that cannot be told.
-func catches(pid int, s unix.Signal) bool {
-	bits, err := strconv.ParseUint(field(pid, "SigCgt"), 16, 64)
-	return err != nil || bits&(1<<(uint(s)-1)) != 0
 }

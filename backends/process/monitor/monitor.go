@@ -47,6 +47,34 @@ type Task struct {
 	Public   []string          `json:"public,omitempty"`
 }
 
+// Root is what the workload sees as /, on whatever it runs: the content under a layer with its files, kept paths, doors and mounts, and its
+// devices. Scratch is an empty folder to mount on.
+func (t Task) Root(scratch string) *stage.Root {
+	w := t.Workload
+	root := &stage.Root{
+		Scratch: scratch, Hostname: w.Name[:min(len(w.Name), 63)], Content: w.Image.Content, Owner: w.Run.User, Size: w.Overlay.Size,
+	}
+	if w.Resources.Disk > 0 {
+		root.Size = min(root.Size, w.Resources.Disk)
+	}
+	for i, keep := range w.Overlay.Keep {
+		root.Binds = append(root.Binds, stage.Bind{From: t.Kept[i], To: keep, Writable: true})
+	}
+	for _, d := range w.Doors {
+		root.Binds = append(root.Binds, stage.Bind{From: d.From, To: d.To, Writable: true})
+	}
+	for _, m := range w.Mounts {
+		root.Binds = append(root.Binds, stage.Bind{From: m.From, To: m.To, Writable: !m.ReadOnly, Strict: true})
+	}
+	for _, f := range w.Files {
+		root.Files = append(root.Files, stage.File{To: f.To, Mode: f.Mode, Content: f.Content})
+	}
+	for _, d := range w.Resources.Devices {
+		root.Nodes = append(root.Nodes, d.Nodes...)
+	}
+	return root
+}
+
 const (
 	taskFile = "task.json"
 	endFile  = "end.json"
