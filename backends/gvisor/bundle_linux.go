@@ -30,21 +30,9 @@ func lay(t monitor.Task) (specs.Spec, error) {
 	if err := os.Mkdir(scratch, 0o700); err != nil {
 		return specs.Spec{}, err
 	}
-	root := &stage.Root{Scratch: scratch, Content: w.Image.Content, Owner: w.Run.User, Size: overlaySize(w)}
-	for _, f := range w.Files {
-		root.Files = append(root.Files, stage.File{To: f.To, Mode: f.Mode, Content: f.Content})
-	}
+	root := t.Root(scratch)
 	if !onHost(w) && wantsResolver(w) {
 		root.Files = append(root.Files, stage.File{To: resolvConf, Mode: 0o444, Content: []byte(resolver)})
-	}
-	for i, keep := range w.Overlay.Keep {
-		root.Binds = append(root.Binds, stage.Bind{From: t.Kept[i], To: keep, Writable: true})
-	}
-	for _, d := range w.Doors {
-		root.Binds = append(root.Binds, stage.Bind{From: d.From, To: d.To, Writable: true})
-	}
-	for _, m := range w.Mounts {
-		root.Binds = append(root.Binds, stage.Bind{From: m.From, To: m.To, Writable: !m.ReadOnly, Strict: true})
 	}
 	at, binds, err := root.Lay()
 	if err != nil {
@@ -53,7 +41,7 @@ func lay(t monitor.Task) (specs.Spec, error) {
 		}
 		return specs.Spec{}, err
 	}
-	spec := describe(w, at)
+	spec := describe(w, at, root)
 	for _, b := range binds {
 		spec.Mounts = append(spec.Mounts, mount(b.From, b.To, b.Writable))
 	}
@@ -105,23 +93,15 @@ func wantsResolver(w backends.Workload) bool {
 	return errors.Is(err, os.ErrNotExist) || err == nil && found.Mode().IsRegular() && found.Size() == 0
 }
 
-// overlaySize is how many bytes may be written above the base.
-func overlaySize(w backends.Workload) int64 {
-	if w.Resources.Disk > 0 {
-		return min(w.Overlay.Size, w.Resources.Disk)
-	}
-	return w.Overlay.Size
-}
-
 // onHost says whether a workload's network is this host's.
 func onHost(w backends.Workload) bool { return slices.Contains(w.Security.Host, "network") }
 
-// describe is the part of a spec that needs no mounts.
-func describe(w backends.Workload, root string) specs.Spec {
+// describe is the part of a spec that needs no mounts, for a root that lies at a path.
+func describe(w backends.Workload, at string, root *stage.Root) specs.Spec {
 	likely := 1000 // the sandbox is what ends for want of memory, not what watches it
 	return specs.Spec{
-		Version: "1.0.2", Hostname: w.Name[:min(len(w.Name), 63)], Linux: &specs.Linux{},
-		Root:    &specs.Root{Path: root, Readonly: overlaySize(w) == 0},
+		Version: "1.0.2", Hostname: root.Hostname, Linux: &specs.Linux{},
+		Root:    &specs.Root{Path: at, Readonly: root.Size == 0},
 		Process: run(w, process.Argv(w), &likely),
 	}
 }

@@ -17,6 +17,7 @@ import (
 
 	"github.com/kindos/kmo/backends/process/monitor"
 	"github.com/kindos/kmo/backends/process/netns"
+	"github.com/kindos/kmo/backends/process/stage"
 )
 
 // specFile is what a sandbox of a workload is made of, left in its folder for the commands beside its monitor once the root is there.
@@ -64,13 +65,7 @@ func keep(m *monitor.Monitor, r runtime) (end monitor.End, err error) {
 	}
 	m.Started()
 	ended := make(chan monitor.End, 1)
-	go func() {
-		status, err := wait(pid)
-		if err != nil {
-			status = unix.WaitStatus(unix.SIGKILL) // cannot be: it is our child
-		}
-		ended <- monitor.End{Code: code(status)}
-	}()
+	go func() { ended <- monitor.End{Code: stage.Wait(pid)} }()
 	for {
 		select {
 		case end := <-ended:

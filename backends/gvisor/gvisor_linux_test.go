@@ -3,10 +3,13 @@ package gvisor
 import (
 	"bytes"
 	"crypto/sha256"
+	"errors"
 	"fmt"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -28,7 +31,30 @@ func TestMain(m *testing.M) {
 	if len(os.Args) > 1 && os.Args[1] == keeperArg {
 		keeper(os.Args[2:])
 	}
+	if os.Getenv(inside) == "" {
+		os.Exit(elsewhere())
+	}
 	os.Exit(m.Run())
+}
+
+// inside is set where these tests run.
+const inside = "KMO_TEST_INSIDE"
+
+// elsewhere runs these tests in namespaces of their own, with which all that they start and mount goes, however they end: sandboxes
+// outlive whoever has started them.
+func elsewhere() int {
+	const prepare = `mount --make-rprivate / && mount -t proc proc /proc && "$@"`
+	self := exec.Command("/bin/sh", append([]string{"-c", prepare, "sh", os.Args[0]}, os.Args[1:]...)...)
+	self.Stdin, self.Stdout, self.Stderr, self.Env = os.Stdin, os.Stdout, os.Stderr, append(os.Environ(), inside+"=1")
+	goruntime.LockOSThread() // the child dies with the thread that started it
+	self.SysProcAttr = &syscall.SysProcAttr{Cloneflags: syscall.CLONE_NEWNS | syscall.CLONE_NEWPID, Pdeathsig: syscall.SIGKILL}
+	err := self.Run()
+	var exit *exec.ExitError
+	if err != nil && !errors.As(err, &exit) {
+		fmt.Fprintln(os.Stderr, "running the tests in namespaces of their own, which needs root:", err)
+		return 1
+	}
+	return self.ProcessState.ExitCode()
 }
 
 // variable names another runsc than the one in PATH to test with.

@@ -15,8 +15,6 @@ import (
 	"strings"
 	"time"
 
-	"golang.org/x/sys/unix"
-
 	"github.com/kindos/kmo/backends/process/monitor"
 )
 
@@ -118,23 +116,4 @@ func (s sandbox) start(argv []string) error {
 		return monitor.Blame{Step: "exec " + argv[0], Cause: err}
 	}
 	return nil
-}
-
-// wait waits for a child and says how it ended.
-func wait(pid int) (unix.WaitStatus, error) {
-	var status unix.WaitStatus
-	for {
-		_, err := unix.Wait4(pid, &status, 0, nil)
-		if !errors.Is(err, unix.EINTR) {
-			return status, os.NewSyscallError("wait4", err)
-		}
-	}
-}
-
-// code is what an exit status says: a sandbox ends with its program's.
-func code(status unix.WaitStatus) int {
-	if status.Signaled() {
-		return 128 + int(status.Signal())
-	}
-	return status.ExitStatus()
 }

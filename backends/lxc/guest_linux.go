@@ -172,27 +172,9 @@ func publish(m *monitor.Monitor, network *netns.Network) error {
 // build mounts the root and says so in the configuration.
 func build(m *monitor.Monitor, first int, c *config, connected bool) error {
 	w := m.Workload
-	root := &stage.Root{Scratch: rootDir, Content: w.Image.Content, Owner: w.Run.User, Size: w.Overlay.Size}
-	if w.Resources.Disk > 0 {
-		root.Size = min(root.Size, w.Resources.Disk)
-	}
-	for i, keep := range w.Overlay.Keep {
-		root.Binds = append(root.Binds, stage.Bind{From: m.Kept[i], To: keep, Writable: true})
-	}
-	for _, d := range w.Doors {
-		root.Binds = append(root.Binds, stage.Bind{From: d.From, To: d.To, Writable: true})
-	}
-	for _, mount := range w.Mounts {
-		root.Binds = append(root.Binds, stage.Bind{From: mount.From, To: mount.To, Writable: !mount.ReadOnly, Strict: true})
-	}
-	for _, f := range w.Files {
-		root.Files = append(root.Files, stage.File{To: f.To, Mode: f.Mode, Content: f.Content})
-	}
+	root := m.Root(rootDir)
 	if connected {
 		root.Files = append(root.Files, resolver(w)...)
-	}
-	for _, d := range w.Resources.Devices {
-		root.Nodes = append(root.Nodes, d.Nodes...)
 	}
 	if first != 0 {
 		u, err := stage.NewUsers(first, w.Run.User)

@@ -15,6 +15,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/kindos/kmo/backends"
+	"github.com/kindos/kmo/backends/process/stage"
 )
 
 // run is one run of lxc-start, in the foreground.
@@ -75,20 +76,24 @@ func (r *run) log() string {
 
 // begun waits until the program is executed. It returns a fault if it cannot be.
 func (r *run) begun() error {
-	for {
-		select {
-		case <-r.ended:
-			return r.early()
-		default:
-		}
+	for begun := time.Now(); ; {
 		if r.pid == 0 {
 			r.find()
 		}
 		if r.pid != 0 && r.executed() {
 			return nil
 		}
-		time.Sleep(time.Millisecond)
+		select {
+		case <-r.ended:
+			return r.early()
+		case <-patience(begun):
+		}
 	}
+}
+
+// patience is a pause before LXC is looked at again: the longer that takes the longer, as others want the processor then.
+func patience(begun time.Time) <-chan time.Time {
+	return time.After(max(time.Millisecond, time.Since(begun)/20))
 }
 
 // early judges a container that ended before it was seen to begin.
@@ -157,7 +162,7 @@ func (r *run) wait() int {
 	case <-over:
 	case <-r.ended:
 	}
-	for deadline := time.Now().Add(5 * time.Second); ; time.Sleep(time.Millisecond) {
+	for begun := time.Now(); ; {
 		if code, ok := ended(r.log(), r.pid); ok {
 			return code
 		}
@@ -170,9 +175,9 @@ func (r *run) wait() int {
 				return 0
 			}
 			return 128 + int(unix.SIGKILL) // somebody ended lxc-start, and the program with it
-		default:
+		case <-patience(begun):
 		}
-		if time.Now().After(deadline) {
+		if time.Since(begun) > 5*time.Second {
 			return 128 + int(unix.SIGKILL)
 		}
 	}
@@ -181,7 +186,7 @@ func (r *run) wait() int {
 // halt tells the program to stop, or ends it if it would not hear that.
 func (r *run) halt(name string) {
 	s := unix.SignalNum(name)
-	if !catches(r.pid, s) {
+	if !stage.Catches(r.pid, s) {
 		s = unix.SIGKILL
 	}
 	_ = unix.PidfdSendSignal(r.init, s, nil, 0) // it may have ended
@@ -309,10 +314,4 @@ func killBelow(parent int) {
 			_ = unix.Kill(pid, unix.SIGKILL)
 		}
 	}
-}
-
-// catches says whether a process catches a signal, true where that cannot be told.
-func catches(pid int, s unix.Signal) bool {
-	bits, err := strconv.ParseUint(field(pid, "SigCgt"), 16, 64)
-	return err != nil || bits&(1<<(uint(s)-1)) != 0
 }

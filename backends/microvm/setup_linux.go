@@ -45,28 +45,17 @@ func stageOrders(m *monitor.Monitor) stage.Orders {
 	for _, device := range stage.Devices() {
 		o.Confine.Write = append(o.Confine.Write, "/dev/"+device)
 	}
-	o.Root = &stage.Root{Scratch: channel.Scratch, Hostname: w.Name[:min(len(w.Name), 63)], Content: channel.Base, Size: w.Overlay.Size, Owner: w.Run.User}
-	if w.Resources.Disk > 0 {
-		o.Root.Size = min(o.Root.Size, w.Resources.Disk)
-	}
+	o.Root = m.Root(channel.Scratch)
+	o.Root.Content = channel.Base
 	if o.Root.Size > 0 {
 		o.Confine.Write = append(o.Confine.Write, "/")
 	}
-	for _, f := range w.Files {
-		o.Root.Files = append(o.Root.Files, stage.File{To: f.To, Mode: f.Mode, Content: f.Content})
-	}
-	for i, keep := range w.Overlay.Keep {
-		o.Root.Binds = append(o.Root.Binds, stage.Bind{From: shared(i, true), To: keep, Writable: true})
-		o.Confine.Write = append(o.Confine.Write, keep)
-	}
-	for i, mount := range w.Mounts {
-		folder := true
-		if found, err := os.Stat(mount.From); err == nil {
-			folder = found.IsDir()
-		}
-		o.Root.Binds = append(o.Root.Binds, stage.Bind{From: shared(len(w.Overlay.Keep)+i, folder), To: mount.To, Writable: !mount.ReadOnly})
-		if !mount.ReadOnly {
-			o.Confine.Write = append(o.Confine.Write, mount.To)
+	for i := range o.Root.Binds {
+		b := &o.Root.Binds[i]
+		found, err := os.Stat(b.From)
+		b.From, b.Strict = shared(i, err != nil || found.IsDir()), false
+		if b.Writable {
+			o.Confine.Write = append(o.Confine.Write, b.To)
 		}
 	}
 	return o

@@ -102,8 +102,10 @@ func (k *Keeper) Remove(ctx context.Context, name string) error {
 		return err
 	}
 	defer release()
-	if err := e.leave(); err != nil { // again: an Apply may have had the turn before
-		return err
+	if !e.removing() { // an Apply has had the turn before
+		if err := e.leave(); err != nil {
+			return err
+		}
 	}
 	if err := k.stop(ctx, e, true); err != nil {
 		return err
@@ -206,6 +208,9 @@ func (k *Keeper) clear(e *entry) error {
 	}
 	if err := errors.Join(os.RemoveAll(e.dir), k.secrets.Forget(e.name)); err != nil {
 		return err
+	}
+	if k.options.Gone != nil {
+		k.options.Gone(e.name)
 	}
 	k.mu.Lock()
 	defer k.mu.Unlock()

@@ -50,7 +50,7 @@ type end struct {
 
 const recordFile = "record.json"
 
-// save replaces the record as a whole: a process killed at any instruction leaves the old or the new one.
+// save replaces the record.
 func (r *record) save(dir string) error {
 	open := *r
 	open.Workload.Files = backends.Veil(r.Workload.Files)
@@ -58,11 +58,7 @@ func (r *record) save(dir string) error {
 	if err != nil {
 		return err
 	}
-	next := filepath.Join(dir, recordFile+".next")
-	if err := os.WriteFile(next, text, 0o600); err != nil {
-		return err
-	}
-	return os.Rename(next, filepath.Join(dir, recordFile))
+	return monitor.Replace(filepath.Join(dir, recordFile), text)
 }
 
 func loadRecord(dir string) (r record, err error) {

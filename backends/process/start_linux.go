@@ -15,6 +15,7 @@ import (
 	"time"
 
 	"github.com/kindos/kmo/backends"
+	"github.com/kindos/kmo/backends/process/monitor"
 	"github.com/kindos/kmo/backends/process/secret"
 	"github.com/kindos/kmo/backends/process/stage"
 	"github.com/kindos/kmo/policy/refusal"
@@ -204,32 +205,17 @@ func (k *Keeper) orders(w backends.Workload, p Program, dir string) (o stage.Ord
 
 // root is what the program will see. The kept folders are made here.
 func (k *Keeper) root(w backends.Workload, p Program, dir string) (*stage.Root, error) {
-	root := &stage.Root{Scratch: filepath.Join(dir, "root"), Hostname: w.Name[:min(len(w.Name), 63)], Content: p.Root, Owner: w.Run.User}
-	if root.Size = w.Overlay.Size; w.Resources.Disk > 0 {
-		root.Size = min(root.Size, w.Resources.Disk)
-	}
-	for _, b := range p.Binds {
-		root.Binds = append(root.Binds, stage.Bind{From: b.From, To: b.To, Writable: b.Writable})
-	}
 	kept, err := k.kept(w)
 	if err != nil {
 		return nil, err
 	}
-	for i, keep := range w.Overlay.Keep {
-		root.Binds = append(root.Binds, stage.Bind{From: kept[i], To: keep, Writable: true})
+	root := monitor.Task{Place: Place{Kept: kept}, Workload: w}.Root(filepath.Join(dir, "root"))
+	root.Content = p.Root
+	var binds []stage.Bind
+	for _, b := range p.Binds {
+		binds = append(binds, stage.Bind{From: b.From, To: b.To, Writable: b.Writable})
 	}
-	for _, d := range w.Doors {
-		root.Binds = append(root.Binds, stage.Bind{From: d.From, To: d.To, Writable: true})
-	}
-	for _, m := range w.Mounts {
-		root.Binds = append(root.Binds, stage.Bind{From: m.From, To: m.To, Writable: !m.ReadOnly, Strict: true})
-	}
-	for _, f := range w.Files {
-		root.Files = append(root.Files, stage.File{To: f.To, Mode: f.Mode, Content: f.Content})
-	}
-	for _, d := range w.Resources.Devices {
-		root.Nodes = append(root.Nodes, d.Nodes...)
-	}
+	root.Binds = append(binds, root.Binds...)
 	return root, nil
 }
 
@@ -347,15 +333,9 @@ func (c *child) abandon() {
 }
 
 // reap takes the status of an ended child. Who would signal it afterwards reaches nobody.
-func (c *child) reap() unix.WaitStatus {
-	var status unix.WaitStatus
-	for {
-		if _, err := unix.Wait4(c.pid, &status, 0, nil); !errors.Is(err, unix.EINTR) {
-			break
-		}
-	}
-	c.release()
-	return status
+func (c *child) reap() int {
+	defer c.release()
+	return stage.Wait(c.pid)
 }
 
 // join runs a command in the namespaces of a running workload. Its output goes to log, or is returned if there is none.
@@ -463,15 +443,8 @@ func (c *child) finish(ctx context.Context, name string, output *os.File) (int, 
 	case fault != nil:
 		return 0, said, fmt.Errorf("%s: %s: %s", name, fault.Step, fault.Cause)
 	}
-	return code(status), said, nil
+	return status, said, nil
 }
 
 // commandGrace is how long a command beside a monitor has to end what it runs.
 const commandGrace = time.Second
-
-func code(status unix.WaitStatus) int {
-	if status.Signaled() {
-		return 128 + int(status.Signal())
-	}
-	return status.ExitStatus()
-}

@@ -116,22 +116,8 @@ func (p *program) duplicate() (fd int, err error) {
 	return fd, err
 }
 
-// catches says whether the program catches a signal, true where that cannot be told: one that a process 1 does not catch does nothing to it.
-func (p *program) catches(s unix.Signal) bool {
-	text, err := os.ReadFile("/proc/" + strconv.Itoa(p.pid) + "/status")
-	if err != nil || p.kin != kinSpace {
-		return true
-	}
-	for line := range strings.SplitSeq(string(text), "\n") {
-		mask, ok := strings.CutPrefix(line, "SigCgt:")
-		if !ok {
-			continue
-		}
-		bits, err := strconv.ParseUint(strings.TrimSpace(mask), 16, 64)
-		return err != nil || bits&(1<<(uint(s)-1)) != 0
-	}
-	return true
-}
+// catches says whether a SIGKILL is no better than a signal: whether the program catches that, or is no process 1, which others end.
+func (p *program) catches(s unix.Signal) bool { return p.kin != kinSpace || stage.Catches(p.pid, s) }
 
 // wait returns nil when the program has ended, and an error when it was released before.
 func (p *program) wait() error {
@@ -276,7 +262,7 @@ func collect(pidfd, pid int) (known bool, exit int) {
 	if _, err := unix.Wait4(pid, &status, unix.WNOHANG, nil); err != nil {
 		return false, 0
 	}
-	return true, code(status)
+	return true, stage.Code(status)
 }
 
 // exitOf asks the kernel for the status of a process that was not our child. Kernels since 6.15 know it, once it is reaped.
@@ -292,7 +278,7 @@ func exitOf(pidfd int) (known bool, exit int) {
 		const getInfo = 3<<30 | unix.PIDFD_INFO_SIZE_VER0<<16 | 0xff<<8 | 11
 		_, _, no := unix.Syscall(unix.SYS_IOCTL, uintptr(pidfd), getInfo, uintptr(unsafe.Pointer(&state)))
 		if no == 0 && state.mask&unix.PIDFD_INFO_EXIT != 0 {
-			return true, code(unix.WaitStatus(state.exit))
+			return true, stage.Code(unix.WaitStatus(state.exit))
 		}
 		if no != 0 && no != unix.ESRCH {
 			return false, 0

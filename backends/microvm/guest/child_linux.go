@@ -6,8 +6,6 @@ import (
 	"errors"
 	"io"
 	"os"
-	"strconv"
-	"strings"
 	"sync"
 	"syscall"
 	"time"
@@ -159,20 +157,12 @@ func (c *child) said(first []byte) *stage.Failure {
 
 // wait returns the status of what has ended and whose output has been sent, and lets go of it. What it left behind does not hold it up.
 func (c *child) wait() int {
-	var status unix.WaitStatus
-	for {
-		if _, err := unix.Wait4(c.pid, &status, 0, nil); !errors.Is(err, unix.EINTR) {
-			break
-		}
-	}
+	code := stage.Wait(c.pid)
 	_ = unix.Kill(-c.pid, unix.SIGKILL) // its group
 	_ = c.output.SetReadDeadline(time.Now().Add(time.Second))
 	<-c.copied
 	c.close()
-	if status.Signaled() {
-		return 128 + int(status.Signal())
-	}
-	return status.ExitStatus()
+	return code
 }
 
 // signal reaches the child, and its group if it has one. SIGTERM ends a process 1 that does not catch it, as it would end any other.
@@ -186,19 +176,8 @@ func (c *child) signal(number unix.Signal, group bool) {
 		_ = unix.Kill(-c.pid, number)
 		return
 	}
-	if number == unix.SIGTERM && !c.catches(number) {
+	if number == unix.SIGTERM && !stage.Catches(c.pid, number) {
 		number = unix.SIGKILL
 	}
 	_ = unix.PidfdSendSignal(c.pidfd, number, nil, 0)
-}
-
-func (c *child) catches(number unix.Signal) bool {
-	text, err := os.ReadFile("/proc/" + strconv.Itoa(c.pid) + "/status")
-	if err != nil {
-		return true
-	}
-	_, mask, _ := strings.Cut(string(text), "SigCgt:")
-	mask, _, _ = strings.Cut(mask, "\n")
-	bits, err := strconv.ParseUint(strings.TrimSpace(mask), 16, 64)
-	return err != nil || bits&(1<<(uint(number)-1)) != 0
 }

@@ -23,7 +23,6 @@ import (
 	"os"
 	"path/filepath"
 
-	"github.com/google/renameio/v2"
 	"golang.org/x/sys/unix"
 
 	"github.com/kindos/kmo/backends"
@@ -46,6 +45,34 @@ type Task struct {
 	// A port is to be published on every address if Public names it, otherwise on the loopback.
 	Workload backends.Workload `json:"workload"`
 	Public   []string          `json:"public,omitempty"`
+}
+
+// Root is what the workload sees as /, on whatever it runs: the content under a layer with its files, kept paths, doors and mounts, and its
+// devices. Scratch is an empty folder to mount on.
+func (t Task) Root(scratch string) *stage.Root {
+	w := t.Workload
+	root := &stage.Root{
+		Scratch: scratch, Hostname: w.Name[:min(len(w.Name), 63)], Content: w.Image.Content, Owner: w.Run.User, Size: w.Overlay.Size,
+	}
+	if w.Resources.Disk > 0 {
+		root.Size = min(root.Size, w.Resources.Disk)
+	}
+	for i, keep := range w.Overlay.Keep {
+		root.Binds = append(root.Binds, stage.Bind{From: t.Kept[i], To: keep, Writable: true})
+	}
+	for _, d := range w.Doors {
+		root.Binds = append(root.Binds, stage.Bind{From: d.From, To: d.To, Writable: true})
+	}
+	for _, m := range w.Mounts {
+		root.Binds = append(root.Binds, stage.Bind{From: m.From, To: m.To, Writable: !m.ReadOnly, Strict: true})
+	}
+	for _, f := range w.Files {
+		root.Files = append(root.Files, stage.File{To: f.To, Mode: f.Mode, Content: f.Content})
+	}
+	for _, d := range w.Resources.Devices {
+		root.Nodes = append(root.Nodes, d.Nodes...)
+	}
+	return root
 }
 
 const (
@@ -104,6 +131,16 @@ type End struct {
 	OOM  bool `json:"oom,omitempty"`
 }
 
+// Replace puts a file in the place of another as a whole: a process killed at any instruction leaves the old or the new one. It is not synced,
+// for it needs to outlive processes, not the machine.
+func Replace(path string, text []byte) error {
+	next := path + ".next"
+	if err := os.WriteFile(next, text, 0o600); err != nil {
+		return err
+	}
+	return os.Rename(next, path)
+}
+
 // Half says that there is a monitor whose program has not been started, as far as it has got round to saying so.
 func (p Place) Half() bool {
 	_, task := os.Stat(p.file())
@@ -152,7 +189,7 @@ func Run(place string, keep func(*Monitor) (End, error)) int {
 	}
 	text, err := json.Marshal(end)
 	if err == nil {
-		err = renameio.WriteFile(filepath.Join(m.Dir, endFile), text, 0o600)
+		err = Replace(filepath.Join(m.Dir, endFile), text)
 	}
 	if err != nil {
 		_, _ = io.WriteString(os.Stderr, "recording how it ended: "+err.Error()+"\n")
