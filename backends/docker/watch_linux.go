@@ -386,9 +386,7 @@ func (b *Backend) ended(e *entry, c *seen) {
 	e.id, e.image = c.id, c.image
 	r := &e.record
 	if r.Ended == nil || r.Ended.At != c.finished {
-		short, known := e.program.Short()
-		short = short || e.oom || !known && c.oom // what the engine says may be of an earlier program
-		r.Ended = &end{At: c.finished, Code: c.exit, OOM: short && c.exit == 137, Untold: c.untold}
+		r.Ended = &end{At: c.finished, Code: c.exit, OOM: c.exit == 137 && e.short(c), Untold: c.untold}
 		if r.Quick++; e.started.IsZero() || time.Since(e.started) > quick {
 			r.Quick = 0
 		}
@@ -417,6 +415,12 @@ func (b *Backend) ended(e *entry, c *seen) {
 			}
 		}
 	})
+}
+
+// short says whether a program that was killed had no memory left.
+func (e *entry) short(c *seen) bool {
+	short, known := e.program.Short()
+	return short || e.oom || !known && c.oom // what the engine says may be of an earlier program
 }
 
 // restart starts a workload again, unless somebody else has seen to it. It returns the pause before it is to be tried again, or 0.

@@ -3,6 +3,7 @@
 package program
 
 import (
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -149,11 +150,15 @@ func (p *Program) hear() {
 	}
 	p.events = events
 	go func() {
+		told := uint64(0)
 		for count := make([]byte, 8); ; {
-			if _, err := events.Read(count); err != nil || !dir(at) { // it is signalled once more when the cgroup goes
+			if _, err := events.Read(count); err != nil {
 				return
 			}
-			p.short.Store(true)
+			told += binary.NativeEndian.Uint64(count)
+			if told > 1 || dir(at) { // it is signalled once more when the cgroup goes
+				p.short.Store(true)
+			}
 		}
 	}()
 }
@@ -190,9 +195,19 @@ func (p *Program) Ended() bool {
 	}
 }
 
-// Short says whether its cgroup was short of memory, where the kernel tells so; where it does not, known is false.
+// Short says whether its cgroup was short of memory, where the kernel tells so; where it does not, known is false. What the kernel has told it
+// may hear a moment later.
 func (p *Program) Short() (short, known bool) {
-	return p != nil && p.short.Load(), p != nil && p.events != nil
+	if p == nil || p.events == nil {
+		return false, false
+	}
+	for range 20 {
+		if p.short.Load() {
+			break
+		}
+		time.Sleep(time.Millisecond)
+	}
+	return p.short.Load(), true
 }
 
 // Catches says whether the process catches a signal, true where that cannot be told: one that a process 1 does not catch does nothing to it.
