@@ -1,4 +1,4 @@
-# Two commands set everything up: `make demo` plays the main job, `make test` passes the tests, on real engines.
+# Two commands set everything up: `make demo` plays the main job, `make test` runs the tests, on real engines.
 GO      ?= go
 PKGS    ?= $(shell $(GO) list ./... | grep -Ev '$(ENGINES)')
 # Packages whose tests start an engine, a machine or a cluster.
@@ -24,7 +24,7 @@ demo: build ## the whole story on this machine, in a temporary folder; git signs
 	.ci/need git ssh-keygen
 	bin/kmo demo
 
-test: need-engines check cross test-units test-engines ## everything
+test: need-engines check cross test-units test-engines ## everything but test-kubelet
 
 test-units: need ## what needs no engine, with the race detector
 	$(GO) test -race -timeout 30m $(PKGS)

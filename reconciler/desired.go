@@ -59,9 +59,13 @@ func asked(check template.Check) string {
 // repeats returns the first of what failed before that is wanted again: the same workload on the same backend, of which the same is asked. It is
 // nil if nothing is.
 func (d *desired) repeats(failed ...Bad) *Bad {
-	permits := d.permitted()
+	placements := d.placements()
 	for i, bad := range failed {
-		if permit, wanted := permits[bad.Workload]; wanted && permit == bad.Permit {
+		placement, wanted := placements[bad.Workload]
+		if bad.Backend == "" { // by an earlier version, which did not note it
+			bad.Backend = placement.Backend
+		}
+		if wanted && placement == bad.Placement {
 			return &failed[i]
 		}
 	}
@@ -71,9 +75,9 @@ func (d *desired) repeats(failed ...Bad) *Bad {
 // compare notes the units whose workload is not one that the good commit runs here, or runs on another backend, or of which something else is asked.
 func (d *desired) compare(rec Record) {
 	d.changed = make(map[string]bool)
-	permits := d.permitted()
+	placements := d.placements()
 	for _, check := range d.plan.Checks {
-		if permit, ok := rec.Allowed[check.Workload]; !ok || permit != permits[check.Workload] {
+		if placement, ok := rec.Allowed[check.Workload]; !ok || placement != placements[check.Workload] {
 			d.changed[check.Unit] = true
 		}
 	}
@@ -107,10 +111,10 @@ func (d *desired) placed(unit string) int {
 }
 
 // permitted are the workloads as the record keeps them.
-func (d *desired) permitted() map[string]Permit {
-	list := make(map[string]Permit, len(d.plan.Workloads))
+func (d *desired) placements() map[string]Placement {
+	list := make(map[string]Placement, len(d.plan.Workloads))
 	for i, workload := range d.plan.Workloads {
-		list[workload.Name] = Permit{Backend: workload.Backend, Asked: asked(d.plan.Checks[i])}
+		list[workload.Name] = Placement{Backend: workload.Backend, Asked: asked(d.plan.Checks[i])}
 	}
 	return list
 }

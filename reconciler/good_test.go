@@ -388,6 +388,14 @@ func TestWhatFailedOnOneBackendMayRunOnAnother(t *testing.T) {
 		if rec := w.reconcile(Refused); !strings.Contains(rec.Reason, "E_FAILED_BEFORE") {
 			t.Errorf("reason %q", rec.Reason)
 		}
+		for i := range w.journal.rec.Bad { // as an earlier version has left it, which counted any backend
+			w.journal.rec.Bad[i].Backend = ""
+		}
+		w.unit("other", "1", "")
+		w.push("v2, with something else")
+		if rec := w.reconcile(Refused); !strings.Contains(rec.Reason, "E_FAILED_BEFORE") {
+			t.Errorf("reason %q", rec.Reason)
+		}
 	})
 }
 

@@ -312,7 +312,7 @@ func (r *Reconciler) permit(ctx context.Context, rec *Record, good *desired) {
 		}
 	}
 	if err == nil {
-		rec.Allowed = good.permitted()
+		rec.Allowed = good.placements()
 		return
 	}
 	for _, unit := range placed {

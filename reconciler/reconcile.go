@@ -247,7 +247,7 @@ func (r *Reconciler) try(ctx context.Context, rec Record, next *desired) (Record
 		return rec, fmt.Errorf("trust state: %w", err)
 	}
 	// Head stays: the last outcome speaks of it.
-	rec.Trust, rec.Trying, rec.Trial = seen, next.commit.ID, next.permitted()
+	rec.Trust, rec.Trying, rec.Trial = seen, next.commit.ID, next.placements()
 	r.watched = nil
 	if err := r.save(&rec); err != nil { // commit point: from here the host may change
 		return rec, err
@@ -327,7 +327,7 @@ func (r *Reconciler) promote(ctx context.Context, rec Record, next *desired) (Re
 	if err := r.Trust.Passed(ctx, next.commit.ID); err != nil {
 		return rec, fmt.Errorf("remembering what passed: %w", err)
 	}
-	allowed := next.permitted()
+	allowed := next.placements()
 	if !maps.Equal(rec.Allowed, allowed) { // else both run the same, and the way back is still the one before
 		rec.Before = rec.Good
 	}

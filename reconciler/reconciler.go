@@ -89,8 +89,8 @@ type Record struct {
 	Bad    []Bad      `json:"bad,omitempty"`    // commits that failed here, newest first; never tried again by themselves
 	// Allowed are Good's workloads that the rules have let run on this host, by name; Trial are Trying's. What a change of the host places
 	// besides is judged before it is started.
-	Allowed map[string]Permit `json:"allowed,omitempty"`
-	Trial   map[string]Permit `json:"trial,omitempty"`
+	Allowed map[string]Placement `json:"allowed,omitempty"`
+	Trial   map[string]Placement `json:"trial,omitempty"`
 	Ending
 }
 
@@ -104,8 +104,8 @@ type Ending struct {
 	Clock   string    `json:"clock,omitempty"` // an alarm of this host's clock, that holds nothing up by itself: "E_TIME: …"
 }
 
-// Permit is how a workload may run: on which backend, and with what asked of it.
-type Permit struct {
+// Placement is how a workload may run: on which backend, and with what asked of it.
+type Placement struct {
 	Backend string `json:"backend"`
 	Asked   string `json:"asked"` // digest of its health and gate
 }
@@ -114,8 +114,8 @@ type Permit struct {
 type Bad struct {
 	Commit   string `json:"commit"`
 	Unit     string `json:"unit"`
-	Workload string `json:"workload"` // with how it was to run: never placed again by itself
-	Permit
+	Workload string `json:"workload"` // with its placement: never placed again by itself
+	Placement
 	Gate     string    `json:"gate"`
 	Evidence string    `json:"evidence"`
 	Revert   string    `json:"revert,omitempty"` // the commit that took it back; empty while it is not pushed

@@ -98,7 +98,7 @@ func (r *Reconciler) withFailure(ctx context.Context, rec *Record, head Commit, 
 // goBack remembers that next is bad, durably and first, and then makes the host run the good commit again with the code that goes
 // forward; last, it takes the bad commit back in Git. A crash in between is repaired like any drift.
 func (r *Reconciler) goBack(ctx context.Context, rec Record, next *desired, finding gate.Finding) (Record, error) {
-	bad := Bad{Commit: next.commit.ID, Unit: finding.Unit, Workload: finding.Workload, Permit: next.permitted()[finding.Workload], Gate: finding.Gate, Evidence: finding.Evidence, When: time.Now().UTC()}
+	bad := Bad{Commit: next.commit.ID, Unit: finding.Unit, Workload: finding.Workload, Placement: next.placements()[finding.Workload], Gate: finding.Gate, Evidence: finding.Evidence, When: time.Now().UTC()}
 	if rec.Good == "" {
 		bad.Why = "there is no earlier good commit"
 	}

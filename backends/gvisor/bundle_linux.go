@@ -30,7 +30,7 @@ func lay(t monitor.Task) (specs.Spec, error) {
 	if err := os.Mkdir(scratch, 0o700); err != nil {
 		return specs.Spec{}, err
 	}
-	root := t.Root(scratch)
+	root := t.Root(w, scratch)
 	if !onHost(w) && wantsResolver(w) {
 		root.Files = append(root.Files, stage.File{To: resolvConf, Mode: 0o444, Content: []byte(resolver)})
 	}

@@ -48,6 +48,7 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
+	"fmt"
 	"log/slog"
 	"os"
 	"path/filepath"
@@ -155,9 +156,14 @@ func (b *Backend) missing() []string {
 	})
 	return append(list,
 		"devices: a sandbox has none of this host's",
-		"limit-memory: what the sandbox itself does not use of its share of 160 MiB, the program may",
-		"limit-pids: a program whose user is 0 is bounded with its sandbox only, at four times its own bound and 192",
+		looseness(),
 		"network: TCP ports are published to addresses of version 4 only, and seem to be listened on before they are")
+}
+
+// looseness is by how much the bounds of a sandbox are wider than its program's.
+func looseness() string {
+	return fmt.Sprintf("bounds: what a sandbox does not use of its share, %d MiB, the program may; threads of user 0 are bounded with the sandbox only, at %d times their bound and %d",
+		memoryShare>>20, pidsTimes, pidsShare)
 }
 
 var errBare = errors.New("runsc needs root, with the right to mount")
@@ -232,8 +238,12 @@ func (b *Backend) plan(ctx context.Context, w backends.Workload, place process.P
 	if err != nil {
 		return process.Program{}, err
 	}
+	var unapplied []string
+	if w.Resources.Memory > 0 || w.Resources.PIDs > 0 {
+		unapplied = append(unapplied, looseness())
+	}
 	return process.Program{
-		Monitor: true, Argv: []string{GuestArg, runArg, string(how), string(where)},
+		Monitor: true, Unapplied: unapplied, Argv: []string{GuestArg, runArg, string(how), string(where)},
 		Env: map[string]string{"PATH": cmp.Or(os.Getenv("PATH"), defaultPath)},
 		Command: func(argv []string) []string {
 			return append([]string{GuestArg, commandArg, string(how), string(where)}, argv...)

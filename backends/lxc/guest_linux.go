@@ -172,7 +172,7 @@ func publish(m *monitor.Monitor, network *netns.Network) error {
 // build mounts the root and says so in the configuration.
 func build(m *monitor.Monitor, first int, c *config, connected bool) error {
 	w := m.Workload
-	root := m.Root(rootDir)
+	root := m.Root(w, rootDir)
 	if connected {
 		root.Files = append(root.Files, resolver(w)...)
 	}

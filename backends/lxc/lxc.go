@@ -34,8 +34,8 @@
 // on every IPv4 address.
 //
 // Cgroups: the keeper bounds the monitor, lxc-start and the container together, by what version this host has, so the configuration has
-// neither lxc.cgroup nor lxc.cgroup2 keys; hierarchies are hidden from LXC, which makes no cgroups then. The bound of memory is 64 MiB larger
-// than asked, and the one of processes by 64, for what that costs: what of it is not used, the program may use.
+// neither lxc.cgroup nor lxc.cgroup2 keys; hierarchies are hidden from LXC, which makes no cgroups then. The bounds of memory and of
+// processes are larger than asked by what that costs: what of it is not used, the program may use, and Unapplied says so.
 //
 // A hook before the program is a container of its own, in the same root, network and configuration; other hooks and Exec are lxc-attach,
 // which begins in /.
@@ -44,6 +44,7 @@ package lxc
 import (
 	"context"
 	"errors"
+	"fmt"
 	"hash/fnv"
 	"io"
 	"log/slog"
@@ -70,7 +71,7 @@ const Name = "lxc"
 const GuestArg = "lxc-guest"
 
 // What keeping a container costs beside its program: the monitor, lxc-start, slirp4netns, and commands beside them. Measured: 5 MiB and 12
-// threads, 4 MiB and 11 threads for each command at once; four times the memory where a monitor checks itself as tests do.
+// threads, 4 MiB and 11 threads for each command at once; four times the memory in a binary with the race detector.
 const (
 	memoryShare = 64 << 20
 	pidsShare   = 64
@@ -90,16 +91,16 @@ type Backend struct {
 	tools string
 	users users
 
-	mu      sync.Mutex
+	mu      sync.Mutex     // guards what follows
 	version string         // of LXC; "" until it has been asked
-	first   map[string]int // where the users of workloads begin that this process has planned
-	running map[int]bool   // where those of everybody's containers did, when that was last looked at
-	looked  time.Time
+	planned map[string]int // where the users of workloads begin that this process has planned
+	taken   map[int]bool   // where those of everybody's containers did at takenAt
+	takenAt time.Time
 }
 
 // Open goes on with what an earlier process left in the state folder. It does not need LXC to be there.
 func Open(o Options) (*Backend, error) {
-	b := &Backend{tools: o.Tools, first: map[string]int{}}
+	b := &Backend{tools: o.Tools, planned: map[string]int{}}
 	state, err := filepath.Abs(o.State)
 	if err != nil {
 		return nil, err
@@ -124,11 +125,9 @@ func (b *Backend) Close() error { return errors.Join(b.Keeper.Close(), b.users.c
 func features(have []backends.Feature) []backends.Feature { return append(have, backends.PortMap) }
 
 // usage takes what keeping it costs from what a workload of inner's uses.
-func usage(w backends.Workload, u backends.Usage) backends.Usage {
+func usage(_ backends.Workload, u backends.Usage) backends.Usage {
 	const idle = 12
-	if u.PIDs = max(u.PIDs-idle, 1); w.Resources.PIDs > 0 {
-		u.PIDs = min(u.PIDs, w.Resources.PIDs-pidsShare)
-	}
+	u.PIDs = max(u.PIDs-idle, 1)
 	return u
 }
 
@@ -188,9 +187,12 @@ func (b *Backend) missing() []string {
 	if b.users.lacks != "" {
 		list = append(list, "users: "+b.users.lacks)
 	}
-	return append(append(list, b.lacks()...),
-		"limit-memory: what keeping a container does not use of its share of 64 MiB, the program may",
-		"limit-pids: what keeping a container does not use of its share of 64 threads, the program may")
+	return append(append(list, b.lacks()...), looseness())
+}
+
+// looseness is by how much the bounds of a container are wider than its program's.
+func looseness() string {
+	return fmt.Sprintf("bounds: what keeping a container does not use of its share, %d MiB and %d threads, the program may", memoryShare>>20, pidsShare)
 }
 
 // lacks is what a container has not of its confinement, and of its network. It needs no keeper: plan is asked before there is one.
@@ -208,10 +210,14 @@ func (*Backend) lacks() (list []string) {
 
 // unapplied is what of that concerns a workload.
 func (b *Backend) unapplied(w backends.Workload) []string {
+	list := b.lacks()
 	if slices.Contains(w.Security.Host, "network") {
-		return backends.Concerning(b.lacks(), "seccomp", "apparmor")
+		list = backends.Concerning(list, "seccomp", "apparmor")
 	}
-	return b.lacks()
+	if w.Resources.Memory > 0 || w.Resources.PIDs > 0 {
+		list = append(list, looseness())
+	}
+	return list
 }
 
 // Apply starts the workload's container.
@@ -294,14 +300,14 @@ func (b *Backend) firstUser(name string) int {
 	const first, span, count = 1 << 30, 1 << 17, 1 << 12
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	if at, ok := b.first[name]; ok {
+	if at, ok := b.planned[name]; ok {
 		return at
 	}
-	if time.Since(b.looked) > time.Second { // for that every process of this host is read
-		b.running, b.looked = mapped(), time.Now()
+	if time.Since(b.takenAt) > time.Second { // for that every process of this host is read
+		b.taken, b.takenAt = mapped(), time.Now()
 	}
-	taken := maps.Clone(b.running)
-	for _, at := range b.first {
+	taken := maps.Clone(b.taken)
+	for _, at := range b.planned {
 		taken[at] = true
 	}
 	hash := fnv.New32a()
@@ -310,13 +316,13 @@ func (b *Backend) firstUser(name string) int {
 	for taken[first+int(slot%count)*span] && len(taken) < count {
 		slot++
 	}
-	b.first[name] = first + int(slot%count)*span
-	return b.first[name]
+	b.planned[name] = first + int(slot%count)*span
+	return b.planned[name]
 }
 
 // forget lets the users of a workload be another's.
 func (b *Backend) forget(name string) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	delete(b.first, name)
+	delete(b.planned, name)
 }

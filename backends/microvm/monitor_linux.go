@@ -172,7 +172,7 @@ func raise(ctx context.Context, m *monitor.Monitor, o orders, v machine.VMM, net
 		}
 	}
 	var err error
-	if c.Shares, err = share(m, setup.Stage.Root); err != nil {
+	if c.Shares, err = share(m); err != nil {
 		return nil, err
 	}
 	setup.Shared = c.Shares != ""

@@ -45,7 +45,7 @@ func stageOrders(m *monitor.Monitor) stage.Orders {
 	for _, device := range stage.Devices() {
 		o.Confine.Write = append(o.Confine.Write, "/dev/"+device)
 	}
-	o.Root = m.Root(channel.Scratch)
+	o.Root = m.Root(m.Workload, channel.Scratch)
 	o.Root.Content = channel.Base
 	if o.Root.Size > 0 {
 		o.Confine.Write = append(o.Confine.Write, "/")
@@ -70,39 +70,38 @@ func shared(i int, folder bool) string {
 	return filepath.Join(at, "file")
 }
 
-// share gathers kept paths and mounts in one folder, by mounts that nobody else sees, in the order of the stage's binds.
-func share(m *monitor.Monitor, root *stage.Root) (string, error) {
-	if len(root.Binds) == 0 {
+// share gathers what is bound into the workload's root in one folder, by mounts that nobody else sees, under the numbers that the stage's orders have.
+func share(m *monitor.Monitor) (string, error) {
+	binds := m.Root(m.Workload, channel.Scratch).Binds
+	if len(binds) == 0 {
 		return "", nil
 	}
 	top := filepath.Join(m.Dir, "shares")
 	if err := os.Mkdir(top, 0o700); err != nil {
 		return "", err
 	}
-	for i, kept := range m.Kept {
-		if err := expose(kept, filepath.Join(top, strconv.Itoa(i)), 0, 0); err != nil {
-			return "", err
-		}
-	}
-	for i, mount := range m.Workload.Mounts {
-		flags := uintptr(0)
-		if mount.ReadOnly {
-			flags = unix.MS_RDONLY
-		}
-		if err := expose(mount.From, filepath.Join(top, strconv.Itoa(len(m.Kept)+i)), flags, unix.RESOLVE_NO_SYMLINKS); err != nil {
+	for i, b := range binds {
+		if err := expose(b, filepath.Join(top, strconv.Itoa(i))); err != nil {
 			return "", err
 		}
 	}
 	return top, nil
 }
 
-func expose(from, at string, flags uintptr, resolve uint64) error {
-	fd, err := unix.Openat2(unix.AT_FDCWD, from, &unix.OpenHow{Flags: unix.O_PATH | unix.O_CLOEXEC, Resolve: resolve})
+func expose(b stage.Bind, at string) error {
+	how, flags := unix.OpenHow{Flags: unix.O_PATH | unix.O_CLOEXEC}, uintptr(unix.MS_BIND|unix.MS_REMOUNT|unix.MS_NOSUID|unix.MS_NODEV)
+	if b.Strict {
+		how.Resolve = unix.RESOLVE_NO_SYMLINKS
+	}
+	if !b.Writable {
+		flags |= unix.MS_RDONLY
+	}
+	fd, err := unix.Openat2(unix.AT_FDCWD, b.From, &how)
 	if errors.Is(err, unix.ELOOP) {
-		return monitor.Blame{Step: "mounting " + from, Cause: errors.New("it has a link in it; want a path without")}
+		return monitor.Blame{Step: "mounting " + b.From, Cause: errors.New("it has a link in it; want a path without")}
 	}
 	if err != nil {
-		return fmt.Errorf("mounting %s: %v", from, err)
+		return fmt.Errorf("mounting %s: %v", b.From, err)
 	}
 	defer unix.Close(fd)
 	var found unix.Stat_t
@@ -116,10 +115,10 @@ func expose(from, at string, flags uintptr, resolve uint64) error {
 		}
 	}
 	if err := unix.Mount("/proc/self/fd/"+strconv.Itoa(fd), at, "", unix.MS_BIND, ""); err != nil {
-		return fmt.Errorf("mounting %s: %v", from, err)
+		return fmt.Errorf("mounting %s: %v", b.From, err)
 	}
-	if err := unix.Mount("", at, "", unix.MS_BIND|unix.MS_REMOUNT|unix.MS_NOSUID|unix.MS_NODEV|flags, ""); err != nil {
-		return fmt.Errorf("mounting %s again: %v", from, err)
+	if err := unix.Mount("", at, "", flags, ""); err != nil {
+		return fmt.Errorf("mounting %s again: %v", b.From, err)
 	}
 	return nil
 }

@@ -85,8 +85,8 @@ type session struct {
 	address string // of its socket
 }
 
-// Open starts the plugin and returns it once it is ready to be asked. A plugin that may start another time is returned together with the error: each
-// call tries that again.
+// Open starts the plugin and returns it once it is ready to be asked. Both values may be set: a plugin that has not started and may another time is
+// returned with the reason, and each call tries that again. It is nil if it is refused, or ctx has ended.
 func Open(ctx context.Context, options Options) (*Client, error) {
 	if (len(options.Cmd) == 0) == (options.Found == nil) {
 		return nil, errors.New("plugin options: one of Cmd and Found is needed")
@@ -106,7 +106,7 @@ func Open(ctx context.Context, options Options) (*Client, error) {
 	clearOld(options.Dir)
 	c := &Client{options: options, now: time.Now, busy: make(chan struct{}, 1)}
 	_, err := c.session(ctx)
-	if refusal.Of(err) != nil || ctx.Err() != nil {
+	if err != nil && (refusal.Of(err) != nil || ctx.Err() != nil) {
 		return nil, err
 	}
 	return c, err

@@ -15,7 +15,6 @@ import (
 	"time"
 
 	"github.com/kindos/kmo/backends"
-	"github.com/kindos/kmo/backends/process/monitor"
 	"github.com/kindos/kmo/backends/process/secret"
 	"github.com/kindos/kmo/backends/process/stage"
 	"github.com/kindos/kmo/policy/refusal"
@@ -209,7 +208,7 @@ func (k *Keeper) root(w backends.Workload, p Program, dir string) (*stage.Root, 
 	if err != nil {
 		return nil, err
 	}
-	root := monitor.Task{Place: Place{Kept: kept}, Workload: w}.Root(filepath.Join(dir, "root"))
+	root := Place{Kept: kept}.Root(w, filepath.Join(dir, "root"))
 	root.Content = p.Root
 	var binds []stage.Bind
 	for _, b := range p.Binds {

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"maps"
 	"os"
 	"path/filepath"
 	"runtime"
@@ -96,18 +97,22 @@ func findBuiltIn(name string) (builtIn, error) {
 	return all[i], nil
 }
 
-// runtimeAt judges where a built-in backend's runtime is said to be.
-func runtimeAt(name, path string) error {
-	b, err := findBuiltIn(name)
-	switch {
-	case err != nil:
-		return err
-	case b.at == "":
-		return usageError{fmt.Errorf("engine of %s: %s; it has no runtime that can be named", name, path)}
-	case !filepath.IsAbs(path):
-		return usageError{fmt.Errorf("engine of %s: %q; want the absolute path of %s", name, path, b.at)}
+// checkEngines judges where built-in backends' runtimes are said to be, by their names.
+func checkEngines(engines map[string]string) error {
+	var faults []error
+	for _, name := range slices.Sorted(maps.Keys(engines)) {
+		path := engines[name]
+		b, err := findBuiltIn(name)
+		switch {
+		case err != nil:
+			faults = append(faults, err)
+		case b.at == "":
+			faults = append(faults, usageError{fmt.Errorf("engine of %s: %s; it has no runtime that can be named", name, path)})
+		case !filepath.IsAbs(path):
+			faults = append(faults, usageError{fmt.Errorf("engine of %s: %q; want the absolute path of %s", name, path, b.at)})
+		}
 	}
-	return nil
+	return errors.Join(faults...)
 }
 
 // passed is what a built-in backend's process gets of this one's environment.
@@ -182,16 +187,14 @@ type found struct {
 
 // look asks built-in backends, each over a state folder of its own that is gone afterwards.
 func look(cmd *cobra.Command, all []builtIn, engines map[string]string) (list []found, err error) {
+	if err := checkEngines(engines); err != nil {
+		return nil, err
+	}
 	folder, err := os.MkdirTemp("", "kmo-backend-")
 	if err != nil {
 		return nil, err
 	}
 	defer func() { err = errors.Join(err, os.RemoveAll(folder)) }()
-	for name, path := range engines {
-		if err := runtimeAt(name, path); err != nil {
-			return nil, err
-		}
-	}
 	logger := slog.New(slog.DiscardHandler) // what matters is in what is printed
 	for _, b := range all {
 		f := found{Runs: b.runs, Fingerprint: backends.Fingerprint{Backend: b.name}}

@@ -192,10 +192,12 @@ func loadConfig(path string) (Config, error) {
 	if c.Backends == nil {
 		c.Backends = []template.Name{"native", "wasm"}
 	}
+	engines := map[string]string{}
 	for name, at := range c.Engines {
-		if err := runtimeAt(string(name), string(at)); err != nil {
-			return c, fmt.Errorf("%s: engines: %w", path, err)
-		}
+		engines[string(name)] = string(at)
+	}
+	if err := checkEngines(engines); err != nil {
+		return c, fmt.Errorf("%s: engines: %w", path, err)
 	}
 	folder := filepath.Dir(path)
 	if !strings.Contains(c.Remote, ":") && c.Remote != "" && !filepath.IsAbs(c.Remote) { // a path, as no URL and no host:path is

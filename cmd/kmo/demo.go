@@ -2,6 +2,7 @@ package main
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -74,7 +75,7 @@ type demo struct {
 	dir        string
 	self       string
 	agent      *exec.Cmd
-	ended      <-chan error // how the agent did, once it has; closed then
+	ended      <-chan error // the agent's exit error, once it has ended; then closed
 	registry   string
 	pins       map[string]string // variant lines of unit.yaml by program
 	begun      time.Time
@@ -421,7 +422,7 @@ func (d *demo) wait(ctx context.Context, done func(reconciler.Record) bool) (rec
 		case <-ctx.Done():
 			return rec, errors.Join(context.Cause(ctx), err)
 		case how := <-d.ended:
-			return rec, fmt.Errorf("the agent has ended: %w", errors.Join(how, context.Cause(ctx), err))
+			return rec, errors.Join(fmt.Errorf("the agent has ended: %v", cmp.Or(how, errors.New("exit status 0"))), context.Cause(ctx), err)
 		case <-time.After(2 * time.Millisecond):
 		}
 	}

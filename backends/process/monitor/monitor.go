@@ -47,10 +47,9 @@ type Task struct {
 	Public   []string          `json:"public,omitempty"`
 }
 
-// Root is what the workload sees as /, on whatever it runs: the content under a layer with its files, kept paths, doors and mounts, and its
-// devices. Scratch is an empty folder to mount on.
-func (t Task) Root(scratch string) *stage.Root {
-	w := t.Workload
+// Root is what a workload there sees as /: the content under a layer with its files; kept paths, doors and mounts, in this order; its devices. Scratch is
+// an empty folder to mount on. Content may be replaced by where it is seen.
+func (p Place) Root(w backends.Workload, scratch string) *stage.Root {
 	root := &stage.Root{
 		Scratch: scratch, Hostname: w.Name[:min(len(w.Name), 63)], Content: w.Image.Content, Owner: w.Run.User, Size: w.Overlay.Size,
 	}
@@ -58,7 +57,7 @@ func (t Task) Root(scratch string) *stage.Root {
 		root.Size = min(root.Size, w.Resources.Disk)
 	}
 	for i, keep := range w.Overlay.Keep {
-		root.Binds = append(root.Binds, stage.Bind{From: t.Kept[i], To: keep, Writable: true})
+		root.Binds = append(root.Binds, stage.Bind{From: p.Kept[i], To: keep, Writable: true})
 	}
 	for _, d := range w.Doors {
 		root.Binds = append(root.Binds, stage.Bind{From: d.From, To: d.To, Writable: true})
