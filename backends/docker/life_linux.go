@@ -59,10 +59,10 @@ func (b *Backend) Apply(ctx context.Context, w backends.Workload) error {
 		if err := b.plan.Put(&w); err != nil {
 			return err
 		}
-		b.ended(e, found)
 		e.mu.Lock()
 		e.stuck = false
 		e.mu.Unlock()
+		b.ended(e, found)
 		if err := b.start(ctx, e, found); err != nil {
 			return err
 		}
@@ -166,13 +166,13 @@ func (b *Backend) start(ctx context.Context, e *entry, c *seen) (err error) {
 	if err := b.plan.Missing(&w); err != nil {
 		return err
 	}
-	if c.untold { // the engine takes it for running, and would not start it
-		if c, err = b.replace(ctx, e, w, c.id); err != nil {
+	for _, argv := range w.Hooks.PreInit {
+		if err := b.preInit(ctx, e, w, argv); err != nil {
 			return err
 		}
 	}
-	for _, argv := range w.Hooks.PreInit {
-		if err := b.preInit(ctx, e, w, argv); err != nil {
+	if c.untold { // the engine takes it for running, and would not start it
+		if c, err = b.replace(ctx, e, w); err != nil {
 			return err
 		}
 	}
@@ -195,15 +195,20 @@ func (b *Backend) start(ctx context.Context, e *entry, c *seen) (err error) {
 	return e.change(func(r *record) { r.Starting, r.Started = false, found.started })
 }
 
-// replace makes the container of a workload anew.
-func (b *Backend) replace(ctx context.Context, e *entry, w backends.Workload, id string) (*seen, error) {
-	if err := b.discard(ctx, id); err != nil {
+// replace makes the container of a workload anew. One that it cannot make is made when the workload is next started.
+func (b *Backend) replace(ctx context.Context, e *entry, w backends.Workload) (*seen, error) {
+	if err := b.discard(ctx, b.plan.Container(e.name)); err != nil {
 		return nil, err
 	}
 	e.mu.Lock()
+	e.id = ""
 	image, ports := e.image, e.ports
 	e.mu.Unlock()
+	b.step("create")
 	id, err := b.createLoaded(ctx, w, image, ports, nil)
+	e.mu.Lock()
+	e.id = id
+	e.mu.Unlock()
 	return &seen{id: id, image: image}, err
 }
 
@@ -333,6 +338,9 @@ func (b *Backend) over(ctx context.Context, id string, p *program.Program) error
 		found, err := b.inspect(ctx, id)
 		if err != nil || found == nil || !found.running && !found.untold {
 			return err
+		}
+		if found.untold && late == nil {
+			late = time.After(tellTime)
 		}
 		select {
 		case <-time.After(pause):

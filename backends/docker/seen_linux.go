@@ -96,7 +96,7 @@ func (b *Backend) status(ctx context.Context, e *entry, c container.Summary) (*b
 		s.State, s.Detail = backends.Damaged, e.record.Fault
 	case runs:
 		s.State = backends.Running
-	case c.State == container.StateCreated, e.starting:
+	case c.State == container.StateCreated && !e.again, e.starting:
 		s.State = backends.Starting
 	}
 	if e.record.Removing {

@@ -191,8 +191,15 @@ func (e *entry) begin(w backends.Workload, ports []int, image string) error {
 		w.Files[i].Content = nil // they lie where the container has them from
 	}
 	e.workload, e.ports, e.image, e.id, e.record = w, ports, image, "", record{}
-	e.stuck, e.detail = false, ""
+	e.stuck, e.again, e.detail = false, false, ""
 	return e.save()
+}
+
+// waits says whether it will be started again, whatever there is of its container.
+func (e *entry) waits() bool {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	return e.again
 }
 
 func (e *entry) starts(now bool) {
@@ -437,8 +444,8 @@ func (b *Backend) restart(e *entry) time.Duration {
 	}
 	defer release()
 	e.mu.Lock()
-	id := e.id
-	over := taken != e || e.cleared || e.running || e.stuck || e.record.Removing
+	none := e.id == "" // any more: it is being replaced
+	over := taken != e || e.cleared || !e.again || e.running || e.stuck || e.record.Removing
 	e.again = false // from here on a new end is another's to answer
 	e.mu.Unlock()
 	if over {
@@ -446,15 +453,18 @@ func (b *Backend) restart(e *entry) time.Duration {
 	}
 	ctx, done := b.unasked(e)
 	defer done()
-	c, err := b.inspect(ctx, id)
+	c, err := b.inspect(ctx, b.plan.Container(e.name))
 	if err == nil && c == nil {
-		b.nudge()
-		return 0
+		if !none {
+			b.nudge()
+			return 0
+		}
+		c = &seen{untold: true}
 	}
 	if err == nil && c.running { // somebody else was quicker
 		b.adopt(e, c)
 		if e.foreign() {
-			err = b.signal(ctx, id, "SIGKILL")
+			err = b.signal(ctx, c.id, "SIGKILL")
 		}
 		if err == nil {
 			return 0
