@@ -52,11 +52,11 @@ type present struct {
 
 // working is what is being done with a workload.
 type working struct {
-	starting  bool               // somebody starts it
-	again     bool               // somebody waits to start it again
-	ending    bool               // somebody asks the engine how it ended
-	stuck     bool               // it is not to be started again until it is applied
-	interrupt context.CancelFunc // ends what is done under the turn of our own accord; nil when nothing is
+	starting  bool                      // somebody starts it
+	again     bool                      // somebody waits to start it again
+	ending    map[*program.Program]bool // somebody asks the engine how it ended; nil is one that cannot be seen
+	stuck     bool                      // it is not to be started again until it is applied
+	interrupt context.CancelFunc        // ends what is done under the turn of our own accord; nil when nothing is
 }
 
 // record is what changes while a container stays the same.
@@ -75,15 +75,15 @@ type record struct {
 
 // end is how a program ended.
 type end struct {
-	At   string `json:"at"` // as the engine says it: it tells one end from another
-	Code int    `json:"code"`
-	OOM  bool   `json:"oom"`
-
-	Untold bool `json:"untold,omitempty"` // the engine does not know: Code and OOM say nothing
+	At     string `json:"at"` // as the engine says it, or after which start it came: it tells one end from another
+	Code   int    `json:"code"`
+	OOM    bool   `json:"oom"`
+	Untold bool   `json:"untold,omitempty"` // the engine does not know: Code and OOM say nothing, and At speaks of the start
 }
 
 func (b *Backend) fresh(name string) *entry {
 	e := &entry{name: name, dir: filepath.Join(b.options.State, "work", name), turn: make(chan struct{}, 1)}
+	e.ending = map[*program.Program]bool{}
 	e.turn <- struct{}{}
 	return e
 }
@@ -329,31 +329,33 @@ func (b *Backend) repeat(e *entry) {
 	}
 }
 
-// asks says whether the caller is to ask how a program ended, and to call answered then.
-func (e *entry) asks() bool {
+// asks says whether the caller is to ask how the program ended, and to call answered with it then.
+func (e *entry) asks() (p *program.Program, ok bool) {
 	e.mu.Lock()
 	defer e.mu.Unlock()
-	if e.ending || e.again {
-		return false
+	p = e.program
+	if e.ending[p] || e.again && p == nil {
+		return nil, false
 	}
-	e.ending = true
-	return true
+	e.ending[p] = true
+	return p, true
 }
 
-func (e *entry) answered() {
+func (e *entry) answered(p *program.Program) {
 	e.mu.Lock()
 	defer e.mu.Unlock()
-	e.ending = false
+	delete(e.ending, p)
 }
 
 // finish waits until the engine knows of the end of a program, or has had the time to. If it does not answer, a later look finds it.
 func (b *Backend) finish(e *entry) {
 	ctx, cancel := context.WithTimeout(b.ctx, clearTime)
 	defer cancel()
-	if !e.asks() {
+	p, ok := e.asks()
+	if !ok {
 		return // somebody else does, or has
 	}
-	defer e.answered()
+	defer e.answered(p)
 	for pause := time.Millisecond; ctx.Err() == nil; pause = min(2*pause, 200*time.Millisecond) {
 		e.mu.Lock()
 		id, over := e.id, e.cleared || e.program != nil && !e.program.Ended()
