@@ -15,6 +15,7 @@ import (
 	"github.com/kindos/kmo/backends"
 	"github.com/kindos/kmo/backends/docker/engine"
 	"github.com/kindos/kmo/backends/docker/program"
+	"github.com/kindos/kmo/backends/process/monitor"
 	"github.com/kindos/kmo/backends/process/secret"
 )
 
@@ -167,17 +168,15 @@ func (e *entry) change(f func(r *record)) error {
 	return e.save()
 }
 
-// save writes the record; mu is held. One that is lost with the power costs a count of restarts, and hooks that are run once more.
+// save writes the record; mu is held. A power cut may leave an empty one, which recall survives: it costs a count of restarts, and hooks that
+// are run once more.
 func (e *entry) save() error {
 	text, err := json.Marshal(e.record)
 	if err == nil {
 		err = os.MkdirAll(e.dir, 0o700)
 	}
 	if err == nil {
-		err = os.WriteFile(filepath.Join(e.dir, "record.json.next"), text, 0o600)
-	}
-	if err == nil {
-		err = os.Rename(filepath.Join(e.dir, "record.json.next"), filepath.Join(e.dir, "record.json"))
+		err = monitor.Replace(filepath.Join(e.dir, "record.json"), text)
 	}
 	return err
 }
