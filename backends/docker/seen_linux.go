@@ -212,7 +212,9 @@ func (b *Backend) exec(ctx context.Context, id string, argv []string, out *outpu
 	if err != nil {
 		return 0, nil, b.plain(ctx, err)
 	}
-	stream, err := b.engine.ExecAttach(ctx, made.ID, client.ExecAttachOptions{})
+	attach, attached := context.WithCancel(ctx)
+	stream, err := b.engine.ExecAttach(attach, made.ID, client.ExecAttachOptions{})
+	attached() // the handshake is over: what follows is a stream
 	if err != nil {
 		return 0, nil, b.plain(ctx, err)
 	}
