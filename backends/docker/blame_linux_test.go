@@ -29,8 +29,8 @@ func TestNotExecutable(t *testing.T) {
 			change(&w)
 			err := b.Apply(t.Context(), w)
 			var start *backends.StartError
-			if !errors.As(err, &start) || start.Stage != stage {
-				t.Errorf("apply: %v, want a *StartError of %s", err, stage)
+			if !errors.As(err, &start) || start.Stage != stage || strings.Contains(start.Cause, "exec /app") {
+				t.Errorf("apply: %v, want a *StartError of %s, and no word of another program", err, stage)
 			}
 			if err := b.Remove(t.Context(), w.Name); err != nil {
 				t.Error(err)

@@ -1,7 +1,9 @@
 package docker
 
 import (
+	"context"
 	"encoding/json"
+	"errors"
 	"io"
 	"net"
 	"net/http"
@@ -15,6 +17,9 @@ import (
 	"github.com/kindos/kmo/backends/docker/engine"
 	"github.com/kindos/kmo/backends/docker/plan"
 )
+
+// upgrade begins the answer with which a connection becomes a stream.
+const upgrade = "HTTP/1.1 101 UPGRADED\r\nConnection: Upgrade\r\nUpgrade: tcp\r\n"
 
 // endless is a door behind which what begins with start goes on without end, for every request that ends so; others are answered as given.
 type endless struct {
@@ -42,10 +47,20 @@ func (e *endless) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		http.Error(w, `{"message":"no such container"}`, http.StatusNotFound)
 		return
 	}
-	w.WriteHeader(e.status)
-	n, err := io.WriteString(w, e.start)
+	to := io.Writer(w)
+	if e.status == http.StatusSwitchingProtocols {
+		conn, _, err := w.(http.Hijacker).Hijack()
+		if err != nil {
+			panic(err)
+		}
+		defer conn.Close()
+		to = conn
+	} else {
+		w.WriteHeader(e.status)
+	}
+	n, err := io.WriteString(to, e.start)
 	for sent := int64(n); err == nil; sent += int64(n) {
-		if n, err = io.WriteString(w, e.more); sent > e.sent.Load() {
+		if n, err = io.WriteString(to, e.more); sent > e.sent.Load() {
 			e.sent.Store(sent)
 		}
 	}
@@ -78,9 +93,10 @@ func TestEndlessAnswers(t *testing.T) {
 	up(t, Docker) // for its folder
 	image := content(t)
 	long := strings.Repeat("a", 1<<16)
-	others := map[string]string{"/info": `{"ServerVersion":"1"}`, "/containers/json": "[]", "/images/json": "[]"}
+	others := map[string]string{"/info": `{"ServerVersion":"1"}`, "/containers/json": "[]", "/images/json": "[]", "/exec": `{"Id":"1"}`}
 	apply := func(b *Backend) error { return b.Apply(t.Context(), unit("relay", image, "wait")) }
 	observe := func(b *Backend) error { _, err := b.Observe(t.Context()); return err }
+	exec := func(b *Backend) error { _, _, err := b.exec(t.Context(), "1", []string{"/app"}, &output{}); return err }
 	for name, c := range map[string]struct {
 		path, start, more string
 		status            int
@@ -95,7 +111,8 @@ func TestEndlessAnswers(t *testing.T) {
 		"an image":            {"/json", `{"Id":"`, long, 200, func(b *Backend) error { _, err := b.has(t.Context(), "sha256:00", nil); return err }},
 		"what it has loaded":  {"/images/load", `{"stream":"`, long, 200, apply},
 		"steps of a load":     {"/images/load", "{}", strings.Repeat("{\"stream\":\"a\"}\n", 1<<10), 200, apply},
-		"what it has created": {"/exec", `{"Id":"`, long, 200, func(b *Backend) error { _, _, err := b.exec(t.Context(), "1", []string{"/app"}, &output{}); return err }},
+		"what it has created": {"/exec", `{"Id":"`, long, 200, exec},
+		"a handshake":         {"/start", upgrade + "A: ", long, 101, exec},
 	} {
 		t.Run(name, func(t *testing.T) {
 			d := &endless{path: c.path, start: c.start, more: c.more, status: c.status, others: others}
@@ -141,5 +158,24 @@ func TestEndlessLog(t *testing.T) {
 	}
 	if err := log.Close(); err != nil {
 		t.Error(err)
+	}
+}
+
+// What a command writes is no answer: only the caller's patience bounds it.
+func TestEndlessExec(t *testing.T) {
+	up(t, Docker)
+	frame := "\x01\x00\x00\x00\x00\x00\x40\x00" + strings.Repeat("a", 1<<14)
+	d := &endless{path: "/start", start: upgrade + "\r\n", more: frame, status: 101, others: map[string]string{"/info": `{}`, "/containers/json": "[]", "/images/json": "[]", "/exec": `{"Id":"1"}`}}
+	b := d.open(t)
+	ctx, cancel := context.WithCancel(t.Context())
+	defer cancel()
+	go func() {
+		for d.sent.Load() < 2*engine.MaxAnswer && ctx.Err() == nil {
+			time.Sleep(time.Millisecond)
+		}
+		cancel()
+	}()
+	if _, _, err := b.exec(ctx, "1", []string{"/app"}, &output{most: maxOutput}); !errors.Is(err, context.Canceled) {
+		t.Errorf("a command that writes without end: %v, want its context's end", err)
 	}
 }

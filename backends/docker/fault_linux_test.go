@@ -431,3 +431,48 @@ func TestStartedByOthers(t *testing.T) {
 		over(t, d, b, state)
 	})
 }
+
+// An end is learnt of as it comes, also soon after another, and while the answer to that is waited for.
+func TestEndSoonAfterRestart(t *testing.T) {
+	image := content(t)
+	each(t, func(t *testing.T, d *daemon) {
+		state := t.TempDir()
+		b := open(t, d.name, state)
+		b.options.Backoff = func(int) time.Duration { return time.Hour }
+		w := unit("relay", image, "wait")
+		w.Hooks.PreInit = [][]string{{"/app", "say first"}}
+		if err := b.Apply(t.Context(), w); err != nil {
+			t.Fatal(err)
+		}
+		e, none := b.entry(w.Name), 0
+		learns := func(what string) {
+			t.Helper()
+			for deadline := time.Now().Add(5 * time.Second); ; time.Sleep(10 * time.Millisecond) {
+				c, err := b.inspect(t.Context(), b.plan.Container(w.Name))
+				if err != nil || c == nil || time.Now().After(deadline) {
+					t.Fatalf("%s: its end is not learnt of: %+v; %v", what, c, err)
+				}
+				if !c.running && e.now() == nil {
+					return
+				}
+			}
+		}
+		for _, what := range []string{"applied", "applied while it waits to be started again"} {
+			if err := b.Apply(t.Context(), w); err != nil {
+				t.Fatal(err)
+			}
+			if err := unix.Kill(e.now().PID, unix.SIGKILL); err != nil {
+				t.Fatal(err)
+			}
+			learns(what)
+		}
+		if err := b.Apply(t.Context(), w); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := asked(t, d).ContainerRestart(t.Context(), b.plan.Container(w.Name), client.ContainerRestartOptions{Timeout: &none}); err != nil {
+			t.Fatal(err)
+		}
+		learns("started by others without its hooks")
+		over(t, d, b, state)
+	})
+}

@@ -2,7 +2,9 @@ package docker
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
+	"log/slog"
 	"net"
 	"net/http"
 	"net/http/httputil"
@@ -12,7 +14,10 @@ import (
 	"testing"
 	"time"
 
+	"github.com/moby/moby/api/types/container"
+
 	"github.com/kindos/kmo/backends"
+	"github.com/kindos/kmo/backends/docker/plan"
 	"github.com/kindos/kmo/registry/merkle"
 )
 
@@ -138,5 +143,22 @@ func TestFaultOver(t *testing.T) {
 	}
 	if err := b.postInit(t.Context(), e); err != nil || e.record.Fault != "" {
 		t.Errorf("after it has been applied again its fault is %q; %v", e.record.Fault, err)
+	}
+}
+
+// A record that a power cut has left empty costs what it said, and no more.
+func TestEmptyRecord(t *testing.T) {
+	b := &Backend{options: Options{State: t.TempDir(), Logger: slog.New(slog.DiscardHandler)}}
+	w := hooked(backends.Image{})
+	labels, err := json.Marshal(w)
+	at := filepath.Join(b.fresh(w.Name).dir, "record.json")
+	if err := errors.Join(err, os.MkdirAll(filepath.Dir(at), 0o700), os.WriteFile(at, nil, 0o600)); err != nil {
+		t.Fatal(err)
+	}
+	e, err := b.recall(container.Summary{State: container.StateExited, Labels: map[string]string{
+		plan.LabelRole: plan.RoleWorkload, plan.LabelName: w.Name, plan.LabelWorkload: string(labels), plan.LabelPorts: "[]",
+	}})
+	if err != nil || !e.known() || !e.record.Pending {
+		t.Errorf("got %+v; %v; want the workload, whose hooks are due", e, err)
 	}
 }

@@ -21,7 +21,6 @@ import (
 )
 
 const (
-	hookTime     = 30 * time.Second // for each hook
 	defaultGrace = 10 * time.Second // where a workload says none
 	restartTime  = 3 * time.Minute  // for a start without a caller, preInit hooks and all
 	clearTime    = 20 * time.Second // for undoing what an ended call has begun
@@ -60,10 +59,10 @@ func (b *Backend) Apply(ctx context.Context, w backends.Workload) error {
 		if err := b.plan.Put(&w); err != nil {
 			return err
 		}
-		b.ended(e, found)
 		e.mu.Lock()
 		e.stuck = false
 		e.mu.Unlock()
+		b.ended(e, found)
 		if err := b.start(ctx, e, found); err != nil {
 			return err
 		}
@@ -167,13 +166,13 @@ func (b *Backend) start(ctx context.Context, e *entry, c *seen) (err error) {
 	if err := b.plan.Missing(&w); err != nil {
 		return err
 	}
-	if c.untold { // the engine takes it for running, and would not start it
-		if c, err = b.replace(ctx, e, w, c.id); err != nil {
+	for _, argv := range w.Hooks.PreInit {
+		if err := b.preInit(ctx, e, w, argv); err != nil {
 			return err
 		}
 	}
-	for _, argv := range w.Hooks.PreInit {
-		if err := b.preInit(ctx, e, w, argv); err != nil {
+	if c.untold { // the engine takes it for running, and would not start it
+		if c, err = b.replace(ctx, e, w); err != nil {
 			return err
 		}
 	}
@@ -182,7 +181,7 @@ func (b *Backend) start(ctx context.Context, e *entry, c *seen) (err error) {
 	}
 	b.step("start")
 	if _, err := b.engine.ContainerStart(ctx, c.id, client.ContainerStartOptions{}); err != nil {
-		return b.startFault(ctx, w, err)
+		return b.startFault(ctx, w.Name, process.Argv(w), err)
 	}
 	b.step("started")
 	found, err := b.inspect(ctx, c.id)
@@ -196,20 +195,25 @@ func (b *Backend) start(ctx context.Context, e *entry, c *seen) (err error) {
 	return e.change(func(r *record) { r.Starting, r.Started = false, found.started })
 }
 
-// replace makes the container of a workload anew.
-func (b *Backend) replace(ctx context.Context, e *entry, w backends.Workload, id string) (*seen, error) {
-	if err := b.discard(ctx, id); err != nil {
+// replace makes the container of a workload anew. One that it cannot make is made when the workload is next started.
+func (b *Backend) replace(ctx context.Context, e *entry, w backends.Workload) (*seen, error) {
+	if err := b.discard(ctx, b.plan.Container(e.name)); err != nil {
 		return nil, err
 	}
 	e.mu.Lock()
+	e.id = ""
 	image, ports := e.image, e.ports
 	e.mu.Unlock()
+	b.step("create")
 	id, err := b.createLoaded(ctx, w, image, ports, nil)
+	e.mu.Lock()
+	e.id = id
+	e.mu.Unlock()
 	return &seen{id: id, image: image}, err
 }
 
-// startFault says whose fault it is that a container does not start.
-func (b *Backend) startFault(ctx context.Context, w backends.Workload, err error) error {
+// startFault says whose fault it is that a container of a workload does not start.
+func (b *Backend) startFault(ctx context.Context, workload string, argv []string, err error) error {
 	var down *engine.DownError
 	plain := b.plain(ctx, err)
 	text := plain.Error()
@@ -217,12 +221,12 @@ func (b *Backend) startFault(ctx context.Context, w backends.Workload, err error
 	case ctx.Err() != nil, b.ctx.Err() != nil, errors.As(plain, &down):
 		return plain
 	case strings.Contains(text, "address already in use"), strings.Contains(text, "port is already allocated"):
-		return &busyError{w.Name, text}
+		return &busyError{workload, text}
 	case engine.Unexecutable(text):
-		return &backends.StartError{Workload: w.Name, Stage: "exec " + process.Argv(w)[0], Cause: text}
+		return &backends.StartError{Workload: workload, Stage: "exec " + argv[0], Cause: text}
 	}
 	if place, why := engine.Unmountable(text); why != "" {
-		return &backends.StartError{Workload: w.Name, Stage: "mount " + place, Cause: why + ": " + text}
+		return &backends.StartError{Workload: workload, Stage: "mount " + place, Cause: why + ": " + text}
 	}
 	return err
 }
@@ -335,6 +339,9 @@ func (b *Backend) over(ctx context.Context, id string, p *program.Program) error
 		if err != nil || found == nil || !found.running && !found.untold {
 			return err
 		}
+		if found.untold && late == nil {
+			late = time.After(tellTime)
+		}
 		select {
 		case <-time.After(pause):
 		case <-late:
@@ -382,109 +389,4 @@ func (b *Backend) leave(e *entry) {
 	defer e.mu.Unlock()
 	e.cleared = true
 	e.program.Release()
-}
-
-// postInit runs the hooks that follow a start, if they have not all ended well. A workload in which they did not is damaged, and
-// applying it again runs them again.
-func (b *Backend) postInit(ctx context.Context, e *entry) error {
-	e.mu.Lock()
-	pending, fault, c := e.record.Pending, e.record.Fault, e.id
-	e.mu.Unlock()
-	if !pending && fault != "" { // of an engine that went away while it was started
-		return e.change(func(r *record) { r.Fault = "" })
-	}
-	if !pending {
-		return nil
-	}
-	for _, argv := range e.asked().Hooks.PostInit {
-		if err := b.hook(ctx, e.name, "postInit", argv, b.inside(c, argv)); err != nil {
-			e.fail(err)
-			return err
-		}
-	}
-	return e.change(func(r *record) { r.Pending, r.Fault = false, "" })
-}
-
-// hook runs a hook and turns how it ended into an error with what it wrote. One that does not end in its time is at fault itself.
-func (b *Backend) hook(ctx context.Context, name, moment string, argv []string, run func(context.Context) (int, []byte, error)) error {
-	within, cancel := context.WithTimeout(ctx, b.hookTime)
-	defer cancel()
-	status, words, err := run(within)
-	fault := &backends.StartError{Workload: name, Stage: fmt.Sprintf("%s %v", moment, argv), Output: string(words)}
-	var cause *backends.StartError
-	var down *engine.DownError
-	switch {
-	case errors.As(err, &down):
-		return err
-	case err != nil && ctx.Err() == nil && within.Err() != nil:
-		fault.Cause = fmt.Sprintf("has not ended within %v", b.hookTime)
-	case errors.As(err, &cause):
-		fault.Cause = cause.Stage + ": " + cause.Cause
-	case err != nil && engine.Unexecutable(err.Error()):
-		fault.Cause = err.Error()
-	case err != nil:
-		return err
-	case status != 0:
-		fault.Cause = fmt.Sprintf("exit status %d", status)
-	default:
-		return nil
-	}
-	return fault
-}
-
-// inside is how a hook is run in a container that runs.
-func (b *Backend) inside(id string, argv []string) func(context.Context) (int, []byte, error) {
-	return func(ctx context.Context) (int, []byte, error) {
-		out := &output{most: maxWords, last: true}
-		status, _, err := b.exec(ctx, id, argv, out)
-		return status, out.text, err
-	}
-}
-
-// preInit runs a hook in a container of its own, which is removed. Its time begins when it has been started: a slow engine is no fault of the hook's.
-func (b *Backend) preInit(ctx context.Context, e *entry, w backends.Workload, argv []string) (err error) {
-	e.mu.Lock()
-	image, ports := e.image, e.ports
-	e.mu.Unlock()
-	id, err := b.createLoaded(ctx, w, image, ports, argv)
-	if err != nil {
-		return err
-	}
-	defer func() {
-		undo, cancel := context.WithTimeout(context.WithoutCancel(ctx), clearTime)
-		defer cancel()
-		if left := b.discard(undo, id); err == nil {
-			err = left // what is left otherwise is removed by the next look
-		}
-	}()
-	b.step("hook")
-	_, startErr := b.engine.ContainerStart(ctx, id, client.ContainerStartOptions{})
-	return b.hook(ctx, e.name, "preInit", argv, func(ctx context.Context) (int, []byte, error) {
-		if startErr != nil {
-			return 0, nil, b.startFault(ctx, w, startErr)
-		}
-		return b.await(ctx, id)
-	})
-}
-
-// await waits until a hook's container has ended, and returns its status and its last words.
-func (b *Backend) await(ctx context.Context, id string) (int, []byte, error) {
-	var p *program.Program
-	if c, err := b.inspect(ctx, id); err == nil && c != nil && c.running {
-		p = program.Hold(c.pid, id)
-		defer p.Release()
-	}
-	ended := b.over(ctx, id, p)
-	undo, cancel := context.WithTimeout(context.WithoutCancel(ctx), clearTime)
-	defer cancel()
-	out := &output{most: maxWords, last: true}
-	_ = b.copyLog(undo, id, 0, out.add) // without them it has failed all the same
-	c, err := b.inspect(undo, id)
-	if ended == nil && err == nil && c != nil && c.running {
-		err = fmt.Errorf("%s says that container %s runs, whose process %d has ended: how it ended cannot be told", b.options.Name, id, c.pid)
-	}
-	if ended != nil || err != nil || c == nil {
-		return 0, out.text, errors.Join(ended, err)
-	}
-	return c.exit, out.text, nil
 }

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"os"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -151,4 +152,50 @@ func TestEngineLosesHook(t *testing.T) {
 		t.Errorf("left behind: %q", left)
 	}
 	over(t, d, b, state)
+}
+
+// A workload whose container is replaced stays what it is, wherever its start fails, until one does not.
+func TestLostProgramFailsToStart(t *testing.T) {
+	image := content(t)
+	d := up(t, Podman)
+	for at, fail := range map[string]func(b *Backend, w backends.Workload) error{
+		"hook": func(b *Backend, w backends.Workload) error {
+			return b.discard(t.Context(), b.plan.Container(w.Name)+"-hook")
+		},
+		"create": func(*Backend, backends.Workload) error { return d.kill(unix.SIGKILL) },
+		"start":  func(*Backend, backends.Workload) error { return d.kill(unix.SIGKILL) },
+	} {
+		t.Run(at, func(t *testing.T) {
+			state, failed := t.TempDir(), make(chan error, 1)
+			b := open(t, d.name, state)
+			b.options.Backoff = func(int) time.Duration { return 2 * time.Second }
+			w := unit("relay", image, "cat /run/secrets/token", "wait")
+			w.Hooks.PreInit = [][]string{{"/app", "say first"}}
+			w.Files = []backends.File{{To: "/run/secrets/token", Mode: 0o400, Content: []byte("canary"), Secret: true}}
+			var armed atomic.Bool
+			b.step = func(step string) {
+				if step == at && armed.CompareAndSwap(true, false) {
+					failed <- fail(b, w)
+				}
+			}
+			if err := b.Apply(t.Context(), w); err != nil {
+				t.Fatal(err)
+			}
+			before := until(t, b, "running", running)
+			armed.Store(true)
+			orphan(t, before.PID)
+			if err := errors.Join(<-failed, d.start()); err != nil {
+				t.Fatal(err)
+			}
+			for range 10 {
+				if err := b.look(t.Context()); err != nil {
+					t.Error(err)
+				}
+				time.Sleep(100 * time.Millisecond)
+			}
+			until(t, b, "running again", func(s backends.Status) bool { return running(s) && s.Restarts == 1 })
+			once(t, d, b)
+			over(t, d, b, state)
+		})
+	}
 }

@@ -96,7 +96,7 @@ func (b *Backend) status(ctx context.Context, e *entry, c container.Summary) (*b
 		s.State, s.Detail = backends.Damaged, e.record.Fault
 	case runs:
 		s.State = backends.Running
-	case c.State == container.StateCreated, e.starting:
+	case c.State == container.StateCreated && !e.again, e.starting:
 		s.State = backends.Starting
 	}
 	if e.record.Removing {
@@ -212,7 +212,9 @@ func (b *Backend) exec(ctx context.Context, id string, argv []string, out *outpu
 	if err != nil {
 		return 0, nil, b.plain(ctx, err)
 	}
-	stream, err := b.engine.ExecAttach(ctx, made.ID, client.ExecAttachOptions{})
+	attach, attached := context.WithCancel(ctx)
+	stream, err := b.engine.ExecAttach(attach, made.ID, client.ExecAttachOptions{})
+	attached() // the handshake is over: what follows is a stream
 	if err != nil {
 		return 0, nil, b.plain(ctx, err)
 	}

@@ -288,7 +288,8 @@ func (b *Backend) sweep(ctx context.Context, name string) {
 	if err := errors.Join(err, hookErr); err != nil {
 		return // the next look finds it again
 	}
-	if whole != nil && whole.status != container.StateCreated && e.known() && (!e.removing() || whole.running) {
+	made := whole != nil && whole.status != container.StateCreated || e.waits()
+	if made && e.known() && (!e.removing() || whole != nil && whole.running) {
 		if hook != nil {
 			err = b.discard(ctx, hook.id)
 		}

@@ -15,6 +15,7 @@ import (
 	"github.com/kindos/kmo/backends"
 	"github.com/kindos/kmo/backends/docker/engine"
 	"github.com/kindos/kmo/backends/docker/program"
+	"github.com/kindos/kmo/backends/process/monitor"
 	"github.com/kindos/kmo/backends/process/secret"
 )
 
@@ -52,11 +53,11 @@ type present struct {
 
 // working is what is being done with a workload.
 type working struct {
-	starting  bool               // somebody starts it
-	again     bool               // somebody waits to start it again
-	ending    bool               // somebody asks the engine how it ended
-	stuck     bool               // it is not to be started again until it is applied
-	interrupt context.CancelFunc // ends what is done under the turn of our own accord; nil when nothing is
+	starting  bool                      // somebody starts it
+	again     bool                      // somebody waits to start it again
+	ending    map[*program.Program]bool // somebody asks the engine how it ended; nil is one that cannot be seen
+	stuck     bool                      // it is not to be started again until it is applied
+	interrupt context.CancelFunc        // ends what is done under the turn of our own accord; nil when nothing is
 }
 
 // record is what changes while a container stays the same.
@@ -75,15 +76,15 @@ type record struct {
 
 // end is how a program ended.
 type end struct {
-	At   string `json:"at"` // as the engine says it: it tells one end from another
-	Code int    `json:"code"`
-	OOM  bool   `json:"oom"`
-
-	Untold bool `json:"untold,omitempty"` // the engine does not know: Code and OOM say nothing
+	At     string `json:"at"` // as the engine says it, or after which start it came: it tells one end from another
+	Code   int    `json:"code"`
+	OOM    bool   `json:"oom"`
+	Untold bool   `json:"untold,omitempty"` // the engine does not know: Code and OOM say nothing, and At speaks of the start
 }
 
 func (b *Backend) fresh(name string) *entry {
 	e := &entry{name: name, dir: filepath.Join(b.options.State, "work", name), turn: make(chan struct{}, 1)}
+	e.ending = map[*program.Program]bool{}
 	e.turn <- struct{}{}
 	return e
 }
@@ -167,17 +168,15 @@ func (e *entry) change(f func(r *record)) error {
 	return e.save()
 }
 
-// save writes the record; mu is held. One that is lost with the power costs a count of restarts, and hooks that are run once more.
+// save writes the record; mu is held. A power cut may leave an empty one, which recall survives: it costs a count of restarts, and hooks that
+// are run once more.
 func (e *entry) save() error {
 	text, err := json.Marshal(e.record)
 	if err == nil {
 		err = os.MkdirAll(e.dir, 0o700)
 	}
 	if err == nil {
-		err = os.WriteFile(filepath.Join(e.dir, "record.json.next"), text, 0o600)
-	}
-	if err == nil {
-		err = os.Rename(filepath.Join(e.dir, "record.json.next"), filepath.Join(e.dir, "record.json"))
+		err = monitor.Replace(filepath.Join(e.dir, "record.json"), text)
 	}
 	return err
 }
@@ -191,8 +190,15 @@ func (e *entry) begin(w backends.Workload, ports []int, image string) error {
 		w.Files[i].Content = nil // they lie where the container has them from
 	}
 	e.workload, e.ports, e.image, e.id, e.record = w, ports, image, "", record{}
-	e.stuck, e.detail = false, ""
+	e.stuck, e.again, e.detail = false, false, ""
 	return e.save()
+}
+
+// waits says whether it will be started again, whatever there is of its container.
+func (e *entry) waits() bool {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	return e.again
 }
 
 func (e *entry) starts(now bool) {
@@ -322,31 +328,33 @@ func (b *Backend) repeat(e *entry) {
 	}
 }
 
-// asks says whether the caller is to ask how a program ended, and to call answered then.
-func (e *entry) asks() bool {
+// asks says whether the caller is to ask how the program ended, and to call answered with it then.
+func (e *entry) asks() (p *program.Program, ok bool) {
 	e.mu.Lock()
 	defer e.mu.Unlock()
-	if e.ending || e.again {
-		return false
+	p = e.program
+	if e.ending[p] || e.again && p == nil {
+		return nil, false
 	}
-	e.ending = true
-	return true
+	e.ending[p] = true
+	return p, true
 }
 
-func (e *entry) answered() {
+func (e *entry) answered(p *program.Program) {
 	e.mu.Lock()
 	defer e.mu.Unlock()
-	e.ending = false
+	delete(e.ending, p)
 }
 
 // finish waits until the engine knows of the end of a program, or has had the time to. If it does not answer, a later look finds it.
 func (b *Backend) finish(e *entry) {
 	ctx, cancel := context.WithTimeout(b.ctx, clearTime)
 	defer cancel()
-	if !e.asks() {
+	p, ok := e.asks()
+	if !ok {
 		return // somebody else does, or has
 	}
-	defer e.answered()
+	defer e.answered(p)
 	for pause := time.Millisecond; ctx.Err() == nil; pause = min(2*pause, 200*time.Millisecond) {
 		e.mu.Lock()
 		id, over := e.id, e.cleared || e.program != nil && !e.program.Ended()
@@ -437,8 +445,8 @@ func (b *Backend) restart(e *entry) time.Duration {
 	}
 	defer release()
 	e.mu.Lock()
-	id := e.id
-	over := taken != e || e.cleared || e.running || e.stuck || e.record.Removing
+	none := e.id == "" // any more: it is being replaced
+	over := taken != e || e.cleared || !e.again || e.running || e.stuck || e.record.Removing
 	e.again = false // from here on a new end is another's to answer
 	e.mu.Unlock()
 	if over {
@@ -446,15 +454,18 @@ func (b *Backend) restart(e *entry) time.Duration {
 	}
 	ctx, done := b.unasked(e)
 	defer done()
-	c, err := b.inspect(ctx, id)
+	c, err := b.inspect(ctx, b.plan.Container(e.name))
 	if err == nil && c == nil {
-		b.nudge()
-		return 0
+		if !none {
+			b.nudge()
+			return 0
+		}
+		c = &seen{untold: true}
 	}
 	if err == nil && c.running { // somebody else was quicker
 		b.adopt(e, c)
 		if e.foreign() {
-			err = b.signal(ctx, id, "SIGKILL")
+			err = b.signal(ctx, c.id, "SIGKILL")
 		}
 		if err == nil {
 			return 0

@@ -249,12 +249,8 @@ func (h *host) listen() {
 // note says where the backend looks what the program uses.
 func (h *host) note(u backends.Usage) {
 	text, err := json.Marshal(u)
-	next := filepath.Join(h.dir, usageFile+".next")
 	if err == nil {
-		err = os.WriteFile(next, text, 0o600)
-	}
-	if err == nil {
-		_ = os.Rename(next, filepath.Join(h.dir, usageFile)) // the next one comes soon
+		_ = monitor.Replace(filepath.Join(h.dir, usageFile), text) // the next one comes soon
 	}
 }
 

@@ -99,16 +99,8 @@ func bootID() (string, error) {
 
 // startTime is when a process was started, in ticks since boot.
 func startTime(pid int) (uint64, error) {
-	text, err := os.ReadFile("/proc/" + strconv.Itoa(pid) + "/stat")
-	if err != nil {
-		return 0, err
-	}
-	// The second field is the program's name in parentheses, and may hold anything.
-	fields := strings.Fields(string(text[strings.LastIndexByte(string(text), ')')+1:]))
-	if len(fields) < 20 {
-		return 0, fmt.Errorf("/proc/%d/stat has %d fields after the name, want 20", pid, len(fields))
-	}
-	return strconv.ParseUint(fields[19], 10, 64)
+	found, err := stage.ReadStat(pid)
+	return found.Began, err
 }
 
 // task is what a monitor of a workload is told, and makes its folders anew.

@@ -10,8 +10,8 @@ import (
 	"sync/atomic"
 )
 
-// MaxAnswer bounds an answer of an engine, in bytes: a list of a thousand containers has some megabytes. A log is a stream, each piece of which
-// Frames bounds; the events are an answer like any other, and are asked for again when it is over.
+// MaxAnswer bounds an answer of an engine, in bytes: a list of a thousand containers has some megabytes. A log and what a
+// command writes are streams, each piece of which Frames bounds; the events are an answer like any other, and are asked for again when it is over.
 const MaxAnswer = 32 << 20
 
 // answer is what an engine may still say to one request.
@@ -35,21 +35,30 @@ func (l *line) Read(p []byte) (int, error) {
 	return n, err
 }
 
-// line dials an engine.
+// line dials an engine. What becomes a stream the client dials by itself, past what bound hangs on to: the answer to that, the handshake, is
+// bounded until the context ends with which it was asked for.
 func (d Door) line(ctx context.Context, network, address string) (net.Conn, error) {
 	conn, err := d.dial(ctx, network, address)
 	if err != nil {
 		return nil, err
 	}
-	return &line{Conn: conn}, nil
+	l, first := &line{Conn: conn}, d.answer("a handshake")
+	l.now.Store(first)
+	context.AfterFunc(ctx, func() { l.now.CompareAndSwap(first, nil) })
+	return l, nil
+}
+
+func (d Door) answer(request string) *answer {
+	a := &answer{door: d.Name, request: request}
+	a.left.Store(MaxAnswer)
+	return a
 }
 
 // bound bounds the answer to a request, which the client reads itself, as a whole.
 func (d Door) bound(r *http.Request) error {
 	var a *answer
 	if !strings.HasSuffix(r.URL.Path, "/logs") {
-		a = &answer{door: d.Name, request: r.Method + " " + r.URL.Path}
-		a.left.Store(MaxAnswer)
+		a = d.answer(r.Method + " " + r.URL.Path)
 	}
 	*r = *r.WithContext(httptrace.WithClientTrace(r.Context(), &httptrace.ClientTrace{GotConn: func(got httptrace.GotConnInfo) {
 		if l, ok := got.Conn.(*line); ok {

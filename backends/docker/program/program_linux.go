@@ -5,7 +5,6 @@ package program
 import (
 	"encoding/binary"
 	"errors"
-	"fmt"
 	"io/fs"
 	"os"
 	"path/filepath"
@@ -18,12 +17,13 @@ import (
 
 	"github.com/kindos/kmo/backends"
 	"github.com/kindos/kmo/backends/process/cgroup"
+	"github.com/kindos/kmo/backends/process/stage"
 )
 
 // Program is one process, the first of its container. The nil Program is none.
 type Program struct {
 	PID   int
-	Began uint64        // in ticks since this host was started: it tells the process from a later one of its number
+	Began uint64        // as stage.Stat has it
 	Done  chan struct{} // closed when it has ended
 
 	fd     *os.File          // the pidfd, in the runtime's poller: waiting costs no thread
@@ -44,12 +44,12 @@ func Hold(pid int, id string) *Program {
 	}
 	p := &Program{PID: pid, Done: make(chan struct{}), fd: os.NewFile(uintptr(fd), "pidfd")}
 	text, err := os.ReadFile("/proc/" + strconv.Itoa(pid) + "/cgroup") // after the pidfd was taken: it is of the same process, or of none
-	fields, statErr := stat(pid)
+	found, statErr := stage.ReadStat(pid)
 	if err != nil || statErr != nil || !strings.Contains(string(text), id) {
 		_ = p.fd.Close()
 		return nil
 	}
-	p.Began, p.groups = began(fields), groups(string(text), id)
+	p.Began, p.groups = found.Began, groups(string(text), id)
 	p.hear()
 	go p.wait()
 	return p
@@ -57,36 +57,18 @@ func Hold(pid int, id string) *Program {
 
 // Lives says whether the process of that number which began then is there, and has not ended.
 func Lives(pid int, since uint64) bool {
-	fields, err := stat(pid)
+	found, err := stage.ReadStat(pid)
 	if err != nil { // one that cannot be looked at may well be there
 		return !errors.Is(err, fs.ErrNotExist) && !errors.Is(err, unix.ESRCH)
 	}
-	if began(fields) != since {
+	if found.Began != since {
 		return false
 	}
-	if fields[0] != "Z" && fields[0] != "X" {
+	if found.State != "Z" && found.State != "X" {
 		return true
 	}
 	threads, _ := os.ReadDir("/proc/" + strconv.Itoa(pid) + "/task") // the first of several may end before the others
 	return len(threads) > 1
-}
-
-// stat are the fields of /proc/PID/stat that follow the name: the first is the state, the fourth the session.
-func stat(pid int) ([]string, error) {
-	text, err := os.ReadFile("/proc/" + strconv.Itoa(pid) + "/stat")
-	if err != nil {
-		return nil, err
-	}
-	fields := strings.Fields(string(text[strings.LastIndexByte(string(text), ')')+1:]))
-	if len(fields) < 20 {
-		return nil, fmt.Errorf("/proc/%d/stat has %d fields after the name; want at least 20", pid, len(fields))
-	}
-	return fields, nil
-}
-
-func began(fields []string) uint64 {
-	ticks, _ := strconv.ParseUint(fields[19], 10, 64) // the kernel writes nothing else
-	return ticks
 }
 
 // groups finds the folders of /proc/PID/cgroup that are of the container with that id: a process that has ended is in the host's own.
@@ -210,23 +192,8 @@ func (p *Program) Short() (short, known bool) {
 	return p.short.Load(), true
 }
 
-// Catches says whether the process catches a signal, true where that cannot be told: one that a process 1 does not catch does nothing to it.
-func (p *Program) Catches(s unix.Signal) bool {
-	if p == nil {
-		return true
-	}
-	text, err := os.ReadFile("/proc/" + strconv.Itoa(p.PID) + "/status")
-	if err != nil {
-		return true
-	}
-	for line := range strings.SplitSeq(string(text), "\n") {
-		if mask, ok := strings.CutPrefix(line, "SigCgt:"); ok {
-			bits, err := strconv.ParseUint(strings.TrimSpace(mask), 16, 64)
-			return err != nil || bits&(1<<(uint(s)-1)) != 0
-		}
-	}
-	return true
-}
+// Catches is stage.Catches.
+func (p *Program) Catches(s unix.Signal) bool { return p == nil || stage.Catches(p.PID, s) }
 
 // Usage reads what the container uses. What cannot be read is 0.
 func (p *Program) Usage() (u backends.Usage) {
@@ -273,8 +240,8 @@ func KillSession(leader int, id string) {
 
 func killMember(pid, leader int, id string) bool {
 	member := func() bool {
-		fields, err := stat(pid)
-		return err == nil && fields[3] == strconv.Itoa(leader) && fields[0] != "Z"
+		found, err := stage.ReadStat(pid)
+		return err == nil && found.Session == leader && found.State != "Z"
 	}
 	if !member() {
 		return false

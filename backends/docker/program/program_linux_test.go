@@ -6,31 +6,33 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"github.com/kindos/kmo/backends/process/stage"
 )
 
 // What has ended lives no longer, waited for or not, nor does what came before another of its number.
 func TestLives(t *testing.T) {
-	own, err := stat(os.Getpid())
+	own, err := stage.ReadStat(os.Getpid())
 	if err != nil {
 		t.Fatal(err)
 	}
-	if !Lives(os.Getpid(), began(own)) || Lives(os.Getpid(), began(own)-1) {
+	if !Lives(os.Getpid(), own.Began) || Lives(os.Getpid(), own.Began-1) {
 		t.Error("this process lives, and one before it of its number does not; got another answer")
 	}
 	child := exec.Command("true")
 	if err := child.Start(); err != nil {
 		t.Fatal(err)
 	}
-	var fields []string
-	for deadline := time.Now().Add(time.Minute); len(fields) == 0 || fields[0] != "Z"; time.Sleep(time.Millisecond) {
-		if fields, err = stat(child.Process.Pid); err != nil || time.Now().After(deadline) {
-			t.Fatal(fields, err)
+	var found stage.Stat
+	for deadline := time.Now().Add(time.Minute); found.State != "Z"; time.Sleep(time.Millisecond) {
+		if found, err = stage.ReadStat(child.Process.Pid); err != nil || time.Now().After(deadline) {
+			t.Fatal(found, err)
 		}
 	}
-	if Lives(child.Process.Pid, began(fields)) {
+	if Lives(child.Process.Pid, found.Began) {
 		t.Error("a process that has ended and was not waited for lives")
 	}
-	if err := child.Wait(); err != nil || Lives(child.Process.Pid, began(fields)) {
+	if err := child.Wait(); err != nil || Lives(child.Process.Pid, found.Began) {
 		t.Error("a process that has ended and was waited for lives;", err)
 	}
 }
