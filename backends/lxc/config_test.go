@@ -68,7 +68,7 @@ func TestFaults(t *testing.T) {
 
 // The users of workloads are nobody else's, and a workload's stay the same.
 func TestFirstUser(t *testing.T) {
-	b := &Backend{first: map[string]int{}}
+	b := &Backend{planned: map[string]int{}}
 	seen := map[int]string{}
 	for i := range 500 {
 		name := fmt.Sprint("relay-", i)

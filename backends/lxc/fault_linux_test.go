@@ -66,8 +66,8 @@ func (y *yard) sweep() {
 	if err := y.Close(); err != nil {
 		y.Error(err)
 	}
-	if len(y.first) > 0 {
-		y.Errorf("users are still planned for workloads that are gone: %v", y.first)
+	if len(y.planned) > 0 {
+		y.Errorf("users are still planned for workloads that are gone: %v", y.planned)
 	}
 	if left := leaks(y.state); len(left) > 0 {
 		y.Errorf("left behind: %q", left)
