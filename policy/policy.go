@@ -66,22 +66,15 @@ type Set struct {
 // folder, which may be empty or not exist. What is wrong with the layers is a *refusal.Error, all faults of a stage at once;
 // any other error is a layer that could not be read.
 func Load(layers ...fs.FS) (*Set, error) {
-	sources, err := read(layers)
+	parsed, err := checked(layers)
 	if err != nil {
-		return nil, err
-	}
-	parsed, err := sources.parse()
-	if err != nil {
-		return nil, err
-	}
-	if err := parsed.check(); err != nil {
 		return nil, err
 	}
 	if err := parsed.runTests(); err != nil {
 		return nil, err
 	}
 	set := &Set{limit: maxTime}
-	if set.digest, err = sources.digest(); err != nil {
+	if set.digest, err = parsed.sources.digest(); err != nil {
 		return nil, err
 	}
 	if set.query, err = parsed.prepare(); err != nil {
@@ -114,9 +107,9 @@ func (s *Set) Rules() []merkle.Digest {
 
 // prepare compiles everything but tests and asks for the findings of each package in one query.
 func (p *modules) prepare() (rego.PreparedEvalQuery, error) {
-	compiler, err := p.compile(false)
-	if err != nil {
-		return rego.PreparedEvalQuery{}, err
+	compiler := p.compiler()
+	if compiler.Compile(p.all(false)); compiler.Failed() {
+		return rego.PreparedEvalQuery{}, compileRefusal("the rules together", compiler.Errors)
 	}
 	ours := func(pkg string) bool { return !inSite(pkg) }
 	terms := []string{p.terms("deny", ours), p.terms("deny", inSite), p.terms("warn", ours), p.terms("warn", inSite), p.terms("evaluated", ours)}
