@@ -1,12 +1,15 @@
 package policy
 
 import (
+	_ "embed" // input.schema.json
 	"time"
 
 	"github.com/kindos/kmo/policy/refusal"
 	"github.com/kindos/kmo/policy/trust"
 	"github.com/kindos/kmo/registry/merkle"
 )
+
+//go:generate go test -run ^TestInputSchema$ -update .
 
 // Input is everything a rule may look at: one change of a site, before and after, with what Go has established about it.
 // Its JSON is the input document of the rules, and the audit log keeps it.
@@ -235,3 +238,10 @@ func (s *shape) field(name string, free *shape) (*shape, bool) {
 func (k kind) String() string {
 	return [...]string{"anything", "text", "true or false", "a whole number", "a list", "an object"}[k]
 }
+
+//go:embed input.schema.json
+var schema string
+
+// Schema is the JSON Schema of the input document, made of [Input], of what the reconciler puts where Input says any, and of what the
+// rules take for granted.
+func Schema() string { return schema }

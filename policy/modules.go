@@ -164,7 +164,7 @@ func (s sources) parse() (*modules, error) {
 		module, err := ast.ParseModuleWithOpts(file.name(), string(file.text), options)
 		switch {
 		case err != nil:
-			faults = append(faults, compileRefusal(file.name(), err))
+			faults = append(faults, compileRefusal(codeCompile, file.name(), err))
 		case file.test():
 			p.tests[file.name()] = module
 		default:
@@ -345,19 +345,25 @@ func at(place *ast.Location) string {
 }
 
 // compileRefusal turns OPA's errors into one refusal each, with its place.
-func compileRefusal(subject string, err error) error {
+func compileRefusal(code refusal.Code, subject string, err error) error {
 	var list ast.Errors
 	if !errors.As(err, &list) {
-		return &refusal.Error{Code: codeCompile, Subject: subject, Got: refusal.Clip(err.Error(), 300), Want: "Rego v1"}
+		return &refusal.Error{Code: code, Subject: subject, Got: refusal.Clip(err.Error(), 300), Want: "Rego v1"}
 	}
 	var faults []error
 	for _, one := range list {
-		where := subject
+		fault := &refusal.Error{Code: code, Subject: subject, Got: refusal.Clip(one.Message, 300), Want: "Rego v1 with the builtins of capabilities.json"}
 		if one.Location != nil && one.Location.File != "" {
-			where = at(one.Location)
+			fault.Subject = at(one.Location)
 		}
-		faults = append(faults, &refusal.Error{Code: codeCompile, Subject: where, Got: refusal.Clip(one.Message, 300),
-			Want: "Rego v1 with the builtins of capabilities.json"})
+		switch detail := one.Details.(type) {
+		case *ast.RefErrInvalidDetail:
+			fault.Got = refusal.Clip(fmt.Sprintf("undefined ref: %v", detail.Ref[:detail.Pos+1]), 300)
+			fault.Want = refusal.Clip(fmt.Sprintf("one of %v there", detail.OneOf), 400)
+		case *ast.UnificationErrDetail, *ast.ArgErrDetail:
+			fault.Got, fault.Want = refusal.Clip(one.Message+": "+strings.Join(detail.Lines(), ", "), 300), "values of one type"
+		}
+		faults = append(faults, fault)
 	}
 	return errors.Join(faults...)
 }

@@ -90,19 +90,6 @@ func Cover(ctx context.Context, match string, layers ...fs.FS) (Coverage, error)
 	return c, nil
 }
 
-// checked reads the layers as Load does, up to where they are compiled.
-func checked(layers []fs.FS) (*modules, error) {
-	sources, err := read(layers)
-	if err != nil {
-		return nil, err
-	}
-	p, err := sources.parse()
-	if err != nil {
-		return nil, err
-	}
-	return p, p.check()
-}
-
 // runTests refuses a site one of whose tests does not pass, and one that has rules and no tests.
 func (p *modules) runTests() error {
 	rules := slices.ContainsFunc(slices.Collect(maps.Keys(p.rules)), func(name string) bool { return strings.HasPrefix(name, "policy/") })
@@ -141,7 +128,7 @@ func (p *modules) test(ctx context.Context, runner *tester.Runner) ([]*tester.Re
 	err := storage.Txn(ctx, store, storage.TransactionParams{}, func(txn storage.Transaction) error {
 		found, err := runner.RunTests(ctx, txn)
 		if err != nil {
-			return compileRefusal("the rules together", err)
+			return compileRefusal(codeCompile, "the rules together", err)
 		}
 		for result := range found {
 			if p.tests[result.Location.File] != nil { // a rule that is called test_… and judges is none
@@ -188,13 +175,27 @@ func unheld(trace []*topdown.Event) string {
 	return "its value is not true"
 }
 
-// pretty is an expression with the values in it, as the rules' language's own tools show it.
+// pretty is an expression with the values in it below, as OPA shows it to those who test.
 func pretty(event *topdown.Event) string {
+	shown := *event
+	if input := event.Input(); input != nil { // a variable to those who read, and none to OPA, which would call it undefined
+		shown.Locals, shown.LocalMetadata = ast.NewValueMap(), maps.Clone(event.LocalMetadata)
+		event.Locals.Iter(func(name, value ast.Value) bool {
+			shown.Locals.Put(name, value)
+			return false
+		})
+		shown.Locals.Put(ast.InputRootDocument.Value, input.Value)
+		if shown.LocalMetadata == nil {
+			shown.LocalMetadata = map[ast.Var]topdown.VarMetadata{}
+		}
+		shown.LocalMetadata["input"] = topdown.VarMetadata{Name: "input", Location: event.Location}
+	}
 	var text bytes.Buffer
-	_ = topdown.PrettyEvent(&text, event, topdown.PrettyEventOpts{PrettyVars: true}) // into memory
+	_ = topdown.PrettyEvent(&text, &shown, topdown.PrettyEventOpts{PrettyVars: true}) // into memory
 	lines := strings.Split(strings.TrimRight(text.String(), "\n"), "\n")
+	indent := len(lines[0]) - len(strings.TrimLeft(lines[0], " \t"))
 	for i, line := range lines {
-		lines[i] = refusal.Clip(strings.ReplaceAll(line, "\t", "    "), 400)
+		lines[i] = strings.TrimRight(refusal.Clip(strings.ReplaceAll(line[min(indent, len(line)):], "\t", "    "), 400), " ")
 	}
 	return strings.Join(lines, "\n")
 }
