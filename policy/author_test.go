@@ -114,10 +114,10 @@ func TestRunTestsSaysWhatWasCompared(t *testing.T) {
 		by[test.Name] = test
 	}
 	wrong := by["data.site_test.test_wrong"]
-	if why := strings.Join(wrong.Why, "\n"); wrong.Passed || !strings.HasPrefix(why, "policy/site_test.rego:18:2\n") || !strings.Contains(why, "some_count == 1") || !strings.HasSuffix(why, "\n0") {
+	if why := strings.Join(wrong.Why, "\n"); wrong.Passed || !strings.HasPrefix(why, "policy/site_test.rego:17:2\n") || !strings.Contains(why, "some_count == 1") || !strings.HasSuffix(why, "\n0") {
 		t.Errorf("got %+v; want where, the expression and the 0", wrong)
 	}
-	if why := strings.Join(by["data.site_test.test_cases"].Why, "\n"); !strings.HasPrefix(why, "case two: policy/site_test.rego:23:2\n") {
+	if why := strings.Join(by["data.site_test.test_cases"].Why, "\n"); !strings.HasPrefix(why, "case two: policy/site_test.rego:22:2\n") {
 		t.Errorf("got %q; want the case that fails", why)
 	}
 	if later := by["data.site_test.todo_test_later"]; !later.Todo || later.Passed {

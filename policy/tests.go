@@ -193,7 +193,12 @@ func pretty(event *topdown.Event) string {
 	var text bytes.Buffer
 	_ = topdown.PrettyEvent(&text, &shown, topdown.PrettyEventOpts{PrettyVars: true}) // into memory
 	lines := strings.Split(strings.TrimRight(text.String(), "\n"), "\n")
-	indent := len(lines[0]) - len(strings.TrimLeft(lines[0], " \t"))
+	indent := len(lines[0])
+	for _, line := range lines {
+		if rest := strings.TrimLeft(line, " \t"); rest != "" {
+			indent = min(indent, len(line)-len(rest))
+		}
+	}
 	for i, line := range lines {
 		lines[i] = strings.TrimRight(refusal.Clip(strings.ReplaceAll(line[min(indent, len(line)):], "\t", "    "), 400), " ")
 	}

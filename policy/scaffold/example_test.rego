@@ -17,3 +17,5 @@ with_env(env) := {
 		"after": {"unit": "relay", "tier": 3, "intent": {"kind": "feature", "ticket": "EDGE-12"}, "run": {"env": env}},
 	}],
 }
+
+ids(findings) := {finding.id | some finding in findings}
