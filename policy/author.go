@@ -22,11 +22,15 @@ import (
 	shipped "github.com/kindos/kmo/rego"
 )
 
-//go:embed scaffold
-var scaffold embed.FS
+//go:embed input.schema.json scaffold
+var embedded embed.FS
+
+// Schema is the JSON Schema of the input document, made of [Input], of what the reconciler puts where Input says any, and of what the rules take
+// for granted.
+func Schema() ([]byte, error) { return embedded.ReadFile("input.schema.json") }
 
 // Scaffold is the files of a policy folder to begin with: a rule, its tests, an example of the input and a README.
-func Scaffold() (fs.FS, error) { return fs.Sub(scaffold, "scaffold") }
+func Scaffold() (fs.FS, error) { return fs.Sub(embedded, "scaffold") }
 
 // Check is Load, and refuses beside that what a host would load and is probably wrong: a rule that reads what the input document does not
 // have, and a finding in another form than a decision takes.
@@ -57,8 +61,12 @@ func Draft(layers ...fs.FS) (*Set, error) {
 }
 
 func (p *modules) lint() error {
+	text, err := Schema()
+	if err != nil {
+		return err
+	}
 	var raw map[string]any
-	if err := json.Unmarshal([]byte(schema), &raw); err != nil {
+	if err := json.Unmarshal(text, &raw); err != nil {
 		return err
 	}
 	delete(raw, "$schema") // OPA knows older drafts, which have the same words
@@ -204,7 +212,7 @@ func (s *Set) Trace(ctx context.Context, input []byte) (Decision, []Said, error)
 	}
 	var all []Said
 	for set := s; set != nil; set = set.also {
-		t := &tracer{rules: map[uint64]*ast.Rule{}, furthest: map[*ast.Rule]*topdown.Event{}, fired: map[*ast.Rule]bool{}}
+		t := &tracer{rules: map[uint64]*ast.Rule{}, furthest: map[*ast.Rule]topdown.Event{}, fired: map[*ast.Rule]bool{}}
 		bounded, cancel := context.WithTimeout(ctx, 10*s.limit)
 		_, err := set.query.Eval(bounded, rego.EvalParsedInput(value), rego.EvalQueryTracer(t), rego.EvalRuleIndexing(false))
 		cancel()
@@ -222,7 +230,7 @@ func (s *Set) Trace(ctx context.Context, input []byte) (Decision, []Said, error)
 // tracer keeps of a judgement what its deny and warn rules found, and how far the others got.
 type tracer struct {
 	rules    map[uint64]*ast.Rule // by query
-	furthest map[*ast.Rule]*topdown.Event
+	furthest map[*ast.Rule]topdown.Event
 	fired    map[*ast.Rule]bool
 	said     []Said
 }
@@ -251,8 +259,8 @@ func (t *tracer) TraceEvent(event topdown.Event) {
 		if rule == nil || event.Op != topdown.FailOp {
 			return
 		}
-		if before := t.furthest[rule]; before == nil || before.Node.(*ast.Expr).Index <= node.Index {
-			t.furthest[rule] = &event
+		if before, is := t.furthest[rule].Node.(*ast.Expr); !is || before.Index <= node.Index {
+			t.furthest[rule] = event
 		}
 	}
 }
@@ -279,7 +287,7 @@ func (t *tracer) exit(rule *ast.Rule, event *topdown.Event) {
 func (t *tracer) told() []Said {
 	for rule, event := range t.furthest {
 		if !t.fired[rule] && inSite(packageName(rule.Module)) {
-			t.said = append(t.said, Said{Rule: rule.Ref().String(), At: at(rule.Location), place: rule.Location, Failed: at(event.Location) + "\n" + pretty(event)})
+			t.said = append(t.said, Said{Rule: rule.Ref().String(), At: at(rule.Location), place: rule.Location, Failed: at(event.Location) + "\n" + pretty(&event)})
 		}
 	}
 	return t.said

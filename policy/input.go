@@ -1,7 +1,6 @@
 package policy
 
 import (
-	_ "embed" // input.schema.json
 	"time"
 
 	"github.com/kindos/kmo/policy/refusal"
@@ -238,10 +237,3 @@ func (s *shape) field(name string, free *shape) (*shape, bool) {
 func (k kind) String() string {
 	return [...]string{"anything", "text", "true or false", "a whole number", "a list", "an object"}[k]
 }
-
-//go:embed input.schema.json
-var schema string
-
-// Schema is the JSON Schema of the input document, made of [Input], of what the reconciler puts where Input says any, and of what the
-// rules take for granted.
-func Schema() string { return schema }

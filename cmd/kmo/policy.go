@@ -289,8 +289,11 @@ func changed(ctx context.Context, watcher *fsnotify.Watcher) bool {
 			return false
 		case <-quiet:
 			return true
-		case <-watcher.Errors: // something may have been missed
-			quiet = time.After(100 * time.Millisecond)
+		case _, open := <-watcher.Errors:
+			if !open {
+				return false
+			}
+			quiet = time.After(100 * time.Millisecond) // something may have been missed
 		case event := <-watcher.Events:
 			if ext := filepath.Ext(event.Name); event.Op != fsnotify.Chmod && (ext == ".rego" || ext == "") { // or a folder
 				quiet = time.After(100 * time.Millisecond)
@@ -424,7 +427,10 @@ Exit statuses: 0 good, 1 error, 2 usage.`,
 		Example: "  kmo policy schema | jq '.properties.change.properties | map_values(.description)'",
 		Args:    cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			_, err := io.WriteString(cmd.OutOrStdout(), policy.Schema())
+			text, err := policy.Schema()
+			if err == nil {
+				_, err = cmd.OutOrStdout().Write(text)
+			}
 			return err
 		},
 	}
