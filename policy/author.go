@@ -17,6 +17,7 @@ import (
 	"github.com/open-policy-agent/opa/v1/format"
 	"github.com/open-policy-agent/opa/v1/rego"
 	"github.com/open-policy-agent/opa/v1/topdown"
+	"github.com/open-policy-agent/opa/v1/types"
 
 	"github.com/kindos/kmo/policy/refusal"
 	shipped "github.com/kindos/kmo/rego"
@@ -78,8 +79,13 @@ func (p *modules) lint() error {
 		code = codeLint
 	}
 	var faults []error
-	if strict.Compile(p.all(true)); strict.Failed() {
-		faults = append(faults, compileRefusal(code, "the rules together", strict.Errors))
+	strict.Compile(p.all(true))
+	found := slices.DeleteFunc(strict.Errors, func(e *ast.Error) bool { // OPA reads no null out of a schema, and any object may be null
+		detail, is := e.Details.(*ast.UnificationErrDetail)
+		return is && (types.Compare(detail.Left, types.Nl) == 0 || types.Compare(detail.Right, types.Nl) == 0)
+	})
+	if len(found) > 0 {
+		faults = append(faults, compileRefusal(code, "the rules together", found))
 	}
 	for _, name := range slices.Sorted(maps.Keys(p.rules)) {
 		for _, rule := range p.rules[name].Rules {

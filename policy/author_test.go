@@ -2,6 +2,7 @@ package policy
 
 import (
 	"context"
+	"fmt"
 	"io/fs"
 	"slices"
 	"strings"
@@ -91,6 +92,20 @@ func TestCheckFinds(t *testing.T) {
 		_, err := Check(shipped.Rules(), site("package site\n\nallow if input.unts\n\ndeny contains {\"id\": \"S1\"} if input.hst\n"))
 		if got := len(refusal.All(err)); got != 4 {
 			t.Errorf("got %d refusals, want 4: %v", got, err)
+		}
+	})
+	t.Run("what is right is no fault", func(t *testing.T) {
+		module := "package site\n"
+		for i, body := range []string{
+			"input.units[_].before == null", "null = input.units[_].after", "some unit in input.units\n\tunit.before == null\n\tunit.after != null",
+			"input.units[_].images == null", "input.host.labels.site == \"north\"", "input.units[_].after.run.env[name] == \"1\"\n\tstartswith(name, \"X\")",
+			"object.get(input.units[_].after, [\"intent\", \"anything\"], \"\") == \"\"", "time.weekday(time.parse_rfc3339_ns(input.time)) == \"Friday\"",
+			"units.parse_bytes(input.units[_].after.resources.memory.max) > 1000", "input.rules[1]", "input.change.units[_].counted[_].principal == input.change.author",
+		} {
+			module += fmt.Sprintf("\nwarn contains {\"id\": \"S%d\", \"unit\": \"\", \"path\": \"\", \"msg\": \"a; want b\"} if {\n\t%s\n}\n", i, body)
+		}
+		if _, err := Check(shipped.Rules(), site(module)); err != nil {
+			t.Error(err)
 		}
 	})
 	t.Run("what a host loads it goes on loading", func(t *testing.T) {

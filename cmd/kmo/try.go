@@ -45,7 +45,7 @@ the rules of --policy, or else as 'kmo policy check' without a folder takes them
 --trace says of each rule that has findings what they are and the values of its variables, and of each of the site's rules that has none how far
 it got and what did not hold there.
 
-Exit statuses: 0 it would pass, 1 error, 2 usage, 3 it is denied.`,
+Exit statuses: 0 it would pass, 1 error, 2 usage, 3 it is denied, or refused before any rule is asked.`,
 		Example: "  kmo policy eval --policy policy --trace\n  kmo policy eval 3f9a2c1d -o json >judged.json\n  kmo policy eval --input judged.json --trace",
 		Args:    cobra.MaximumNArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
