@@ -2,6 +2,7 @@ package policy
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io/fs"
 	"slices"
@@ -63,6 +64,16 @@ func TestShippedRulesFitTheSchema(t *testing.T) {
 	}
 }
 
+// linted is what Check refuses before it loads anything.
+func linted(t *testing.T, module string) error {
+	t.Helper()
+	p, err := parsed([]fs.FS{shipped.Rules(), site(module)})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return errors.Join(p.check(), p.lint())
+}
+
 func TestCheckFinds(t *testing.T) {
 	rule := func(body string) string {
 		return "package site\n\ndeny contains {\"id\": \"S1\", \"unit\": \"\", \"path\": \"\", \"msg\": \"a; want b\"} if {\n\t" + body + "\n}\n"
@@ -84,15 +95,19 @@ func TestCheckFinds(t *testing.T) {
 		{"a message without a way out", head(`{"id": "S1", "unit": "", "path": "", "msg": "no"}`), "E_POLICY_LINT", "policy/site.rego:3:", "does not say what would pass"},
 	} {
 		t.Run(c.name, func(t *testing.T) {
-			_, err := Check(shipped.Rules(), site(c.module))
-			refused(t, err, c.code, c.where, c.text)
+			refused(t, linted(t, c.module), c.code, c.where, c.text)
 		})
 	}
 	t.Run("all faults at once", func(t *testing.T) {
-		_, err := Check(shipped.Rules(), site("package site\n\nallow if input.unts\n\ndeny contains {\"id\": \"S1\"} if input.hst\n"))
+		err := linted(t, "package site\n\nallow if input.unts\n\ndeny contains {\"id\": \"S1\"} if input.hst\n")
 		if got := len(refusal.All(err)); got != 4 {
 			t.Errorf("got %d refusals, want 4: %v", got, err)
 		}
+		layer := site(rule("input.unts"))
+		layer["site_test.rego"].Data = []byte("package site_test\n\ntest_it if false\n")
+		_, err = Check(shipped.Rules(), layer)
+		refused(t, err, "E_POLICY_LINT", "input.unts")
+		refused(t, err, "E_POLICY_COMPILE", "data.site_test.test_it: the test does not pass")
 	})
 	t.Run("what is right is no fault", func(t *testing.T) {
 		module := "package site\n"
@@ -104,7 +119,7 @@ func TestCheckFinds(t *testing.T) {
 		} {
 			module += fmt.Sprintf("\nwarn contains {\"id\": \"S%d\", \"unit\": \"\", \"path\": \"\", \"msg\": \"a; want b\"} if {\n\t%s\n}\n", i, body)
 		}
-		if _, err := Check(shipped.Rules(), site(module)); err != nil {
+		if err := linted(t, module); err != nil {
 			t.Error(err)
 		}
 	})
@@ -144,6 +159,11 @@ func TestRunTestsSaysWhatWasCompared(t *testing.T) {
 	some, err := RunTests(context.Background(), "test_debug$", shipped.Rules(), layer)
 	if err != nil || len(some) != 1 || some[0].Name != "data.site_test.test_debug" {
 		t.Errorf("got %+v, %v; want the one that matches", some, err)
+	}
+	ended, cancel := context.WithCancel(context.Background())
+	cancel()
+	if _, err := RunTests(ended, "", shipped.Rules(), layer); !errors.Is(err, context.Canceled) {
+		t.Errorf("got %v; want tests that were not run to be an error", err)
 	}
 	covered, err := Cover(context.Background(), "test_good$", shipped.Rules(), layer)
 	if err != nil || covered.Percent > 90 || !slices.Contains(covered.Missed, "policy/site.rego:9") {

@@ -58,6 +58,7 @@ func read(layers []fs.FS) (sources, error) {
 
 func readLayer(n int, layer fs.FS) (sources, error) {
 	var files sources
+	var faults []error
 	total := 0
 	err := fs.WalkDir(layer, ".", func(name string, entry fs.DirEntry, err error) error {
 		if err != nil || entry.IsDir() {
@@ -69,7 +70,8 @@ func readLayer(n int, layer fs.FS) (sources, error) {
 		}
 		wanted, err := file.wanted()
 		if err != nil || !wanted {
-			return err
+			faults = append(faults, err)
+			return nil
 		}
 		if file.text, err = fs.ReadFile(layer, name); err != nil {
 			return err
@@ -84,7 +86,7 @@ func readLayer(n int, layer fs.FS) (sources, error) {
 	if n > 0 && len(files) == 0 && errors.Is(err, fs.ErrNotExist) {
 		return nil, nil // a site without a policy folder
 	}
-	return files, err
+	return files, errors.Join(append(faults, err)...)
 }
 
 // wanted says whether the file belongs to the set. A site brings modules and texts for people, and nothing that looks like data for rules.

@@ -97,14 +97,11 @@ func (p *modules) runTests() error {
 		return nil
 	}
 	results, err := p.test(context.Background(), tester.NewRunner())
-	if err != nil {
-		return err
-	}
+	faults := []error{err}
 	results = slices.DeleteFunc(results, func(result *tester.Result) bool { return result.Skip })
-	if rules && len(results) == 0 {
+	if rules && len(results) == 0 && err == nil {
 		return &refusal.Error{Code: codeCompile, Subject: "policy/", Got: "rules without tests", Want: "rules test_… in *_test.rego beside them"}
 	}
-	var faults []error
 	for _, result := range results {
 		if result.Pass() {
 			continue
@@ -120,13 +117,13 @@ func (p *modules) runTests() error {
 
 // test has the runner run the site's own tests, and sorts the results by place. All of them together may take ten times as long as a decision.
 func (p *modules) test(ctx context.Context, runner *tester.Runner) ([]*tester.Result, error) {
-	ctx, cancel := context.WithTimeout(ctx, 10*maxTime)
+	bounded, cancel := context.WithTimeout(ctx, 10*maxTime)
 	defer cancel()
 	store := p.store()
 	runner.SetCompiler(p.compiler(ast.InternalTestCase)).SetModules(p.all(true)).SetStore(store).RaiseBuiltinErrors(true).SetTimeout(10 * maxTime)
 	var results []*tester.Result
-	err := storage.Txn(ctx, store, storage.TransactionParams{}, func(txn storage.Transaction) error {
-		found, err := runner.RunTests(ctx, txn)
+	err := storage.Txn(bounded, store, storage.TransactionParams{}, func(txn storage.Transaction) error {
+		found, err := runner.RunTests(bounded, txn)
 		if err != nil {
 			return compileRefusal(codeCompile, "the rules together", err)
 		}
@@ -140,6 +137,12 @@ func (p *modules) test(ctx context.Context, runner *tester.Runner) ([]*tester.Re
 	slices.SortFunc(results, func(a, b *tester.Result) int {
 		return cmp.Or(strings.Compare(a.Location.File, b.Location.File), cmp.Compare(a.Location.Row, b.Location.Row))
 	})
+	switch { // the runner leaves out what it has no more time for
+	case ctx.Err() != nil:
+		err = errors.Join(err, context.Cause(ctx))
+	case bounded.Err() != nil:
+		err = errors.Join(err, &refusal.Error{Code: codeCompile, Subject: "policy/", Got: "tests that have not ended", Want: fmt.Sprintf("all of them to be done in %v", 10*maxTime)})
+	}
 	return results, err
 }
 
