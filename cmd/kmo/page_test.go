@@ -14,7 +14,7 @@ import (
 )
 
 // page does what a page of docs/ tells its reader to do, in a folder: of ```console it runs what stands after "$ " and compares what is printed with
-// what stands below, "…" being anything; and a block with a path after its language is that file.
+// what stands below, "…" being anything; a block with a path after its language is that file; and commands that it only names are there.
 func page(ts *testscript.TestScript, _ bool, args []string) {
 	text, err := os.ReadFile(filepath.Join(ts.Getenv("DOCS"), args[0]))
 	ts.Check(err)
@@ -36,6 +36,9 @@ func page(ts *testscript.TestScript, _ bool, args []string) {
 			play(ts, ts.MkAbs(args[1]), shell, strings.TrimSpace(strings.Join(lines, "\n")))
 			played++
 		}
+	}
+	for _, named := range regexp.MustCompile("`kmo ([a-z]+(?: [a-z]+)*)").FindAllStringSubmatch(string(text), -1) {
+		play(ts, ts.MkAbs(args[1]), "kmo "+named[1]+" --help >/dev/null", "")
 	}
 	if played == 0 {
 		ts.Fatalf("%s tells its reader to do nothing", args[0])
