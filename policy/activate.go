@@ -15,7 +15,6 @@ import (
 	"time"
 
 	"github.com/open-policy-agent/opa/v1/ast"
-	"github.com/open-policy-agent/opa/v1/rego"
 	"github.com/open-policy-agent/opa/v1/topdown"
 
 	"github.com/kindos/kmo/policy/refusal"
@@ -169,48 +168,4 @@ func (s *Set) WayOut(ctx context.Context, input Input, what string, ways []trust
 			Want: "rules that let it pass: once they are in force they judge it too, and it was found to pass for nobody, on no day of the week at no even hour"}
 	}
 	return errors.Join(faults...)
-}
-
-// runTests runs the site's own tests: each rule test_… of its *_test.rego must be true. A site with rules must have tests.
-func (p *modules) runTests() error {
-	rules := slices.ContainsFunc(slices.Collect(maps.Keys(p.rules)), func(name string) bool { return strings.HasPrefix(name, "policy/") })
-	names := p.testNames()
-	if rules && len(names) == 0 {
-		return &refusal.Error{Code: codeCompile, Subject: "policy/", Got: "rules without tests", Want: "rules test_… in *_test.rego beside them"}
-	}
-	if len(names) == 0 {
-		return nil
-	}
-	compiler, err := p.compile(true)
-	if err != nil {
-		return err
-	}
-	ctx, cancel := context.WithTimeout(context.Background(), 10*maxTime)
-	defer cancel()
-	var faults []error
-	for _, name := range names {
-		results, err := rego.New(rego.Query(name), rego.Compiler(compiler), rego.Store(p.store()), rego.Capabilities(p.capabilities),
-			rego.StrictBuiltinErrors(true)).Eval(ctx)
-		switch {
-		case err != nil:
-			faults = append(faults, &refusal.Error{Code: codeCompile, Subject: name, Got: refusal.Clip(err.Error(), 300), Want: "a test that comes to an end"})
-		case !results.Allowed():
-			faults = append(faults, &refusal.Error{Code: codeCompile, Subject: name, Got: "the test does not pass", Want: "true"})
-		}
-	}
-	return errors.Join(faults...)
-}
-
-// testNames lists the site's tests as references, sorted.
-func (p *modules) testNames() []string {
-	var names []string
-	for _, module := range p.tests {
-		for _, rule := range module.Rules {
-			if name := string(rule.Head.Name); strings.HasPrefix(name, "test_") {
-				names = append(names, module.Package.Path.Append(ast.StringTerm(name)).String())
-			}
-		}
-	}
-	slices.Sort(names)
-	return slices.Compact(names)
 }

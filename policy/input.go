@@ -3,9 +3,12 @@ package policy
 import (
 	"time"
 
+	"github.com/kindos/kmo/policy/refusal"
 	"github.com/kindos/kmo/policy/trust"
 	"github.com/kindos/kmo/registry/merkle"
 )
+
+//go:generate go test -run ^TestInputSchema$ -update .
 
 // Input is everything a rule may look at: one change of a site, before and after, with what Go has established about it.
 // Its JSON is the input document of the rules, and the audit log keeps it.
@@ -80,4 +83,157 @@ type Totals struct {
 	Memory  int64 `json:"memory"`
 	PIDs    int64 `json:"pids"`
 	Disk    int64 `json:"disk"`
+}
+
+// kind is what a value of the input document must be.
+type kind int
+
+const (
+	anything kind = iota
+	text
+	truth
+	integer
+	list   // of elem
+	object // with fields; with elem, every other field is one
+)
+
+// shape is what the rules take for granted of one value. A missing value and null pass unless must is set: they ask for nothing.
+type shape struct {
+	kind   kind
+	must   bool
+	closed bool // no fields but these: one that no rule knows would not be judged
+	elem   *shape
+	fields map[string]*shape
+}
+
+// inputShape is the input document as far as rules look at it. What a rule reads is listed here, or it may be of any form.
+func inputShape() *shape {
+	facts := &shape{kind: object, must: true, fields: map[string]*shape{
+		"unit": needed(text), "action": of(text), "to": of(text), "tier": needed(integer), "tierBefore": needed(integer), "need": needed(integer),
+		"counted": listOf(approvalShape()), "uncounted": listOf(approvalShape()),
+	}}
+	unit := &shape{kind: object, must: true, fields: map[string]*shape{
+		"name": needed(text), "before": of(object), "after": templateShape(), "workloads": listOf(workloadShape()), "images": listOf(of(anything)),
+	}}
+	return &shape{kind: object, must: true, fields: map[string]*shape{
+		"version": needed(integer),
+		"commit":  needed(text),
+		"rules":   listOf(needed(text)),
+		"site":    {kind: object, must: true, fields: map[string]*shape{"name": needed(text), "registries": listOf(needed(text))}},
+		"host": {kind: object, must: true, fields: map[string]*shape{
+			"state": needed(text), "engines": listOf(needed(text)), "cpu": needed(integer), "memory": needed(integer), "pids": needed(integer), "disk": needed(integer)}},
+		"change": {kind: object, must: true, fields: map[string]*shape{
+			"commit": needed(text), "base": needed(text), "signer": needed(text), "revert": needed(truth),
+			"trust": needed(truth), "policy": needed(truth), "other": needed(truth), "apart": of(truth), "units": listOf(facts), "tripwires": listOf(needed(text))}},
+		"units": listOf(unit),
+		"totals": {kind: object, must: true, fields: map[string]*shape{
+			"before": needed(integer), "after": needed(integer), "removed": needed(integer),
+			"cpu": needed(integer), "memory": needed(integer), "pids": needed(integer), "disk": needed(integer)}},
+	}}
+}
+
+func approvalShape() *shape {
+	return &shape{kind: object, must: true, fields: map[string]*shape{
+		"principal": needed(text), "key": of(text), "file": of(text), "why": of(text),
+	}}
+}
+
+func templateShape() *shape {
+	return &shape{kind: object, fields: map[string]*shape{
+		"variants": listOf(&shape{kind: object, must: true, fields: map[string]*shape{
+			"image": of(text), "lxc": of(text), "wasm": of(text), "appimage": of(text), "native": of(text), "merkle": of(text)}}),
+		"resources": {kind: object, fields: map[string]*shape{"devices": listOf(needed(text))}},
+		"run":       runShape(of(integer)),
+		"mounts":    mountsShape(),
+		"hooks":     hooksShape(),
+		"health": {kind: object, fields: map[string]*shape{
+			"exec": {kind: object, fields: map[string]*shape{"argv": listOf(needed(text))}},
+			"http": {kind: object, fields: map[string]*shape{"path": of(text)}}}},
+		"security": securityShape(),
+	}}
+}
+
+func workloadShape() *shape {
+	return &shape{kind: object, must: true, fields: map[string]*shape{
+		"image": {kind: object, must: true, fields: map[string]*shape{"ref": needed(text), "root": needed(text)}},
+		"resources": {kind: object, must: true, fields: map[string]*shape{
+			"cpu": of(integer), "memory": of(integer), "pids": of(integer), "disk": of(integer),
+			"devices": listOf(&shape{kind: object, must: true, fields: map[string]*shape{"name": needed(text), "nodes": listOf(needed(text))}})}},
+		"run": runShape(needed(integer)),
+		"files": listOf(&shape{kind: object, must: true, fields: map[string]*shape{
+			"to": needed(text), "mode": needed(integer), "content": of(text)}}),
+		"mounts":   mountsShape(),
+		"hooks":    hooksShape(),
+		"security": securityShape(),
+	}}
+}
+
+func runShape(user *shape) *shape {
+	return &shape{kind: object, must: user.must, fields: map[string]*shape{
+		"args": listOf(needed(text)), "env": {kind: object, elem: needed(text)}, "user": user,
+	}}
+}
+
+func mountsShape() *shape {
+	return listOf(&shape{kind: object, must: true, fields: map[string]*shape{"from": needed(text)}})
+}
+
+func hooksShape() *shape {
+	return &shape{kind: object, elem: listOf(listOf(needed(text)))}
+}
+
+func securityShape() *shape {
+	return &shape{kind: object, closed: true, fields: map[string]*shape{
+		"privileged": of(truth), "escalation": of(truth), "writableBase": of(truth), "unconfined": of(truth),
+		"capabilities": listOf(needed(text)), "host": listOf(needed(text)),
+	}}
+}
+
+func of(k kind) *shape          { return &shape{kind: k} }
+func needed(k kind) *shape      { return &shape{kind: k, must: true} }
+func listOf(elem *shape) *shape { return &shape{kind: list, elem: elem} }
+
+// fault is where a document is not as expected. The path grows on the way out: a document that is as expected costs no paths.
+type fault struct{ path, got, want string }
+
+func (f *fault) below(path string) *fault {
+	f.path = path + f.path
+	return f
+}
+
+func malformed(path, got, want string) error {
+	return &refusal.Error{Code: codeDecode, Subject: refusal.Clip(path, 200), Got: refusal.Clip(got, 100), Want: want}
+}
+
+// is says what is wrong with a value of kind k at s.
+func (s *shape) is(k kind, got string) *fault {
+	if s.kind == anything || s.kind == k {
+		return nil
+	}
+	return &fault{got: refusal.Clip(got, 100), want: s.kind.String()}
+}
+
+// null passes where nothing is needed.
+func (s *shape) null() *fault {
+	if s.must {
+		return &fault{got: "missing", want: s.kind.String()}
+	}
+	return nil
+}
+
+// field is the shape of one member, free if no rule looks at it, and whether there may be such a member.
+func (s *shape) field(name string, free *shape) (*shape, bool) {
+	switch f := s.fields[name]; {
+	case f != nil:
+		return f, true
+	case s.kind == anything:
+		return s, true
+	case s.elem != nil:
+		return s.elem, true
+	}
+	return free, !s.closed
+}
+
+func (k kind) String() string {
+	return [...]string{"anything", "text", "true or false", "a whole number", "a list", "an object"}[k]
 }

@@ -5,8 +5,11 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io/fs"
 	"maps"
+	"path"
 	"slices"
+	"strconv"
 	"strings"
 
 	"github.com/open-policy-agent/opa/v1/ast"
@@ -14,11 +17,122 @@ import (
 	"github.com/open-policy-agent/opa/v1/storage/inmem"
 
 	"github.com/kindos/kmo/policy/refusal"
+	"github.com/kindos/kmo/registry/merkle"
 	shipped "github.com/kindos/kmo/rego"
 )
 
+// source is one file of a layer, read once: what is judged is what is compiled.
+type source struct {
+	layer int
+	path  string
+	text  []byte
+}
+
+// name is what errors call the file: rego/… for the shipped layer, policy/… for a site's.
+func (s source) name() string {
+	if s.layer == 0 {
+		return "rego/" + s.path
+	}
+	return "policy/" + s.path
+}
+
+func (s source) test() bool { return strings.HasSuffix(s.path, "_test.rego") }
+
+type sources []source
+
+// read takes every file of the layers but the shipped tests, in order.
+func read(layers []fs.FS) (sources, error) {
+	if len(layers) == 0 {
+		return nil, &refusal.Error{Code: codeMissing, Subject: "policy", Got: "no layer of rules", Want: "the shipped rules as the first"}
+	}
+	var all sources
+	for n, layer := range layers {
+		files, err := readLayer(n, layer)
+		if err != nil {
+			return nil, err
+		}
+		all = append(all, files...)
+	}
+	return all, nil
+}
+
+func readLayer(n int, layer fs.FS) (sources, error) {
+	var files sources
+	var faults []error
+	total := 0
+	err := fs.WalkDir(layer, ".", func(name string, entry fs.DirEntry, err error) error {
+		if err != nil || entry.IsDir() {
+			return err
+		}
+		file := source{layer: n, path: name}
+		if !entry.Type().IsRegular() {
+			return &refusal.Error{Code: codePath, Subject: file.name(), Got: "not a regular file", Want: "files and folders only"}
+		}
+		wanted, err := file.wanted()
+		if err != nil || !wanted {
+			faults = append(faults, err)
+			return nil
+		}
+		if file.text, err = fs.ReadFile(layer, name); err != nil {
+			return err
+		}
+		total += len(file.text)
+		if files = append(files, file); len(files) > maxFiles || total > maxLayer {
+			return &refusal.Error{Code: codeLimit, Subject: file.name(), Got: "more files or bytes of rules than are read",
+				Want: fmt.Sprintf("at most %d files and %d bytes in all", maxFiles, maxLayer)}
+		}
+		return nil
+	})
+	if n > 0 && len(files) == 0 && errors.Is(err, fs.ErrNotExist) {
+		return nil, nil // a site without a policy folder
+	}
+	return files, errors.Join(append(faults, err)...)
+}
+
+// wanted says whether the file belongs to the set. A site brings modules and texts for people, and nothing that looks like data for rules.
+func (s source) wanted() (bool, error) {
+	if s.layer == 0 {
+		return !s.test() && (path.Ext(s.path) == ".rego" || s.path == "limits.json" || s.path == "capabilities.json"), nil
+	}
+	switch path.Ext(s.path) {
+	case ".rego":
+		return true, nil
+	case ".md":
+		return false, nil
+	}
+	return false, &refusal.Error{Code: codeCompile, Subject: s.name(), Got: "not a module", Want: "*.rego, and *.md for people"}
+}
+
+// digest is the content root of a folder that holds each layer as 0/, 1/, …
+func (s sources) digest() (merkle.Digest, error) {
+	entries := make([]merkle.Entry, 0, len(s))
+	for _, file := range s {
+		entries = append(entries, merkle.Entry{
+			Type: merkle.File, Path: path.Join(strconv.Itoa(file.layer), file.path), Mode: 0o644,
+			Size: uint64(len(file.text)), Blob: merkle.BlobRoot(file.text),
+		})
+	}
+	slices.SortFunc(entries, func(a, b merkle.Entry) int { return strings.Compare(a.Path, b.Path) })
+	root, err := merkle.SiteRoot(entries)
+	if err != nil {
+		return root, &refusal.Error{Code: codePath, Subject: "policy", Got: refusal.Clip(err.Error(), 200), Want: "plain file names"}
+	}
+	return root, nil
+}
+
+// shipped returns the text of one file of the first layer.
+func (s sources) shipped(name string) ([]byte, error) {
+	for _, file := range s {
+		if file.layer == 0 && file.path == name {
+			return file.text, nil
+		}
+	}
+	return nil, &refusal.Error{Code: codeMissing, Subject: "rego/" + name, Got: "missing", Want: "the file as kMO ships it"}
+}
+
 // modules are a set's sources as OPA reads them.
 type modules struct {
+	sources      sources
 	rules        map[string]*ast.Module // by file name: what judges
 	tests        map[string]*ast.Module // of the site
 	capabilities *ast.Capabilities
@@ -27,7 +141,7 @@ type modules struct {
 
 // parse reads every module as Rego v1.
 func (s sources) parse() (*modules, error) {
-	p := &modules{rules: map[string]*ast.Module{}, tests: map[string]*ast.Module{}}
+	p := &modules{sources: s, rules: map[string]*ast.Module{}, tests: map[string]*ast.Module{}}
 	var err error
 	if p.capabilities, err = s.capabilities(); err != nil {
 		return nil, err
@@ -46,13 +160,13 @@ func (s sources) parse() (*modules, error) {
 			continue
 		}
 		if len(bytes.TrimSpace(file.text)) == 0 {
-			faults = append(faults, &refusal.Error{Code: codeMissing, Subject: file.name(), Got: "an empty file", Want: "a package with rules"})
+			faults = append(faults, &refusal.Error{Code: codeMissing, Subject: file.name() + ":1:1", Got: "an empty file", Want: "a package with rules"})
 			continue
 		}
 		module, err := ast.ParseModuleWithOpts(file.name(), string(file.text), options)
 		switch {
 		case err != nil:
-			faults = append(faults, compileRefusal(file.name(), err))
+			faults = append(faults, compileRefusal(codeCompile, file.name(), err))
 		case file.test():
 			p.tests[file.name()] = module
 		default:
@@ -95,12 +209,11 @@ func (p *modules) check() error {
 	found := map[string]bool{}
 	for _, name := range slices.Sorted(maps.Keys(p.rules)) {
 		module := p.rules[name]
-		pkg := packageName(module)
-		found[pkg] = true
+		found[packageName(module)] = true
 		if len(module.Rules) == 0 {
-			faults = append(faults, &refusal.Error{Code: codeMissing, Subject: name, Got: "a module without rules", Want: "deny contains …"})
+			faults = append(faults, &refusal.Error{Code: codeMissing, Subject: at(module.Package.Location), Got: "a module without rules", Want: "deny contains …"})
 		}
-		faults = append(faults, checkPackage(name, pkg), checkRules(name, module), checkWith(name, module))
+		faults = append(faults, checkPackage(module), checkRules(module), checkWith(module))
 	}
 	for pkg, ids := range shipped.Required() {
 		if !found[pkg] {
@@ -110,7 +223,7 @@ func (p *modules) check() error {
 	}
 	for _, name := range slices.Sorted(maps.Keys(p.tests)) {
 		if pkg := packageName(p.tests[name]); !inSite(pkg) && !strings.HasPrefix(pkg, "site_test") {
-			faults = append(faults, packageRefusal(name, pkg, "site, site.… or site_test"))
+			faults = append(faults, packageRefusal(p.tests[name], "site, site.… or site_test"))
 		}
 	}
 	if err := errors.Join(faults...); err != nil {
@@ -131,31 +244,32 @@ func inSite(pkg string) bool {
 	return pkg == "site" || strings.HasPrefix(pkg, "site.") || strings.HasPrefix(pkg, "site[")
 }
 
-func packageRefusal(name, pkg, want string) error {
-	return &refusal.Error{Code: codeCompile, Subject: name, Got: "package " + refusal.Clip(pkg, 100), Want: "package " + want}
+func packageRefusal(module *ast.Module, want string) error {
+	return &refusal.Error{Code: codeCompile, Subject: at(module.Package.Location), Got: "package " + refusal.Clip(packageName(module), 100), Want: "package " + want}
 }
 
 // checkPackage keeps each layer to its own packages.
-func checkPackage(name, pkg string) error {
-	if strings.HasPrefix(name, "policy/") {
+func checkPackage(module *ast.Module) error {
+	pkg, where := packageName(module), module.Package.Location
+	if strings.HasPrefix(where.File, "policy/") {
 		if !inSite(pkg) {
-			return packageRefusal(name, pkg, "site or site.…: a site's rules can only add denials")
+			return packageRefusal(module, "site or site.…: a site's rules can only add denials")
 		}
 		return nil
 	}
 	if _, ok := shipped.Required()[pkg]; !ok {
-		return &refusal.Error{Code: codeMissing, Subject: name, Got: "package " + refusal.Clip(pkg, 100), Want: "a package that kMO ships"}
+		return &refusal.Error{Code: codeMissing, Subject: at(where), Got: "package " + refusal.Clip(pkg, 100), Want: "a package that kMO ships"}
 	}
 	return nil
 }
 
 // checkRules refuses findings that are no partial sets, and rules by which an author would expect to allow something.
-func checkRules(name string, module *ast.Module) error {
+func checkRules(module *ast.Module) error {
 	var faults []error
 	for _, rule := range module.Rules {
 		head := rule.Head.Ref()
 		word := strings.Trim(head[0].Value.String(), `"`)
-		where := fmt.Sprintf("%s:%d", name, rule.Location.Row)
+		where := at(rule.Location)
 		switch word {
 		case "allow", "exception", "exceptions", "exempt", "waive", "waiver":
 			faults = append(faults, &refusal.Error{Code: codeCompile, Subject: where, Got: "a rule " + word, Want: "deny and warn only: nothing can allow"})
@@ -169,12 +283,11 @@ func checkRules(name string, module *ast.Module) error {
 }
 
 // checkWith refuses "with": a rule that judges another input than the one at hand says nothing about it.
-func checkWith(name string, module *ast.Module) error {
+func checkWith(module *ast.Module) error {
 	var faults []error
 	ast.WalkExprs(module, func(expr *ast.Expr) bool {
 		if len(expr.With) > 0 {
-			faults = append(faults, &refusal.Error{Code: codeCompile, Subject: fmt.Sprintf("%s:%d", name, expr.Location.Row),
-				Got: "with", Want: "with in *_test.rego only"})
+			faults = append(faults, &refusal.Error{Code: codeCompile, Subject: at(expr.Location), Got: "with", Want: "with in *_test.rego only"})
 		}
 		return false
 	})
@@ -203,40 +316,56 @@ func (p *modules) terms(rule string, of func(pkg string) bool) string {
 	return "[" + strings.Join(packages, ", ") + "]"
 }
 
-// compile compiles strictly. With tests, the site's tests are compiled with the rules.
-func (p *modules) compile(tests bool) (*ast.Compiler, error) {
-	compiler := ast.NewCompiler().WithStrict(true).WithCapabilities(p.capabilities).WithDefaultRegoVersion(ast.RegoV1)
+// compiler compiles strictly, with the builtins that are allowed and those given.
+func (p *modules) compiler(more ...*ast.Builtin) *ast.Compiler {
+	capabilities := *p.capabilities
+	capabilities.Builtins = slices.Concat(capabilities.Builtins, more)
+	return ast.NewCompiler().WithStrict(true).WithCapabilities(&capabilities).WithDefaultRegoVersion(ast.RegoV1)
+}
+
+// all are copies of the modules, which compiling changes; with tests, the site's tests too.
+func (p *modules) all(tests bool) map[string]*ast.Module {
 	all := map[string]*ast.Module{}
 	for name, module := range p.rules {
 		all[name] = module.Copy()
 	}
 	if tests {
-		maps.Copy(all, p.tests)
+		for name, module := range p.tests {
+			all[name] = module.Copy()
+		}
 	}
-	if compiler.Compile(all); compiler.Failed() {
-		return nil, compileRefusal("the rules together", compiler.Errors)
-	}
-	return compiler, nil
+	return all
 }
 
 func (p *modules) store() storage.Store {
 	return inmem.NewFromObjectWithOpts(map[string]any{"limits": p.limits}, inmem.OptReturnASTValuesOnRead(true))
 }
 
-// compileRefusal turns OPA's errors into one refusal each, with file and line.
-func compileRefusal(subject string, err error) error {
+// at is a place as editors and terminals know it.
+func at(place *ast.Location) string {
+	return fmt.Sprintf("%s:%d:%d", place.File, place.Row, max(1, place.Col)) // the end of a file has none
+}
+
+// compileRefusal turns OPA's errors into one refusal each, with its place.
+func compileRefusal(code refusal.Code, subject string, err error) error {
 	var list ast.Errors
 	if !errors.As(err, &list) {
-		return &refusal.Error{Code: codeCompile, Subject: subject, Got: refusal.Clip(err.Error(), 300), Want: "Rego v1"}
+		return &refusal.Error{Code: code, Subject: subject, Got: refusal.Clip(err.Error(), 300), Want: "Rego v1"}
 	}
 	var faults []error
 	for _, one := range list {
-		where := subject
+		fault := &refusal.Error{Code: code, Subject: subject, Got: refusal.Clip(one.Message, 300), Want: "Rego v1 with the builtins of capabilities.json"}
 		if one.Location != nil && one.Location.File != "" {
-			where = fmt.Sprintf("%s:%d", one.Location.File, one.Location.Row)
+			fault.Subject = at(one.Location)
 		}
-		faults = append(faults, &refusal.Error{Code: codeCompile, Subject: where, Got: refusal.Clip(one.Message, 300),
-			Want: "Rego v1 with the builtins of capabilities.json"})
+		switch detail := one.Details.(type) {
+		case *ast.RefErrInvalidDetail:
+			fault.Got = refusal.Clip(fmt.Sprintf("undefined ref: %v", detail.Ref[:detail.Pos+1]), 300)
+			fault.Want = refusal.Clip(fmt.Sprintf("one of %v there", detail.OneOf), 400)
+		case *ast.UnificationErrDetail, *ast.ArgErrDetail:
+			fault.Got, fault.Want = refusal.Clip(one.Message+": "+strings.Join(detail.Lines(), ", "), 300), "values of one type"
+		}
+		faults = append(faults, fault)
 	}
 	return errors.Join(faults...)
 }

@@ -40,6 +40,7 @@ import (
 const (
 	codeMissing = refusal.Code("KT021")            // a required rule is missing, renamed or without effect
 	codeCompile = refusal.Code("E_POLICY_COMPILE") // a module that must not be loaded
+	codeLint    = refusal.Code("E_POLICY_LINT")    // a module that a host would load, and that is probably wrong
 	codeError   = refusal.Code("E_POLICY_ERROR")   // a judgement that did not come to an end
 	codeLimit   = refusal.Code("E_LIMIT")
 	codeDecode  = refusal.Code("E_DECODE")
@@ -66,31 +67,53 @@ type Set struct {
 // folder, which may be empty or not exist. What is wrong with the layers is a *refusal.Error, all faults of a stage at once;
 // any other error is a layer that could not be read.
 func Load(layers ...fs.FS) (*Set, error) {
+	p, err := checked(layers)
+	if err != nil {
+		return nil, err
+	}
+	return p.load()
+}
+
+// parsed reads the layers.
+func parsed(layers []fs.FS) (*modules, error) {
 	sources, err := read(layers)
 	if err != nil {
 		return nil, err
 	}
-	parsed, err := sources.parse()
+	return sources.parse()
+}
+
+// checked reads the layers, and holds them against what a layer may be.
+func checked(layers []fs.FS) (*modules, error) {
+	p, err := parsed(layers)
 	if err != nil {
 		return nil, err
 	}
-	if err := parsed.check(); err != nil {
+	return p, p.check()
+}
+
+// load makes a set of modules that have been checked, and tries it.
+func (p *modules) load() (set *Set, err error) {
+	if err := p.runTests(); err != nil {
 		return nil, err
 	}
-	if err := parsed.runTests(); err != nil {
-		return nil, err
-	}
-	set := &Set{limit: maxTime}
-	if set.digest, err = sources.digest(); err != nil {
-		return nil, err
-	}
-	if set.query, err = parsed.prepare(); err != nil {
+	if set, err = p.set(); err != nil {
 		return nil, err
 	}
 	if err := set.try(); err != nil {
 		return nil, err
 	}
 	return set, nil
+}
+
+// set compiles the modules.
+func (p *modules) set() (set *Set, err error) {
+	set = &Set{limit: maxTime}
+	if set.digest, err = p.sources.digest(); err != nil {
+		return nil, err
+	}
+	set.query, err = p.prepare()
+	return set, err
 }
 
 // Digest is the kmo1 content root of the set's files, each under the number of its layer.
@@ -114,9 +137,9 @@ func (s *Set) Rules() []merkle.Digest {
 
 // prepare compiles everything but tests and asks for the findings of each package in one query.
 func (p *modules) prepare() (rego.PreparedEvalQuery, error) {
-	compiler, err := p.compile(false)
-	if err != nil {
-		return rego.PreparedEvalQuery{}, err
+	compiler := p.compiler()
+	if compiler.Compile(p.all(false)); compiler.Failed() {
+		return rego.PreparedEvalQuery{}, compileRefusal(codeCompile, "the rules together", compiler.Errors)
 	}
 	ours := func(pkg string) bool { return !inSite(pkg) }
 	terms := []string{p.terms("deny", ours), p.terms("deny", inSite), p.terms("warn", ours), p.terms("warn", inSite), p.terms("evaluated", ours)}
@@ -128,7 +151,7 @@ func (p *modules) prepare() (rego.PreparedEvalQuery, error) {
 		rego.StrictBuiltinErrors(true),
 	).PrepareForEval(context.Background())
 	if err != nil {
-		return query, compileRefusal("the rules together", err)
+		return query, compileRefusal(codeCompile, "the rules together", err)
 	}
 	return query, nil
 }

@@ -27,6 +27,8 @@ type Preview struct {
 	Steps    []Step           `json:"steps"`
 	Skipped  []template.Skip  `json:"skipped,omitempty"` // units not placed on this host, and why
 	Changes  []Change         `json:"changes"`
+
+	Decision policy.Decision `json:"-"` // with its input, for who asks about the rules; the zero value if it did not come to that
 }
 
 // Change is one field of a unit that differs. A missing side is null.
@@ -52,7 +54,8 @@ func (r *Reconciler) Preview(ctx context.Context, id string) (Preview, error) {
 	}
 	next, stage, err := r.assess(ctx, rec, commit)
 	if next != nil {
-		preview.Facts, preview.Warned, preview.Skipped = next.facts, next.decision.Warned, next.plan.Skipped
+		preview.Facts, preview.Decision, preview.Skipped = next.facts, next.decision, next.plan.Skipped
+		preview.Warned = next.decision.Warned
 		preview.Policy, preview.Rules = next.decision.Policy.String(), len(next.decision.Evaluated)
 	}
 	if err == nil {

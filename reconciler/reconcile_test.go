@@ -507,6 +507,56 @@ func TestSiteRulesCanGo(t *testing.T) {
 	}
 }
 
+// TestBadRulesLeaveTheOnesBefore: rules that do not load, however they do not, are refused, and those before them judge what comes next.
+func TestBadRulesLeaveTheOnesBefore(t *testing.T) {
+	const good = "package site\n\ndeny contains {\"id\": \"SITE1\", \"unit\": u.name, \"path\": \"run.args\", \"msg\": \"debug; want it left out\"} if {\n" +
+		"\tsome u in input.units\n\tsome \"debug\" in u.after.run.args\n}\n"
+	const test = "package site_test\n\nimport data.site\n\ntest_it if count(site.deny) == 1 with input as {\"units\": [{\"name\": \"x\", \"after\": {\"run\": {\"args\": [\"debug\"]}}}]}\n"
+	for _, c := range []struct{ name, rule, test, code string }{
+		{"it is no Rego", "package site\n\ndeny contains {\n", test, "E_POLICY_COMPILE"},
+		{"its test fails", strings.ReplaceAll(good, `"debug" in`, `"trace" in`), test, "E_POLICY_COMPILE"},
+		{"it has no tests", good, "", "E_POLICY_COMPILE"},
+		{"it asks the network", good + "\nwarn contains x if x := http.send({})\n", test, "E_POLICY_COMPILE"},
+		{"it would allow", good + "\nallow if true\n", test, "E_POLICY_COMPILE"},
+		{"it is of the shipped package", strings.Replace(good, "package site", "package kmo.tiers", 1), test, "E_POLICY_COMPILE"},
+		{"it judges nothing", "package site\n\nx := 1\n", "package site_test\n\ntest_it if true\n", "KT021"},
+		{"it errs on a fixture", good + "\nwarn contains x if x := to_number(input.commit)\n", test, "E_POLICY_ERROR"},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			story(t, func(t *testing.T, w *world) {
+				w.r.Rules = func(site fs.FS) (*policy.Set, error) {
+					if site == nil {
+						return shipped()
+					}
+					return policy.Load(rego.Rules(), site)
+				}
+				put := func(rule, test, version string) string {
+					for name, text := range map[string]string{"policy/site.rego": rule, "policy/site_test.rego": test} {
+						if w.files[name] = text; text == "" {
+							delete(w.files, name)
+						}
+					}
+					w.unit("relay", version, "")
+					return w.push(version)
+				}
+				v1 := put(good, test, "1")
+				w.reconcile(Converged)
+				put(c.rule, c.test, "1")
+				if rec := w.reconcile(Refused); rec.Stage != "policy" || rec.Good != v1 || !strings.Contains(rec.Reason, c.code) {
+					t.Fatalf("refused at %s with %s good: %s; want %s", rec.Stage, rec.Good, rec.Reason, c.code)
+				}
+				put(good, test, "debug")
+				if rec := w.reconcile(Refused); !strings.Contains(rec.Reason, "SITE1: relay, run.args") {
+					t.Fatalf("%s; want what the rules before it deny", rec.Reason)
+				}
+				put(good, test, "2")
+				w.reconcile(Converged)
+				w.wantRunning("relay=2")
+			})
+		})
+	}
+}
+
 // approvePolicy pushes alice's approval of how the head changes the policy of the good commit.
 func (w *world) approvePolicy() {
 	w.t.Helper()

@@ -43,6 +43,10 @@ func (h *host) api(running context.Context) http.Handler {
 	mux.HandleFunc("GET /status", answer(func(r *http.Request) (any, error) { return h.status(r.Context()) }))
 	mux.HandleFunc("GET /plan", answer(func(r *http.Request) (any, error) { return h.plan(r.Context(), r.FormValue("revision")) }))
 	mux.HandleFunc("GET /explain", answer(func(r *http.Request) (any, error) { return h.explain(r.Context(), r.FormValue("revision")) }))
+	mux.HandleFunc("GET /decision", answer(func(r *http.Request) (any, error) {
+		return h.evaluate(r.Context(), r.FormValue("revision"), r.FormValue("trace") == "true")
+	}))
+	mux.HandleFunc("GET /decisions", h.decisions)
 	mux.HandleFunc("POST /reconcile", answer(func(*http.Request) (any, error) { return h.reconcile(running) }))
 	mux.HandleFunc("GET /logs", h.logs)
 	return mux

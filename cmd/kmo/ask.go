@@ -10,6 +10,7 @@ import (
 	"io/fs"
 	"net/http"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 
@@ -211,13 +212,7 @@ func (h *host) replay(ctx context.Context, record audit.Record) string {
 		return "not replayed: " + err.Error()
 	}
 	then := entry.Decision
-	set, err := h.rulesAt(ctx, cmp.Or(judged.Change.Base, judged.Commit))
-	if err == nil && judged.Change.Base != "" && judged.Change.Apart {
-		var own *policy.Set
-		if own, err = h.rulesAt(ctx, judged.Commit); err == nil {
-			set = set.And(own)
-		}
-	}
+	set, err := h.rulesOf(ctx, judged)
 	switch {
 	case err != nil:
 		return "not replayed: " + err.Error()
@@ -237,6 +232,75 @@ func again(then, now policy.Decision) string {
 		return fmt.Sprintf("REPLAY DIFFERS: %d rules look, denied: %v", len(now.Evaluated), now.Denied)
 	}
 	return "replayed: the same answer"
+}
+
+// rulesOf are the rules that judge a change: the base's, and the head's own where it brings them beside other things.
+func (h *host) rulesOf(ctx context.Context, judged policy.Input) (*policy.Set, error) {
+	set, err := h.rulesAt(ctx, cmp.Or(judged.Change.Base, judged.Commit))
+	if err != nil || judged.Change.Base == "" || !judged.Change.Apart {
+		return set, err
+	}
+	own, err := h.rulesAt(ctx, judged.Commit)
+	if err != nil {
+		return nil, err
+	}
+	return set.And(own), nil
+}
+
+// Evaluation is a decision, and what each rule said to it.
+type Evaluation struct {
+	Decision policy.Decision `json:"decision"`
+	Said     []policy.Said   `json:"said,omitempty"`
+}
+
+// evaluate judges a revision as a reconcile would, which leaves no record.
+func (h *host) evaluate(ctx context.Context, revision string, trace bool) (Evaluation, error) {
+	preview, err := h.plan(ctx, revision)
+	e := Evaluation{Decision: preview.Decision}
+	if len(e.Decision.Input) == 0 {
+		for _, one := range preview.Refusals {
+			err = errors.Join(err, one)
+		}
+		return e, cmp.Or(err, fmt.Errorf("commit %s: refused at %s, before any rule is asked", short(preview.Commit), preview.Stage))
+	}
+	if !trace { // what came after the decision is for 'kmo plan'
+		return e, nil
+	}
+	var judged policy.Input
+	if err := json.Unmarshal(e.Decision.Input, &judged); err != nil {
+		return e, err
+	}
+	set, err := h.rulesOf(ctx, judged)
+	if err != nil {
+		return e, err
+	}
+	e.Decision, e.Said, err = set.Trace(ctx, e.Decision.Input)
+	return e, err
+}
+
+// decisions streams the last decisions of the audit log, oldest first, a record a line; the first line is how many there are.
+func (h *host) decisions(w http.ResponseWriter, r *http.Request) {
+	last, _ := strconv.Atoi(r.FormValue("last")) // the client checked it
+	var all []int64
+	err := h.audit.Records(func(record audit.Record) error {
+		if record.Kind == "decision" {
+			all = append(all, record.Index)
+		}
+		return nil
+	})
+	if err != nil {
+		reply(w, err)
+		return
+	}
+	all = all[max(0, len(all)-last):]
+	encoder := json.NewEncoder(w)
+	_ = encoder.Encode(len(all))
+	_ = h.audit.Records(func(record audit.Record) error { // what ends it short, the client sees
+		if !slices.Contains(all, record.Index) {
+			return nil
+		}
+		return encoder.Encode(record)
+	})
 }
 
 // rulesAt are the shipped rules with the site's own as a commit has them.

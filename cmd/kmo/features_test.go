@@ -88,3 +88,20 @@ func featureTable(all []conformance.Found) string {
 	}
 	return b.String()
 }
+
+// The page of the tripwires is what the rules say of themselves. -update writes it.
+func TestTripwirePage(t *testing.T) {
+	page, err := tripwirePage()
+	if err != nil {
+		t.Fatal(err)
+	}
+	const path = "../../docs/tripwires.md"
+	if *update {
+		if err := os.WriteFile(path, []byte(page), 0o644); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if text, err := os.ReadFile(path); err != nil || string(text) != page {
+		t.Errorf("%s is not what the rules say (%v); go test ./cmd/kmo -run TripwirePage -update writes it", path, err)
+	}
+}

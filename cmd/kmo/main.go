@@ -82,6 +82,11 @@ func run(ctx context.Context, args []string, stdin io.Reader, stdout, stderr io.
 		_, _ = fmt.Fprintf(stderr, "kmo: %v\nSee '%s --help'.\n", err, cmd.CommandPath())
 		return exitUsage
 	}
+	return complain(stderr, err)
+}
+
+// complain prints an error, of a refusal every reason, and returns the exit status.
+func complain(stderr io.Writer, err error) int {
 	for _, one := range refusal.All(err) {
 		_, _ = fmt.Fprintf(stderr, "kmo: refused: %v\n", one)
 	}

@@ -49,6 +49,7 @@ const patience = 30 * time.Second
 //	capture NAME RE       sets $NAME to the first group in what was printed last
 //	fill FROM TO          copies a file, with $NAMES in it filled in
 //	alive PID             the process is there; ! if it must not be
+//	page PAGE FOLDER      does in the folder what a page of docs/ tells its reader to do
 //	loopback              the agent and all below it listen on nothing but unix sockets of their owner
 //
 // and the shell scripts of testdata/bin, which are what a user would type, too. At its end each script's agent is stopped and its
@@ -66,7 +67,7 @@ func TestScripts(t *testing.T) {
 		Setup:              func(env *testscript.Env) error { return setUp(env, b, bin) },
 		Cmds: map[string]func(*testscript.TestScript, bool, []string){
 			"kmo": command("kmo"), "git": command("git"), "exits": exits, "registry": serveRegistry, "gitserver": serveGit, "flip": flip, "await": await,
-			"await-status": awaitStatus, "get": get, "capture": capture, "fill": fill, "alive": alive, "loopback": loopback,
+			"await-status": awaitStatus, "get": get, "capture": capture, "fill": fill, "alive": alive, "loopback": loopback, "page": page,
 		},
 	})
 }
@@ -153,7 +154,7 @@ func setUp(env *testscript.Env, b built, bin string) error {
 	env.Values[imagesKey{}] = &imageServer{honest: registry.Memory()}
 	home := filepath.Join(env.WorkDir, "home")
 	for name, value := range map[string]string{
-		"PATH": bin + ":" + b.dir + ":" + os.Getenv("PATH"), "HOME": home, "PROGRAMS": b.programs, "KMO": b.kmo,
+		"PATH": bin + ":" + b.dir + ":" + os.Getenv("PATH"), "HOME": home, "PROGRAMS": b.programs, "KMO": b.kmo, "DOCS": filepath.Join(bin, "../../../../docs"),
 		"KMO_CONFIG": filepath.Join(env.WorkDir, "agent.yaml"), "KMO_STATE": state, "GIT_CONFIG_NOSYSTEM": "1", "SSH_AUTH_SOCK": "",
 	} {
 		env.Setenv(name, value)

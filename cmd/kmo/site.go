@@ -19,7 +19,6 @@ import (
 
 	"github.com/kindos/kmo/policy/trust"
 	"github.com/kindos/kmo/reconciler/template"
-	"github.com/kindos/kmo/rego"
 )
 
 func keyCommand() *cobra.Command {
@@ -355,42 +354,4 @@ Exit statuses: 0 good, 1 error, 2 usage, 3 refused.`,
 			return err
 		},
 	}
-}
-
-func policyCommand() *cobra.Command {
-	return group("policy", "The rules that judge a change", &cobra.Command{
-		Use:   "check [FOLDER]",
-		Short: "Load a site's rules as a host would: compile, run their tests, try every fixture",
-		Long: `Load a site's rules as a host would: compile them strictly, run their tests, and see that every forbidden input is still denied.
-Without a folder only the shipped rules are loaded.
-
-Exit statuses: 0 good, 1 error, 2 usage, 3 refused.`,
-		Example: "  kmo policy check policy/",
-		Args:    cobra.MaximumNArgs(1),
-		RunE: func(cmd *cobra.Command, args []string) error {
-			var site fs.FS
-			if len(args) == 1 {
-				if _, err := os.ReadDir(args[0]); err != nil {
-					return err
-				}
-				site = os.DirFS(args[0])
-			}
-			set, err := rules(site)
-			if err != nil {
-				return err
-			}
-			_, err = fmt.Fprintf(cmd.OutOrStdout(), "good: %s\n", set.Digest())
-			return err
-		},
-	}, &cobra.Command{
-		Use:     "list",
-		Short:   "List the tripwires that no site can switch off",
-		Long:    "List the ids of the tripwires that no site can switch off.\n\nExit statuses: 0 good, 2 usage.",
-		Example: "  kmo policy list",
-		Args:    cobra.NoArgs,
-		RunE: func(cmd *cobra.Command, _ []string) error {
-			_, err := fmt.Fprintln(cmd.OutOrStdout(), strings.Join(rego.IDs(), "\n"))
-			return err
-		},
-	})
 }
