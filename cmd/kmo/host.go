@@ -22,6 +22,7 @@ import (
 
 	"github.com/kindos/kmo/backends"
 	"github.com/kindos/kmo/backends/plugin"
+	"github.com/kindos/kmo/cmd/kmo/thishost"
 	"github.com/kindos/kmo/policy"
 	"github.com/kindos/kmo/policy/audit"
 	"github.com/kindos/kmo/policy/refusal"
@@ -71,7 +72,7 @@ type preview struct {
 
 // openHost opens this host for one process: it takes the lock and starts the backends' plugins.
 func openHost(ctx context.Context, flags *hostFlags, stderr io.Writer) (h *host, err error) {
-	if err := runsHere(); err != nil {
+	if err := thishost.Supported(); err != nil {
 		return nil, err
 	}
 	h = &host{backends: map[string]backends.Backend{}, makes: flags.makes}
@@ -353,7 +354,7 @@ func hostFacts(config Config, dir string) (template.Host, error) {
 		}
 	}
 	slices.Sort(facts.Engines)
-	return facts, measure(&facts, dir)
+	return facts, thishost.Measure(&facts, dir)
 }
 
 // close lets go of everything; workloads go on running.

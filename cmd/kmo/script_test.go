@@ -28,6 +28,7 @@ import (
 
 	"github.com/kindos/kmo/backends"
 	"github.com/kindos/kmo/backends/plugin"
+	"github.com/kindos/kmo/cmd/kmo/thishost"
 	"github.com/kindos/kmo/reconciler"
 	"github.com/kindos/kmo/reconciler/template"
 	"github.com/kindos/kmo/registry"
@@ -192,7 +193,7 @@ func clear(b built, state string) error {
 		}
 	}
 	var host template.Host
-	if err := measure(&host, state); err == nil {
+	if err := thishost.Measure(&host, state); err == nil {
 		errs = append(errs, os.RemoveAll(host.Doors)) // the units of a script that failed are still linked
 	}
 	mounts, err := os.ReadFile("/proc/self/mountinfo")

@@ -1,4 +1,5 @@
-package main
+// Package thishost measures the machine it runs on.
+package thishost
 
 import (
 	"bytes"
@@ -15,11 +16,12 @@ import (
 	"github.com/kindos/kmo/reconciler/template"
 )
 
-// runsHere says that hosts run on this system.
-func runsHere() error { return nil }
+// Supported says that hosts run on this system.
+func Supported() error { return nil }
 
-// measure fills in the host's memory, processes and disk.
-func measure(facts *template.Host, dir string) error {
+// Measure fills in the host's memory (bytes), processes, processor's features, disk (bytes, of the file system with the state folder dir), and where
+// its doors are.
+func Measure(facts *template.Host, dir string) error {
 	var memory unix.Sysinfo_t
 	if err := unix.Sysinfo(&memory); err != nil {
 		return fmt.Errorf("measuring memory: %w", err)

@@ -1,6 +1,6 @@
 //go:build !linux
 
-package main
+package thishost
 
 import (
 	"fmt"
@@ -9,9 +9,10 @@ import (
 	"github.com/kindos/kmo/reconciler/template"
 )
 
-// runsHere says what works on a system that no host runs on.
-func runsHere() error {
+// Supported says what works on a system that no host runs on.
+func Supported() error {
 	return fmt.Errorf("hosts run on Linux, and 'kmo plan' compares with what one runs; this is %s, which has kmo site, image, policy, key and approve", runtime.GOOS)
 }
 
-func measure(*template.Host, string) error { return runsHere() }
+// Measure is Supported.
+func Measure(*template.Host, string) error { return Supported() }
