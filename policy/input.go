@@ -31,6 +31,7 @@ type Site struct {
 	Name       string   `json:"name"`
 	Branch     string   `json:"branch"`
 	Registries []string `json:"registries"` // hosts, or hosts with a repository prefix, that images may come from
+	Forbidden  []string `json:"forbidden"`  // networks that no unit may be told to reach: 10.9.0.0/16
 }
 
 // Host is what this host is and has.
@@ -58,16 +59,17 @@ type Unit struct {
 	Before    any    `json:"before"`
 	After     any    `json:"after"`
 	Workloads []any  `json:"workloads"` // the final plan on this host: backends.Workload; empty if the unit is not placed here
-	Images    []any  `json:"images"`    // what the registry knows of each variant's image, in the variants' order
+	Images    []any  `json:"images"`    // what the registry knows of each workload's image, in the workloads' order
+	Ports     []int  `json:"ports"`     // of this host, that the workloads take by number
 }
 
 // fill makes the empty lists lists: a rule may count them.
 func (i *Input) fill() {
-	i.Site.Registries = append([]string{}, i.Site.Registries...)
+	i.Site.Registries, i.Site.Forbidden = append([]string{}, i.Site.Registries...), append([]string{}, i.Site.Forbidden...)
 	i.Units = append([]Unit{}, i.Units...)
 	for n := range i.Units {
 		u := &i.Units[n]
-		u.Workloads, u.Images = append([]any{}, u.Workloads...), append([]any{}, u.Images...)
+		u.Workloads, u.Images, u.Ports = append([]any{}, u.Workloads...), append([]any{}, u.Images...), append([]int{}, u.Ports...)
 	}
 	if i.Host.Labels == nil {
 		i.Host.Labels = map[string]string{}
@@ -114,12 +116,14 @@ func inputShape() *shape {
 	}}
 	unit := &shape{kind: object, must: true, fields: map[string]*shape{
 		"name": needed(text), "before": of(object), "after": templateShape(), "workloads": listOf(workloadShape()), "images": listOf(of(anything)),
+		"ports": {kind: list, must: true, elem: needed(integer)},
 	}}
 	return &shape{kind: object, must: true, fields: map[string]*shape{
 		"version": needed(integer),
 		"commit":  needed(text),
 		"rules":   listOf(needed(text)),
-		"site":    {kind: object, must: true, fields: map[string]*shape{"name": needed(text), "registries": listOf(needed(text))}},
+		"site": {kind: object, must: true, fields: map[string]*shape{"name": needed(text), "registries": listOf(needed(text)),
+			"forbidden": {kind: list, must: true, elem: needed(text)}}},
 		"host": {kind: object, must: true, fields: map[string]*shape{
 			"state": needed(text), "engines": listOf(needed(text)), "cpu": needed(integer), "memory": needed(integer), "pids": needed(integer), "disk": needed(integer)}},
 		"change": {kind: object, must: true, fields: map[string]*shape{
@@ -171,6 +175,7 @@ func workloadShape() *shape {
 func runShape(user *shape) *shape {
 	return &shape{kind: object, must: user.must, fields: map[string]*shape{
 		"args": listOf(needed(text)), "env": {kind: object, elem: needed(text)}, "user": user,
+		"ports": listOf(&shape{kind: object, must: true, fields: map[string]*shape{"port": of(integer), "host": of(integer)}}),
 	}}
 }
 

@@ -213,6 +213,9 @@ func (r *Reconciler) input(ctx context.Context, rec Record, good, next *desired)
 	for _, registry := range judged.Config.Registries {
 		input.Site.Registries = append(input.Site.Registries, string(registry))
 	}
+	for _, network := range judged.Config.Forbidden {
+		input.Site.Forbidden = append(input.Site.Forbidden, string(network))
+	}
 	differ := make(map[string]bool)
 	for _, facts := range next.facts.Units {
 		differ[facts.Unit] = true
@@ -248,6 +251,7 @@ func (r *Reconciler) input(ctx context.Context, rec Record, good, next *desired)
 			if workload.Unit == name {
 				workload.Files = backends.Veil(workload.Files)
 				unit.Workloads, unit.Images = append(unit.Workloads, workload), append(unit.Images, described[i])
+				unit.Ports = append(unit.Ports, template.HostPorts(workload, next.prints[workload.Backend])...)
 			}
 		}
 		input.Units = append(input.Units, unit)

@@ -19,7 +19,7 @@ import (
 	"slices"
 )
 
-//go:embed confinement.rego hooks.rego images.rego mounts.rego plan.rego removal.rego resources.rego secrets.rego separation.rego tiers.rego
+//go:embed confinement.rego hooks.rego images.rego mounts.rego network.rego plan.rego removal.rego resources.rego secrets.rego separation.rego tiers.rego
 //go:embed limits.json capabilities.json
 var rules embed.FS
 
@@ -39,6 +39,7 @@ func Required() map[string][]string {
 		"kmo.hooks":       {"KT027"},
 		"kmo.images":      {"KT006", "KT007", "KT009"},
 		"kmo.mounts":      {"KT003", "KT004"},
+		"kmo.network":     {"KT025", "KT026"},
 		"kmo.plan":        nil,
 		"kmo.removal":     {"KT016"},
 		"kmo.resources":   {"KT013"},

@@ -10,7 +10,7 @@ ref := concat("", ["reg.example/relay@sha256:", sha])
 input_of(units) := {
 	"version": 1,
 	"commit": "c",
-	"site": {"name": "north-sea", "registries": ["reg.example", "mirror.example/edge/"]},
+	"site": {"name": "north-sea", "registries": ["reg.example", "mirror.example/edge/"], "forbidden": ["10.9.0.0/16"]},
 	"host": {"state": "/var/lib/kmo", "cpu": 4000, "memory": 1000, "pids": 1000, "disk": 1000},
 	"change": {
 		"commit": "c", "base": "b", "signer": "alice", "revert": false, "trust": false, "policy": false, "other": true,
@@ -30,13 +30,13 @@ workload := {
 	"security": {},
 }
 
-good := input_of([{"name": "relay", "before": null, "after": template, "workloads": [workload]}])
+good := input_of([{"name": "relay", "before": null, "after": template, "workloads": [workload], "ports": []}])
 
 # The good input with more in the template.
-after(more) := input_of([{"name": "relay", "before": null, "after": object.union(template, more), "workloads": []}])
+after(more) := input_of([{"name": "relay", "before": null, "after": object.union(template, more), "workloads": [], "ports": []}])
 
 # The good input with more in the workload.
-planned(more) := input_of([{"name": "relay", "before": null, "after": template, "workloads": [object.union(workload, more)]}])
+planned(more) := input_of([{"name": "relay", "before": null, "after": template, "workloads": [object.union(workload, more)], "ports": []}])
 
 # The good input with more in the facts, and in those of its unit.
 changed(more) := object.union(good, {"change": more})

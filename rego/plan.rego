@@ -66,6 +66,42 @@ images contains [i, workload.image.ref, object.get(workload.image, "root", "")] 
 	some workload in unit.workloads
 }
 
+# All that a unit writes down, in one text of small letters: one look at it spares most units the rest.
+written[i] := lower(concat("\n", array.concat([asked], brought))) if {
+	some i, unit in input.units
+	asked := json.marshal([
+		object.get(unit, ["after", "run"], null), object.get(unit, ["after", "hooks"], null), object.get(unit, ["after", "health"], null),
+		[[workload.run, object.get(workload, "hooks", null)] | some workload in unit.workloads],
+	])
+	brought := [content | some [_, content] in contents(unit)]
+}
+
+# [path, text] of everything the unit writes down.
+texts(unit) := array.flatten([
+	[written |
+		some env in environments(unit)
+		some name, value in env
+		written := [concat(".", ["run.env", name]), concat("=", [name, value])]
+	],
+	[["run.args", concat(" ", args)] | some args in arguments(unit)],
+	[[concat(".", ["hooks", moment]), concat(" ", argv)] | some hooks in hookings(unit); some moment, commands in hooks; some argv in commands],
+	[["health.exec.argv", concat(" ", argv)] | argv := unit.after.health.exec.argv; is_array(argv)],
+	[["health.http.path", path] | path := unit.after.health.http.path; is_string(path)],
+	contents(unit),
+])
+
+contents(unit) := [[sprintf("files[%s]", [file.to]), base64.decode(file.content)] |
+	some workload in unit.workloads
+	some file in workload.files
+	is_string(file.content)
+]
+
+environments(unit) := {env | env := unit.after.run.env; is_object(env)} | {env | some workload in unit.workloads; env := workload.run.env; is_object(env)}
+
+arguments(unit) := {args | args := unit.after.run.args; is_array(args)} | {args | some workload in unit.workloads; args := workload.run.args; is_array(args)}
+
+hookings(unit) := {hooks | hooks := unit.after.hooks; is_object(hooks)} | {hooks | some workload in unit.workloads; hooks := workload.hooks; is_object(hooks)}
+
 # The path without ".", empty parts and a slash at the end. A ".." stays: it has no meaning that a reader can check.
 clean(path) := path if regex.match(`^(/[^/.][^/]*)+$`, path)
 

@@ -18,14 +18,14 @@ evaluated contains "KT015" if input.version == 1
 #   waivable: true
 deny contains plan.finding("KT015", i, path, msg) if {
 	some i in suspects
-	some [path, text] in texts(input.units[i])
+	some [path, text] in plan.texts(input.units[i])
 	some kind in found(text)
 	msg := sprintf("holds %s in plain text; want it encrypted under secrets, and its path here", [kind])
 }
 
 deny contains plan.finding("KT015", i, concat(".", ["run.env", name]), msg) if {
 	some i in suspects
-	some env in environments(input.units[i])
+	some env in plan.environments(input.units[i])
 	some name, value in env
 	regex.match(`(?i)(^|_)(PASSWORD|PASSWD|PASSPHRASE|TOKEN|SECRET|API_?KEY|(ACCESS|PRIVATE|SECRET|ENCRYPTION|SIGNING)_?KEY|CREDENTIALS?)$`, name)
 	not harmless(value)
@@ -37,13 +37,8 @@ harmless(value) if regex.match(`(?i)^(|/.*|\$.*|<.*>|\{\{.*|true|false|yes|no|on
 
 # Units in whose text there is any sign of a secret. All other rules here look at these only.
 suspects contains i if {
-	some i, unit in input.units
-	asked := json.marshal([
-		object.get(unit, ["after", "run"], null), object.get(unit, ["after", "hooks"], null), object.get(unit, ["after", "health"], null),
-		[[workload.run, object.get(workload, "hooks", null)] | some workload in unit.workloads],
-	])
-	brought := [content | some [_, content] in contents(unit)]
-	suspicious(lower(concat("\n", [asked, concat("\n", brought)])))
+	some i, text in plan.written
+	suspicious(text)
 }
 
 suspicious(text) if {
@@ -91,29 +86,3 @@ bare(match) if {
 	trim_space(match[3]) == ""
 	count(match[4]) < 12
 }
-
-# [path, text] of everything the unit writes down.
-texts(unit) := array.flatten([
-	[written |
-		some env in environments(unit)
-		some name, value in env
-		written := [concat(".", ["run.env", name]), concat("=", [name, value])]
-	],
-	[["run.args", concat(" ", args)] | some args in arguments(unit)],
-	[[concat(".", ["hooks", moment]), concat(" ", argv)] | some hooks in hookings(unit); some moment, commands in hooks; some argv in commands],
-	[["health.exec.argv", concat(" ", argv)] | argv := unit.after.health.exec.argv; is_array(argv)],
-	[["health.http.path", path] | path := unit.after.health.http.path; is_string(path)],
-	contents(unit),
-])
-
-contents(unit) := [[sprintf("files[%s]", [file.to]), base64.decode(file.content)] |
-	some workload in unit.workloads
-	some file in workload.files
-	is_string(file.content)
-]
-
-environments(unit) := {env | env := unit.after.run.env; is_object(env)} | {env | some workload in unit.workloads; env := workload.run.env; is_object(env)}
-
-arguments(unit) := {args | args := unit.after.run.args; is_array(args)} | {args | some workload in unit.workloads; args := workload.run.args; is_array(args)}
-
-hookings(unit) := {hooks | hooks := unit.after.hooks; is_object(hooks)} | {hooks | some workload in unit.workloads; hooks := workload.hooks; is_object(hooks)}

@@ -321,6 +321,7 @@ func TestValuesHaveOneSpelling(t *testing.T) {
 		reflect.TypeFor[Branch]():    {"main", "release/2026.1", "a_b"},
 		reflect.TypeFor[Percent]():   {"0%", "10%", "100%"},
 		reflect.TypeFor[Registry]():  {"reg.example", "localhost:5000", "reg.example/team/x"},
+		reflect.TypeFor[Network]():   {"10.9.0.0/16", "0.0.0.0/0", "192.0.2.1/32", "fd12::/48", "::/0"},
 	}
 	bad := map[reflect.Type][]string{
 		reflect.TypeFor[CPU]():       {"", "0", "0m", "01", "1001", "2000", "1000001m", "1.5", "+1", "-1", " 1", "1 ", "1M", "1000m", "m", "١"},
@@ -334,6 +335,7 @@ func TestValuesHaveOneSpelling(t *testing.T) {
 		reflect.TypeFor[Branch]():    {"", "-x", "a..b", "a/", "/a", "a//b", "a b", "refs/heads/../../config", ".a"},
 		reflect.TypeFor[Percent]():   {"10", "101%", "01%", "-1%", "1.5%"},
 		reflect.TypeFor[Registry]():  {"", "http://x", "x/", "x:0", "X"},
+		reflect.TypeFor[Network]():   {"", "10.9.0.0", "10.9.0.1/16", "10.9/16", "010.9.0.0/16", "10.9.0.0/016", "10.9.0.0/33", "fd12:0::/48", "FD12::/48", "fd12::/129", "fe80::%1/64"},
 	}
 	try := func(typ reflect.Type, text string) (string, bool) {
 		v := reflect.New(typ)

@@ -16,6 +16,7 @@ type Config struct {
 	Branch     Branch     `json:"branch" need:"yes" doc:"the branch that hosts follow"`
 	Zones      []Name     `json:"zones" need:"yes" items:"1-256" unique:"yes" doc:"the zones, in the order in which a change goes out"`
 	Registries []Registry `json:"registries,omitempty" items:"0-256" unique:"yes" doc:"where images may come from: hosts, or hosts with a repository prefix"`
+	Forbidden  []Network  `json:"forbidden,omitempty" items:"0-256" unique:"yes" doc:"networks that no unit may be told to reach, beside those of cloud metadata: that of management"`
 	Rollout    *Rollout   `json:"rollout,omitempty" doc:"how a change goes from zone to zone"`
 	Gate       *Gate      `json:"gate,omitempty" doc:"the gate of units that say nothing about it"`
 	Events     *Open      `json:"events,omitempty" doc:"where events go"`

@@ -2,6 +2,7 @@ package template
 
 import (
 	"fmt"
+	"net/netip"
 	"path"
 	"reflect"
 	"strconv"
@@ -167,6 +168,8 @@ type (
 	Branch string
 	// Registry is a registry's host, or a host with a repository prefix.
 	Registry string
+	// Network is a range of addresses, 10.9.0.0/16, in its one spelling.
+	Network string
 	// Ref names an image, host/repository@sha256:…; the rules refuse one that is not pinned or that has a tag besides.
 	Ref string
 	// Path is a clean absolute path inside the workload.
@@ -186,6 +189,16 @@ type (
 	// Count is how many copies run: "all", one on each host that fits, or a number.
 	Count string
 )
+
+// UnmarshalText reads the one spelling of a network.
+func (n *Network) UnmarshalText(text []byte) error {
+	prefix, err := netip.ParsePrefix(string(text))
+	if err != nil {
+		return fmt.Errorf("want an address and how many of its bits count, as 10.9.0.0/16 or fd12::/48")
+	}
+	*n = Network(prefix.Masked().String())
+	return oneSpelling(string(text), string(*n))
+}
 
 // clean is the path without "." and "..".
 func (p HostPath) clean() string { return path.Clean(string(p)) }
@@ -221,6 +234,7 @@ func textRules() map[reflect.Type]textRule {
 		reflect.TypeFor[Label]():         {`[A-Za-z0-9]([A-Za-z0-9._/-]*[A-Za-z0-9])?`, 127, 0, "a label: letters, digits, dots, dashes, underscores and slashes"},
 		reflect.TypeFor[Branch]():        {branchPart + `(/` + branchPart + `)*`, 200, 0, "a branch's name: main, release/2026"},
 		reflect.TypeFor[Registry]():      {hostPattern + repoPattern + `*`, 255, 0, "a registry: reg.example, localhost:5000, reg.example/team"},
+		reflect.TypeFor[Network]():       {`[0-9a-f.:]+/(0|[1-9][0-9]{0,2})`, 43, 0, "a network: 10.9.0.0/16"},
 		reflect.TypeFor[Ref](): {hostPattern + repoPattern + `+(:[A-Za-z0-9_][A-Za-z0-9_.-]{0,127})?(@sha256:[0-9a-f]{64})?`, 512, 0,
 			"an image: host/repository@sha256: and 64 lower-case hex digits"},
 		reflect.TypeFor[Path]():       {`(/` + segment + `)+`, 4096, 0, "a clean absolute path: /etc/relay.toml"},

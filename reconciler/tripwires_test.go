@@ -1,0 +1,60 @@
+package reconciler
+
+import (
+	"maps"
+	"strings"
+	"testing"
+)
+
+// site replaces site.yaml by the default one with more lines.
+func (w *world) site(more string) {
+	w.files["site.yaml"] = "site: north-sea\nbranch: main\nzones: [edge]\nregistries: [reg.example]\n" + more
+}
+
+// TestTripwiresHaveTheirFacts plays what a rule can only see by what Go has found out. In each story v1 is accepted; what comes after is refused,
+// or runs where code is empty.
+func TestTripwiresHaveTheirFacts(t *testing.T) {
+	for _, test := range []struct {
+		name   string
+		before func(w *world)
+		change func(w *world)
+		code   string
+	}{
+		{"T63 KT025 trips on a network that the accepted site.yaml forbids", func(w *world) { w.site("forbidden: [10.9.0.0/16]\n") },
+			func(w *world) { w.site(""); w.unit("relay", "http://10.9.0.1/", "") }, "KT025: relay, run.args: names 10.9.0.1"},
+		{"T63 KT025 passes what only the new site.yaml forbids", nil,
+			func(w *world) { w.site("forbidden: [10.9.0.0/16]\n"); w.unit("relay", "http://10.9.0.1/", "") }, ""},
+		{"T63 KT026 trips on a port of the host", nil,
+			func(w *world) { w.ports("relay", "{name: http, host: 6443}") }, "KT026: relay, run.ports[0].host: takes port 6443"},
+		{"T63 KT026 trips on the program's own port, where the backend gives it no other", nil,
+			func(w *world) { w.ports("relay", "{name: http, port: 6443}") }, "KT026: relay, run.ports[0].port: takes port 6443"},
+		{"T63 KT026 passes a port of the backend's choice", nil, func(w *world) { w.ports("relay", "{name: http}") }, ""},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			story(t, func(t *testing.T, w *world) {
+				w.unit("relay", "1", "")
+				if test.before != nil {
+					test.before(w)
+				}
+				w.push("v1")
+				w.reconcile(Converged)
+				w.files = maps.Clone(w.files)
+				test.change(w)
+				w.push("v2")
+				want := Converged
+				if test.code != "" {
+					want = Refused
+				}
+				if rec := w.reconcile(want); !strings.HasPrefix(rec.Reason, test.code) {
+					t.Errorf("%s at %s: %s; want %s", rec.Outcome, rec.Stage, rec.Reason, test.code)
+				}
+			})
+		})
+	}
+}
+
+// ports makes a unit take ports.
+func (w *world) ports(name, ports string) {
+	path := "units/" + name + "/unit.yaml"
+	w.files[path] = strings.Replace(w.files[path], "user: 65532", "user: 65532, ports: ["+ports+"]", 1)
+}
