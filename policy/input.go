@@ -56,6 +56,7 @@ type Host struct {
 // member that no rule knows.
 type Unit struct {
 	Name      string `json:"name"`
+	Tier      int    `json:"tier"` // as trust has established it, whatever the template says
 	Before    any    `json:"before"`
 	After     any    `json:"after"`
 	Workloads []any  `json:"workloads"` // the final plan on this host: backends.Workload; empty if the unit is not placed here
@@ -115,7 +116,9 @@ func inputShape() *shape {
 		"counted": listOf(approvalShape()), "uncounted": listOf(approvalShape()),
 	}}
 	unit := &shape{kind: object, must: true, fields: map[string]*shape{
-		"name": needed(text), "before": of(object), "after": templateShape(), "workloads": listOf(workloadShape()), "images": listOf(of(anything)),
+		"name": needed(text), "tier": needed(integer), "before": of(object), "after": templateShape(), "workloads": listOf(workloadShape()),
+		"images": listOf(&shape{kind: object, fields: map[string]*shape{"config": {kind: object, fields: map[string]*shape{
+			"entrypoint": listOf(needed(text)), "cmd": listOf(needed(text))}}}}),
 		"ports": {kind: list, must: true, elem: needed(integer)},
 	}}
 	return &shape{kind: object, must: true, fields: map[string]*shape{
@@ -159,7 +162,8 @@ func templateShape() *shape {
 
 func workloadShape() *shape {
 	return &shape{kind: object, must: true, fields: map[string]*shape{
-		"image": {kind: object, must: true, fields: map[string]*shape{"ref": needed(text), "root": needed(text)}},
+		"format": of(text),
+		"image":  {kind: object, must: true, fields: map[string]*shape{"ref": needed(text), "root": needed(text)}},
 		"resources": {kind: object, must: true, fields: map[string]*shape{
 			"cpu": of(integer), "memory": of(integer), "pids": of(integer), "disk": of(integer),
 			"devices": listOf(&shape{kind: object, must: true, fields: map[string]*shape{"name": needed(text), "nodes": listOf(needed(text))}})}},

@@ -216,18 +216,13 @@ func (r *Reconciler) input(ctx context.Context, rec Record, good, next *desired)
 	for _, network := range judged.Config.Forbidden {
 		input.Site.Forbidden = append(input.Site.Forbidden, string(network))
 	}
-	differ := make(map[string]bool)
-	for _, facts := range next.facts.Units {
-		differ[facts.Unit] = true
-	}
-	for _, workload := range next.plan.Workloads {
-		if !rec.permits(workload) { // nobody changed it, but here it is new
-			differ[workload.Unit] = true
-		}
+	differ, err := r.differing(rec, next)
+	if err != nil {
+		return input, err
 	}
 	described := make([]any, len(next.plan.Workloads))
 	for _, err := range r.ask(ctx, next, func(ctx context.Context, workload *backends.Workload, i int) (err error) {
-		if differ[workload.Unit] {
+		if _, judged := differ[workload.Unit]; judged {
 			described[i], err = r.Images.Describe(ctx, workload.Image, workload.Format)
 		}
 		return err
@@ -237,7 +232,7 @@ func (r *Reconciler) input(ctx context.Context, rec Record, good, next *desired)
 		}
 	}
 	for _, name := range slices.Sorted(maps.Keys(differ)) {
-		unit := policy.Unit{Name: name}
+		unit := policy.Unit{Name: name, Tier: differ[name]}
 		if before := good.unit(name); before != nil {
 			unit.Before = before
 		}
@@ -257,6 +252,23 @@ func (r *Reconciler) input(ctx context.Context, rec Record, good, next *desired)
 		input.Units = append(input.Units, unit)
 	}
 	return input, nil
+}
+
+// differing are the units that are judged, with their tiers: those that change, and those that are new on this host though nobody changed them.
+func (r *Reconciler) differing(rec Record, next *desired) (tiers map[string]int, err error) {
+	tiers = make(map[string]int)
+	for _, facts := range next.facts.Units {
+		tiers[facts.Unit] = facts.Tier
+	}
+	for _, workload := range next.plan.Workloads {
+		if _, known := tiers[workload.Unit]; known || rec.permits(workload) {
+			continue
+		}
+		if tiers[workload.Unit], err = r.Trust.Tier(next.commit.Tree, workload.Unit); err != nil {
+			return nil, err
+		}
+	}
+	return tiers, nil
 }
 
 // totals sums over the whole site on this host.

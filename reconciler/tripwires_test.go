@@ -29,6 +29,8 @@ func TestTripwiresHaveTheirFacts(t *testing.T) {
 		{"T63 KT026 trips on the program's own port, where the backend gives it no other", nil,
 			func(w *world) { w.ports("relay", "{name: http, port: 6443}") }, "KT026: relay, run.ports[0].port: takes port 6443"},
 		{"T63 KT026 passes a port of the backend's choice", nil, func(w *world) { w.ports("relay", "{name: http}") }, ""},
+		{"T63 KT012 trips on what loads a module, in a tier that is not 0", nil,
+			func(w *world) { w.unit("relay", "2", "hooks: {preInit: [[/sbin/modprobe, nbd]]}\n") }, `KT012: relay, hooks.preInit: runs "modprobe", in tier 3`},
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			story(t, func(t *testing.T, w *world) {

@@ -30,13 +30,13 @@ workload := {
 	"security": {},
 }
 
-good := input_of([{"name": "relay", "before": null, "after": template, "workloads": [workload], "ports": []}])
+good := input_of([{"name": "relay", "tier": 2, "before": null, "after": template, "workloads": [workload], "ports": []}])
 
 # The good input with more in the template.
-after(more) := input_of([{"name": "relay", "before": null, "after": object.union(template, more), "workloads": [], "ports": []}])
+after(more) := input_of([{"name": "relay", "tier": 2, "before": null, "after": object.union(template, more), "workloads": [], "ports": []}])
 
 # The good input with more in the workload.
-planned(more) := input_of([{"name": "relay", "before": null, "after": template, "workloads": [object.union(workload, more)], "ports": []}])
+planned(more) := input_of([{"name": "relay", "tier": 2, "before": null, "after": template, "workloads": [object.union(workload, more)], "ports": []}])
 
 # The good input with more in the facts, and in those of its unit.
 changed(more) := object.union(good, {"change": more})

@@ -30,21 +30,15 @@ shells := {
 
 downloaders := {"aria2c", "axel", "curl", "ftp", "ftpget", "git", "lftp", "nc", "ncat", "rsync", "scp", "sftp", "socat", "tftp", "wget", "wget2"}
 
-# Programs whose arguments name the program that is run.
-wrappers := {
-	"busybox", "chpst", "chroot", "chrt", "doas", "env", "exec", "gosu", "ionice", "nice", "nohup", "nsenter", "runuser",
-	"setpriv", "setsid", "stdbuf", "su", "su-exec", "sudo", "taskset", "time", "timeout", "tini", "toybox", "unshare", "xargs",
-}
-
 # What every fault has in it somewhere. One look here spares most commands the rest.
 notable := concat("", [
-	`(?i)(^|[ /])(`, concat("|", ((shells | downloaders) | wrappers)), `)( |$)|(^|[ /])(`, concat("|", interpreters), `)|\||^[^ ]+ -c `,
+	`(?i)(^|[ /])(`, concat("|", ((shells | downloaders) | plan.wrappers)), `)( |$)|(^|[ /])(`, concat("|", interpreters), `)|\||^[^ ]+ -c `,
 ])
 
 interpreters := {"awk", "bun", "deno", "gawk", "lua", "mawk", "node", "perl", "php", "python", "ruby", "tclsh"}
 
 fault(argv) := reason if {
-	names := programs(argv)
+	names := plan.programs(argv)
 	reason := starts(names)
 } else := "pipes into a shell" if {
 	some argument in argv
@@ -54,7 +48,7 @@ fault(argv) := reason if {
 	argv[1] == "-c"
 	regex.match(`[\s;&|$<>]`, argv[2])
 } else := "hands code to an interpreter" if {
-	some name in programs(argv)
+	some name in plan.programs(argv)
 	regex.replace(name, `(js)?[0-9.]*$`, "") in interpreters
 	some argument in argv
 	regex.match(`^(-[A-Za-z]*[ceEpr]|--eval|--print|--run|eval)$`, argument)
@@ -67,11 +61,3 @@ starts(names) := "is a shell" if {
 	some name in names
 	name in downloaders
 }
-
-# The base names of what argv starts: its first word, and every word once that is a wrapper.
-programs(argv) := {name} if {
-	name := base(argv[0])
-	not name in wrappers
-} else := {base(word) | some word in argv}
-
-base(word) := lower(parts[count(parts) - 1]) if parts := split(word, "/")

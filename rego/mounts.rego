@@ -20,7 +20,7 @@ evaluated contains id if {
 #   id: KT003
 #   passes: a folder made for the workload, such as /srv/NAME
 #   waivable: true
-deny contains plan.finding("KT003", i, place(i, from), msg) if {
+deny contains plan.finding("KT003", i, plan.mounted(i, from), msg) if {
 	some [i, from, _] in plan.mounts
 	some reason in reasons(from)
 	msg := sprintf("mounts %q, %s; want a folder made for the workload, such as /srv/%s", [from, reason, input.units[i].name])
@@ -47,13 +47,13 @@ state(path) := {"which holds kMO's own state" | related(path, plan.clean(input.h
 #   id: KT004
 #   passes: no socket of a runtime, and not /run itself; a socket of another program, or a folder such as /run/NAME
 #   waivable: true
-deny contains plan.finding("KT004", i, place(i, from), msg) if {
+deny contains plan.finding("KT004", i, plan.mounted(i, from), msg) if {
 	some [i, from, path] in plan.mounts
 	regex.match(sockets, path)
 	msg := sprintf("mounts %q, where sockets of container runtimes lie; want a folder made for the workload, such as /run/%s", [from, input.units[i].name])
 }
 
-deny contains plan.finding("KT004", i, place(i, from), msg) if {
+deny contains plan.finding("KT004", i, plan.mounted(i, from), msg) if {
 	some [i, from, path] in plan.mounts
 	not regex.match(sockets, path)
 	some engine in input.host.engines
@@ -75,9 +75,3 @@ within(path, folder) if startswith(path, concat("", [folder, "/"]))
 related(path, folder) if within(path, folder)
 
 related(path, folder) if within(folder, path)
-
-# Where the template says it, or that only the plan does.
-place(i, from) := min({sprintf("mounts[%d].from", [j]) |
-	some j, mount in input.units[i].after.mounts
-	mount.from == from
-} | {"mounts[] of the workload"})

@@ -66,12 +66,13 @@ images contains [i, workload.image.ref, object.get(workload.image, "root", "")] 
 	some workload in unit.workloads
 }
 
-# All that a unit writes down, in one text of small letters: one look at it spares most units the rest.
+# All that a unit writes down, and what its images say of themselves, in one text of small letters: one look at it spares most units the rest.
 written[i] := lower(concat("\n", array.concat([asked], brought))) if {
 	some i, unit in input.units
 	asked := json.marshal([
 		object.get(unit, ["after", "run"], null), object.get(unit, ["after", "hooks"], null), object.get(unit, ["after", "health"], null),
 		[[workload.run, object.get(workload, "hooks", null)] | some workload in unit.workloads],
+		[object.get(image, "config", null) | some image in unit.images],
 	])
 	brought := [content | some [_, content] in contents(unit)]
 }
@@ -102,6 +103,20 @@ arguments(unit) := {args | args := unit.after.run.args; is_array(args)} | {args 
 
 hookings(unit) := {hooks | hooks := unit.after.hooks; is_object(hooks)} | {hooks | some workload in unit.workloads; hooks := workload.hooks; is_object(hooks)}
 
+# The base names of what argv starts: its first word, and every word once that is a wrapper.
+programs(argv) := {name} if {
+	name := base(argv[0])
+	not name in wrappers
+} else := {base(word) | some word in argv}
+
+base(word) := lower(parts[count(parts) - 1]) if parts := split(word, "/")
+
+# Programs whose arguments name the program that is run.
+wrappers := {
+	"busybox", "chpst", "chroot", "chrt", "doas", "env", "exec", "gosu", "ionice", "nice", "nohup", "nsenter", "runuser",
+	"setpriv", "setsid", "stdbuf", "su", "su-exec", "sudo", "taskset", "time", "timeout", "tini", "toybox", "unshare", "xargs",
+}
+
 # The path without ".", empty parts and a slash at the end. A ".." stays: it has no meaning that a reader can check.
 clean(path) := path if regex.match(`^(/[^/.][^/]*)+$`, path)
 
@@ -109,6 +124,12 @@ else := concat("", ["/", concat("/", [part |
 	some part in split(path, "/")
 	not part in {"", "."}
 ])])
+
+# Where the template says that it mounts it, or that only the plan does.
+mounted(i, from) := min({sprintf("mounts[%d].from", [j]) |
+	some j, mount in input.units[i].after.mounts
+	mount.from == from
+} | {"mounts[] of the workload"})
 
 # One denial or warning.
 finding(id, i, path, msg) := {"id": id, "unit": input.units[i].name, "path": path, "msg": msg}

@@ -651,6 +651,11 @@ func TestCompareSeesTiers(t *testing.T) {
 	}
 	w.accept(Commit{}, first)
 
+	for unit, tier := range map[string]int{"kernel-net": 0, "silent": 1, "relay": 3, "nothing": -1} {
+		if got, err := w.v.Tier(first.Tree, unit); err != nil || got != tier {
+			t.Errorf("the tier of %s, which nobody changes: %d, %v; want %d", unit, got, err, tier)
+		}
+	}
 	w.files["units/kernel-net/unit.yaml"] += "v: 2\n"
 	w.files["units/relay/unit.yaml"] = "tier: 3\nneeds: [middle]\n"
 	w.files["units/middle/unit.yaml"] = "tier: 3\nneeds: [kernel-net]\n"

@@ -111,6 +111,17 @@ func (v *Verifier) Compare(running, head Commit) ([]UnitFacts, error) {
 	return j.facts.Units, nil
 }
 
+// Tier is a unit's own tier in a tree whose root is the pinned one: of a unit that no change touches, and that is new on this host.
+func (v *Verifier) Tier(tree Tree, unit string) (int, error) {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	root, err := v.root(tree)
+	if err != nil {
+		return 0, err
+	}
+	return v.side(tree).tier(root, unit)
+}
+
 // Authors are, by unit, the principals who wrote part of what Compare has found, as far as commits say so: their approvals do not count where
 // the tier excludes authors.
 func (r *Root) Authors(ctx context.Context, running, head Commit, units []UnitFacts, h History) (map[string]map[string]bool, error) {
