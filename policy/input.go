@@ -31,7 +31,15 @@ type Site struct {
 	Name       string   `json:"name"`
 	Branch     string   `json:"branch"`
 	Registries []string `json:"registries"` // hosts, or hosts with a repository prefix, that images may come from
+	Freeze     []Window `json:"freeze"`     // when nothing is changed
 	Forbidden  []string `json:"forbidden"`  // networks that no unit may be told to reach: 10.9.0.0/16
+}
+
+// Window is a time from a moment up to another, as RFC 3339 has them.
+type Window struct {
+	From string `json:"from"`
+	To   string `json:"to"`
+	Why  string `json:"why"`
 }
 
 // Host is what this host is and has.
@@ -48,6 +56,7 @@ type Host struct {
 	State  string            `json:"state"` // kMO's state folder, which nothing may mount
 	// Engines are where the agent's file says that runtimes are, and where that leads: sockets, which nothing may mount.
 	Engines []string `json:"engines,omitempty"`
+	Own     []string `json:"own"` // kMO's own binary, file, keys and plugins, and where links to them lead
 }
 
 // Unit is one changed unit. Before and After are the unit's template after its profile (the keys of unit.yaml), null if the unit is new or gone.
@@ -66,6 +75,7 @@ type Unit struct {
 
 // fill makes the empty lists lists: a rule may count them.
 func (i *Input) fill() {
+	i.Site.Freeze, i.Host.Own = append([]Window{}, i.Site.Freeze...), append([]string{}, i.Host.Own...)
 	i.Site.Registries, i.Site.Forbidden = append([]string{}, i.Site.Registries...), append([]string{}, i.Site.Forbidden...)
 	i.Units = append([]Unit{}, i.Units...)
 	for n := range i.Units {
@@ -124,11 +134,13 @@ func inputShape() *shape {
 	return &shape{kind: object, must: true, fields: map[string]*shape{
 		"version": needed(integer),
 		"commit":  needed(text),
+		"time":    needed(text),
 		"rules":   listOf(needed(text)),
 		"site": {kind: object, must: true, fields: map[string]*shape{"name": needed(text), "registries": listOf(needed(text)),
-			"forbidden": {kind: list, must: true, elem: needed(text)}}},
+			"forbidden": {kind: list, must: true, elem: needed(text)},
+			"freeze":    {kind: list, must: true, elem: &shape{kind: object, must: true, fields: map[string]*shape{"from": needed(text), "to": needed(text), "why": needed(text)}}}}},
 		"host": {kind: object, must: true, fields: map[string]*shape{
-			"state": needed(text), "engines": listOf(needed(text)), "cpu": needed(integer), "memory": needed(integer), "pids": needed(integer), "disk": needed(integer)}},
+			"state": needed(text), "engines": listOf(needed(text)), "own": {kind: list, must: true, elem: needed(text)}, "cpu": needed(integer), "memory": needed(integer), "pids": needed(integer), "disk": needed(integer)}},
 		"change": {kind: object, must: true, fields: map[string]*shape{
 			"commit": needed(text), "base": needed(text), "signer": needed(text), "revert": needed(truth),
 			"trust": needed(truth), "policy": needed(truth), "other": needed(truth), "apart": of(truth), "units": listOf(facts), "tripwires": listOf(needed(text))}},

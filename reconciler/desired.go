@@ -202,19 +202,13 @@ func (r *Reconciler) input(ctx context.Context, rec Record, good, next *desired)
 	}
 	input := policy.Input{
 		Version: 1,
-		Site:    policy.Site{Name: string(next.site.Config.Site), Branch: string(next.site.Config.Branch)},
+		Site:    lists(judged.Config),
 		Host: policy.Host{Name: r.Host.Name, Zone: r.Host.Zone, OS: r.Host.OS, Arch: r.Host.Arch, Labels: r.Host.Labels,
-			CPU: r.Host.CPU, Memory: r.Host.Memory, PIDs: r.Host.PIDs, Disk: r.Host.Disk, State: r.State, Engines: r.Host.Engines},
+			CPU: r.Host.CPU, Memory: r.Host.Memory, PIDs: r.Host.PIDs, Disk: r.Host.Disk, State: r.State, Engines: r.Host.Engines, Own: r.Host.Own},
 		Time:   next.facts.Time,
 		Commit: next.commit.ID,
 		Change: next.facts,
 		Totals: totals(good, next),
-	}
-	for _, registry := range judged.Config.Registries {
-		input.Site.Registries = append(input.Site.Registries, string(registry))
-	}
-	for _, network := range judged.Config.Forbidden {
-		input.Site.Forbidden = append(input.Site.Forbidden, string(network))
 	}
 	differ, err := r.differing(rec, next)
 	if err != nil {
@@ -252,6 +246,21 @@ func (r *Reconciler) input(ctx context.Context, rec Record, good, next *desired)
 		input.Units = append(input.Units, unit)
 	}
 	return input, nil
+}
+
+// lists is what a site.yaml says to the rules.
+func lists(config template.Config) policy.Site {
+	site := policy.Site{Name: string(config.Site), Branch: string(config.Branch)}
+	for _, registry := range config.Registries {
+		site.Registries = append(site.Registries, string(registry))
+	}
+	for _, network := range config.Forbidden {
+		site.Forbidden = append(site.Forbidden, string(network))
+	}
+	for _, w := range config.Freeze {
+		site.Freeze = append(site.Freeze, policy.Window{From: string(w.From), To: string(w.To), Why: w.Why})
+	}
+	return site
 }
 
 // differing are the units that are judged, with their tiers: those that change, and those that are new on this host though nobody changed them.

@@ -1,9 +1,11 @@
 package reconciler
 
 import (
+	"fmt"
 	"maps"
 	"strings"
 	"testing"
+	"time"
 )
 
 // site replaces site.yaml by the default one with more lines.
@@ -31,9 +33,16 @@ func TestTripwiresHaveTheirFacts(t *testing.T) {
 		{"T63 KT026 passes a port of the backend's choice", nil, func(w *world) { w.ports("relay", "{name: http}") }, ""},
 		{"T63 KT012 trips on what loads a module, in a tier that is not 0", nil,
 			func(w *world) { w.unit("relay", "2", "hooks: {preInit: [[/sbin/modprobe, nbd]]}\n") }, `KT012: relay, hooks.preInit: runs "modprobe", in tier 3`},
+		{"T63 KT017 trips within a freeze of the accepted site.yaml, though the new one ends it", func(w *world) { w.site(frozen()) },
+			func(w *world) { w.site(""); w.unit("relay", "2", "") }, "KT017: the change, freeze in site.yaml: relay at "},
+		{"T63 KT017 passes site.yaml alone", func(w *world) { w.site(frozen()) }, func(w *world) { w.site("") }, ""},
+		{"T63 KT017 passes the change that brings the freeze", nil, func(w *world) { w.site(frozen()); w.unit("relay", "2", "") }, ""},
+		{"T63 KT022 trips on a mount of what kMO is made of", nil,
+			func(w *world) { w.unit("relay", "2", "mounts: [{from: /opt/./kmo, to: /x}]\n") }, "KT022: relay, mounts[0].from: mounts \"/opt/./kmo\", by which /opt/kmo/bin is reached"},
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			story(t, func(t *testing.T, w *world) {
+				w.r.Host.Own = []string{"/opt/kmo/bin"}
 				w.unit("relay", "1", "")
 				if test.before != nil {
 					test.before(w)
@@ -53,6 +62,12 @@ func TestTripwiresHaveTheirFacts(t *testing.T) {
 			})
 		})
 	}
+}
+
+// frozen is a freeze that has begun and lasts.
+func frozen() string {
+	now := time.Now().UTC()
+	return fmt.Sprintf("freeze: [{from: %q, to: %q}]\n", now.Add(-time.Hour).Format(time.RFC3339), now.Add(time.Hour).Format(time.RFC3339))
 }
 
 // ports makes a unit take ports.

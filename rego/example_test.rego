@@ -10,8 +10,9 @@ ref := concat("", ["reg.example/relay@sha256:", sha])
 input_of(units) := {
 	"version": 1,
 	"commit": "c",
-	"site": {"name": "north-sea", "registries": ["reg.example", "mirror.example/edge/"], "forbidden": ["10.9.0.0/16"]},
-	"host": {"state": "/var/lib/kmo", "cpu": 4000, "memory": 1000, "pids": 1000, "disk": 1000},
+	"time": "2026-01-02T03:04:05.6Z",
+	"site": {"name": "north-sea", "registries": ["reg.example", "mirror.example/edge/"], "forbidden": ["10.9.0.0/16"], "freeze": []},
+	"host": {"state": "/var/lib/kmo", "own": ["/usr/local/bin/kmo"], "cpu": 4000, "memory": 1000, "pids": 1000, "disk": 1000},
 	"change": {
 		"commit": "c", "base": "b", "signer": "alice", "revert": false, "trust": false, "policy": false, "other": true,
 		"units": [{"unit": "relay", "action": "upgrade", "to": root, "tier": 2, "tierBefore": 2, "need": 0, "counted": null, "uncounted": null}],

@@ -8,7 +8,8 @@ import data.kmo.plan
 evaluated contains id if {
 	input.version == 1
 	input.host.state != ""
-	some id in ["KT003", "KT004"]
+	is_array(input.host.own)
+	some id in ["KT003", "KT004", "KT022"]
 }
 
 # METADATA
@@ -67,6 +68,27 @@ sockets := concat("|", [
 	`^/(var/)?run/(user/[^/]+/)?(docker|podman|libpod|containerd|crio|cri-dockerd|dockershim|buildkit|kmo|k3s)(\.sock|\.pid)?(/|$)`,
 	`/(docker|podman|containerd|crio|cri-dockerd|dockershim|buildkitd|kmo)\.sock$`,
 ])
+
+# METADATA
+# title: mount of what kMO is made of
+# description: |
+#   kMO's own binary, the agent's file, its keys, its state and its plugins are changed by who runs the host and by self-update,
+#   and by no unit; who can read the key can sign as this host. A mount of any of them, of what a link to it leads to, of
+#   anything in it or of a folder around it is refused, one that cannot be written too.
+# custom:
+#   id: KT022
+#   passes: a folder made for the workload, such as /srv/NAME
+#   waivable: false
+deny contains plan.finding("KT022", i, plan.mounted(i, from), msg) if {
+	some [i, from, path] in plan.mounts
+	reached := {owned | some owned in own; related(path, owned)}
+	count(reached) > 0
+	msg := sprintf("mounts %q, by which %s is reached, a part of kMO; want a folder made for the workload, such as /srv/%s", [from, min(reached), input.units[i].name])
+}
+
+own := {plan.clean(path) | some path in array.concat([input.host.state], input.host.own)}
+
+within(_, "/")
 
 within(path, folder) if path == folder
 

@@ -7,12 +7,12 @@ mounting(from) := example.after({"mounts": [{"from": from}]})
 
 test_good if {
 	mounts.deny == set() with input as example.good
-	mounts.evaluated == {"KT003", "KT004"} with input as example.good
+	mounts.evaluated == {"KT003", "KT004", "KT022"} with input as example.good
 }
 
 test_kt003 if {
 	every from in ["/", "//./", "/etc", "/proc/1", "/sys/", "//dev", "/boot", "/root", "/var/lib", "/var/lib/kmo/x", "relay", "/srv/.."] {
-		example.ids(mounts.deny) == {"KT003"} with input as mounting(from)
+		example.ids(mounts.deny) - {"KT022"} == {"KT003"} with input as mounting(from)
 		example.paths(mounts.deny) == {"mounts[0].from"} with input as mounting(from)
 	}
 }
@@ -54,6 +54,16 @@ test_kt004_engines if {
 
 test_kt004_near if {
 	every from in ["/run/relay", "/run/dockerish", "/x/docker.sock.d"] {
+		mounts.deny == set() with input as mounting(from)
+	}
+}
+
+test_kt022 if {
+	every from in ["/usr/local/bin/kmo", "/usr/local/bin", "//usr/local/./bin/", "/usr/local/bin/kmo/x", "/var/lib/kmo", "/var/lib", "/var/lib/kmo/audit", "/"] {
+		"KT022" in example.ids(mounts.deny) with input as mounting(from)
+		"KT022" in example.ids(mounts.deny) with input as example.planned({"mounts": [{"from": from, "readOnly": true}]})
+	}
+	every from in ["/usr/local/bin2", "/usr/local/bin/kmod", "/var/lib/kmo-relay", "/usr/local/lib"] {
 		mounts.deny == set() with input as mounting(from)
 	}
 }

@@ -9,6 +9,7 @@ import (
 	"io"
 	"io/fs"
 	"log/slog"
+	"maps"
 	"os"
 	"path/filepath"
 	"runtime"
@@ -47,6 +48,7 @@ import (
 //	backends/NAME/  a backend's own state
 //	plugins/        sockets of plugin processes
 type host struct {
+	flags      *hostFlags
 	config     Config
 	dir        string
 	logger     *slog.Logger
@@ -58,7 +60,6 @@ type host struct {
 	plugins    []*plugin.Client
 	reconciler *reconciler.Reconciler
 	preview    preview
-	makes      bool // the state folder may be made
 	agent      bool
 	line       sync.Mutex // one reconcile or probe at a time
 	counts     counts
@@ -75,7 +76,7 @@ func openHost(ctx context.Context, flags *hostFlags, stderr io.Writer) (h *host,
 	if err := thishost.Supported(); err != nil {
 		return nil, err
 	}
-	h = &host{backends: map[string]backends.Backend{}, makes: flags.makes}
+	h = &host{backends: map[string]backends.Backend{}, flags: flags}
 	defer func() {
 		if err != nil {
 			err = errors.Join(err, h.close())
@@ -125,7 +126,7 @@ func onceFree[T any](ctx context.Context, try func() (T, error)) (T, error) {
 
 // openState claims and locks the state folder and opens the audit log.
 func (h *host) openState(context.Context) error {
-	if err := claim(h.dir, h.makes); err != nil {
+	if err := claim(h.dir, h.flags.makes); err != nil {
 		return err
 	}
 	lock, err := os.OpenFile(filepath.Join(h.dir, "lock"), os.O_CREATE|os.O_RDWR, 0o600)
@@ -319,7 +320,7 @@ func (h *host) openReconciler(context.Context) error {
 	}
 	store := &registry.Store{Dir: filepath.Join(h.dir, "images"), Mirror: h.config.Images.Mirror, Keychain: registry.UserKeychain()}
 	fetches := &images{store: store, jobs: map[string]*job{}, blind: blind}
-	facts, err := hostFacts(h.config, h.dir)
+	facts, err := hostFacts(h.config, h.flags.config, h.dir)
 	if err != nil {
 		return err
 	}
@@ -339,21 +340,39 @@ func rules(site fs.FS) (*policy.Set, error) {
 	return policy.Load(rego.Rules(), site)
 }
 
-// hostFacts measures this host.
-func hostFacts(config Config, dir string) (template.Host, error) {
+// leading are those paths that are given, and where links lead from there, sorted.
+func leading[T ~string](paths []T) []string {
+	var all []string
+	for _, path := range paths {
+		if path == "" {
+			continue
+		}
+		all = append(all, string(path))
+		if leads, err := filepath.EvalSymlinks(string(path)); err == nil { // it may come later
+			all = append(all, leads)
+		}
+	}
+	slices.Sort(all)
+	return slices.Compact(all)
+}
+
+// hostFacts measures this host, whose agent's file that is.
+func hostFacts(config Config, file, dir string) (template.Host, error) {
 	facts := template.Host{Name: string(config.Host), Zone: string(config.Zone), OS: runtime.GOOS, Arch: runtime.GOARCH, Labels: map[string]string{},
 		CPU: int64(runtime.NumCPU()) * 1000}
 	for name, value := range config.Labels {
 		facts.Labels[string(name)] = string(value)
 	}
 	facts.Devices = config.devices()
-	for _, path := range config.Engines {
-		facts.Engines = append(facts.Engines, string(path))
-		if leads, err := filepath.EvalSymlinks(string(path)); err == nil && leads != string(path) { // it may come later
-			facts.Engines = append(facts.Engines, leads)
-		}
+	facts.Engines = leading(slices.Collect(maps.Values(config.Engines)))
+	self, err := os.Executable()
+	if err != nil {
+		return facts, err
 	}
-	slices.Sort(facts.Engines)
+	if file, err = filepath.Abs(file); err != nil {
+		return facts, err
+	}
+	facts.Own = leading([]string{self, file, config.Key, config.Git.PasswordFile, config.Git.KeyFile, config.Plugins.Folder})
 	return facts, thishost.Measure(&facts, dir)
 }
 

@@ -145,6 +145,8 @@ func TestRefusedTrees(t *testing.T) {
 			"units/u/a", strings.Repeat("x", maxBrought/2), "units/u/b", strings.Repeat("x", maxBrought/2+1)), "E_LIMIT", "b is one too many"},
 		{"folders too deep", northSea("units/u/unit.yaml", smallUnit(""), "units/u/"+strings.Repeat("d/", 20)+"x", ""), "E_LIMIT", "16 deep"},
 		{"two zones of one name", files("site.yaml", "site: s\nbranch: main\nzones: [a, a]\n"), "E_DECODE", "site.yaml:3:12 zones[1]"},
+		{"a freeze that ends before it begins", files("site.yaml", "site: s\nbranch: main\nzones: [a]\nfreeze: [{from: \"2027-01-04T00:00:00Z\", to: \"2027-01-04T00:00:00Z\"}]\n"),
+			"E_DECODE", `site.yaml:4:45 freeze[0].to: "2027-01-04T00:00:00Z"; want a moment after 2027-01-04T00:00:00Z`},
 		{"site without zones", files("site.yaml", "site: s\nbranch: main\n"), "E_DECODE", "site.yaml:1:1 zones: no such key"},
 	}
 	for _, test := range tests {

@@ -40,6 +40,7 @@ type Host struct {
 	PIDs         int64                           `json:"-"`                 // for the rules; nothing is placed by it
 	Disk         int64                           `json:"-"`                 // bytes, for the rules; nothing is placed by it
 	Engines      []string                        `json:"-"`                 // where runtimes are that the host's owner names, for the rules
+	Own          []string                        `json:"-"`                 // kMO's own binary, file, keys and plugins, for the rules
 	Devices      map[string][]string             `json:"devices,omitempty"` // device nodes by the name that units know
 	Doors        string                          `json:"doors"`             // folder on storage that is memory, below which doors are; "" is none
 	Fingerprints map[string]backends.Fingerprint `json:"fingerprints"`      // by backend

@@ -174,6 +174,11 @@ func (l *loading) site() error {
 	if top != nil {
 		l.decoder.decode(top, &l.config, &p)
 	}
+	for i, w := range l.config.Freeze {
+		if w.From != "" && w.To != "" && w.To <= w.From {
+			p.add(top.at("freeze", i, "to"), fmt.Sprintf("freeze[%d].to", i), show(string(w.To)), "a moment after "+string(w.From))
+		}
+	}
 	return errors.Join(p.err(), refuseNotYet("site", top))
 }
 

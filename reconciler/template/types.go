@@ -17,6 +17,7 @@ type Config struct {
 	Zones      []Name     `json:"zones" need:"yes" items:"1-256" unique:"yes" doc:"the zones, in the order in which a change goes out"`
 	Registries []Registry `json:"registries,omitempty" items:"0-256" unique:"yes" doc:"where images may come from: hosts, or hosts with a repository prefix"`
 	Forbidden  []Network  `json:"forbidden,omitempty" items:"0-256" unique:"yes" doc:"networks that no unit may be told to reach, beside those of cloud metadata: that of management"`
+	Freeze     []Window   `json:"freeze,omitempty" items:"0-64" doc:"when nothing is changed; a revert is, and site.yaml alone, so that a freeze can be ended"`
 	Rollout    *Rollout   `json:"rollout,omitempty" doc:"how a change goes from zone to zone"`
 	Gate       *Gate      `json:"gate,omitempty" doc:"the gate of units that say nothing about it"`
 	Events     *Open      `json:"events,omitempty" doc:"where events go"`
@@ -29,6 +30,13 @@ type Rollout struct {
 	Bake           Duration `json:"bake,omitzero" doc:"how long a zone must be good before the next one moves"`
 	MaxUnavailable Share    `json:"maxUnavailable,omitempty" doc:"hosts of a zone that may be down at once"`
 	Missing        Percent  `json:"missing,omitempty" doc:"hosts of a zone that may be silent"`
+}
+
+// Window is a time from a moment up to another, which is not in it any more.
+type Window struct {
+	From Moment `json:"from" need:"yes" doc:"when it begins"`
+	To   Moment `json:"to" need:"yes" doc:"when it is over"`
+	Why  string `json:"why,omitempty" max:"200" doc:"one line for people"`
 }
 
 // Open is a mapping whose keys are not decided yet.
