@@ -60,7 +60,7 @@ func readFixtures(t testing.TB) *corpus {
 // miss passes altogether. What each is told is in a golden file, so that a change of words or of OPA shows.
 func TestFixtures(t *testing.T) {
 	set, c := load(t), readFixtures(t)
-	also := map[string][]string{"KT001": {"KT010"}, "KT010": {"KT001"}, "KT009": {"KT006"}, "KT003": {"KT012", "KT022"}, "KT022": {"KT003", "KT012"}, "KT005": {"KT012"}, "KT012": {"KT003", "KT005", "KT027"}}
+	also := map[string][]string{"KT001": {"KT010"}, "KT010": {"KT001"}, "KT007": {"KT008"}, "KT009": {"KT006"}, "KT003": {"KT012", "KT022"}, "KT022": {"KT003", "KT012"}, "KT005": {"KT012"}, "KT012": {"KT003", "KT005", "KT027"}}
 	var transcript bytes.Buffer
 	for _, id := range shipped.IDs() {
 		for _, name := range slices.Sorted(maps.Keys(c.cases[id].Trip)) {
@@ -172,7 +172,7 @@ func TestThreats(t *testing.T) {
 	set, c := load(t), readFixtures(t)
 	op := func(path string, value any) operation { return operation{Op: "add", Path: path, Value: value} }
 	privileged := op("/units/0/after/security", map[string]any{"privileged": true})
-	policyFacts := map[string]any{"unit": "@policy", "action": "policy", "to": "", "tier": 0, "tierBefore": 0, "need": 3, "counted": nil}
+	policyFacts := map[string]any{"unit": "@policy", "back": "", "action": "policy", "to": "", "tier": 0, "tierBefore": 0, "need": 3, "counted": nil}
 	for _, one := range []struct {
 		name  string
 		patch []operation

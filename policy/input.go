@@ -31,6 +31,7 @@ type Site struct {
 	Name       string   `json:"name"`
 	Branch     string   `json:"branch"`
 	Registries []string `json:"registries"` // hosts, or hosts with a repository prefix, that images may come from
+	Burned     []string `json:"burned"`     // sha256 of images, and kmo1 roots of images and units, that must not run again
 	Freeze     []Window `json:"freeze"`     // when nothing is changed
 	Forbidden  []string `json:"forbidden"`  // networks that no unit may be told to reach: 10.9.0.0/16
 }
@@ -75,6 +76,7 @@ type Unit struct {
 
 // fill makes the empty lists lists: a rule may count them.
 func (i *Input) fill() {
+	i.Site.Burned = append([]string{}, i.Site.Burned...)
 	i.Site.Freeze, i.Host.Own = append([]Window{}, i.Site.Freeze...), append([]string{}, i.Host.Own...)
 	i.Site.Registries, i.Site.Forbidden = append([]string{}, i.Site.Registries...), append([]string{}, i.Site.Forbidden...)
 	i.Units = append([]Unit{}, i.Units...)
@@ -122,12 +124,12 @@ type shape struct {
 // inputShape is the input document as far as rules look at it. What a rule reads is listed here, or it may be of any form.
 func inputShape() *shape {
 	facts := &shape{kind: object, must: true, fields: map[string]*shape{
-		"unit": needed(text), "action": of(text), "to": of(text), "tier": needed(integer), "tierBefore": needed(integer), "need": needed(integer),
+		"unit": needed(text), "action": needed(text), "back": needed(text), "to": of(text), "tier": needed(integer), "tierBefore": needed(integer), "need": needed(integer),
 		"counted": listOf(approvalShape()), "uncounted": listOf(approvalShape()),
 	}}
 	unit := &shape{kind: object, must: true, fields: map[string]*shape{
 		"name": needed(text), "tier": needed(integer), "before": of(object), "after": templateShape(), "workloads": listOf(workloadShape()),
-		"images": listOf(&shape{kind: object, fields: map[string]*shape{"config": {kind: object, fields: map[string]*shape{
+		"images": listOf(&shape{kind: object, fields: map[string]*shape{"root": of(text), "signer": of(text), "config": {kind: object, fields: map[string]*shape{
 			"entrypoint": listOf(needed(text)), "cmd": listOf(needed(text))}}}}),
 		"ports": {kind: list, must: true, elem: needed(integer)},
 	}}
@@ -138,12 +140,15 @@ func inputShape() *shape {
 		"rules":   listOf(needed(text)),
 		"site": {kind: object, must: true, fields: map[string]*shape{"name": needed(text), "registries": listOf(needed(text)),
 			"forbidden": {kind: list, must: true, elem: needed(text)},
+			"burned":    {kind: list, must: true, elem: needed(text)},
 			"freeze":    {kind: list, must: true, elem: &shape{kind: object, must: true, fields: map[string]*shape{"from": needed(text), "to": needed(text), "why": needed(text)}}}}},
 		"host": {kind: object, must: true, fields: map[string]*shape{
 			"state": needed(text), "engines": listOf(needed(text)), "own": {kind: list, must: true, elem: needed(text)}, "cpu": needed(integer), "memory": needed(integer), "pids": needed(integer), "disk": needed(integer)}},
 		"change": {kind: object, must: true, fields: map[string]*shape{
 			"commit": needed(text), "base": needed(text), "signer": needed(text), "revert": needed(truth),
-			"trust": needed(truth), "policy": needed(truth), "other": needed(truth), "apart": of(truth), "units": listOf(facts), "tripwires": listOf(needed(text))}},
+			"trust": needed(truth), "policy": needed(truth), "other": needed(truth), "apart": of(truth), "units": listOf(facts), "tripwires": listOf(needed(text)),
+			"burned":     {kind: list, must: true, elem: &shape{kind: object, must: true, fields: map[string]*shape{"unit": needed(text), "commit": needed(text), "why": needed(text)}}},
+			"statements": {kind: list, must: true, elem: of(text)}}},
 		"units": listOf(unit),
 		"totals": {kind: object, must: true, fields: map[string]*shape{
 			"before": needed(integer), "after": needed(integer), "removed": needed(integer),

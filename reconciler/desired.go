@@ -217,7 +217,7 @@ func (r *Reconciler) input(ctx context.Context, rec Record, good, next *desired)
 	described := make([]any, len(next.plan.Workloads))
 	for _, err := range r.ask(ctx, next, func(ctx context.Context, workload *backends.Workload, i int) (err error) {
 		if _, judged := differ[workload.Unit]; judged {
-			described[i], err = r.Images.Describe(ctx, workload.Image, workload.Format)
+			described[i], err = r.Images.Describe(ctx, workload.Image, workload.Format, next.facts.Sealers)
 		}
 		return err
 	}) {
@@ -253,6 +253,9 @@ func lists(config template.Config) policy.Site {
 	site := policy.Site{Name: string(config.Site), Branch: string(config.Branch)}
 	for _, registry := range config.Registries {
 		site.Registries = append(site.Registries, string(registry))
+	}
+	for _, one := range config.Burned {
+		site.Burned = append(site.Burned, string(one))
 	}
 	for _, network := range config.Forbidden {
 		site.Forbidden = append(site.Forbidden, string(network))
@@ -343,6 +346,9 @@ func Declare() func(tree fs.FS, unit string) (trust.Declared, error) {
 		declared := trust.Declared{Tier: unit.Tier, Profile: string(unit.Profile), Rollback: unit.Intent != nil && unit.Intent.Kind == "rollback"}
 		for _, need := range unit.Needs {
 			declared.Needs = append(declared.Needs, string(need))
+		}
+		for _, variant := range unit.Variants {
+			declared.Images = append(declared.Images, variant.SHA256())
 		}
 		return declared, nil
 	}

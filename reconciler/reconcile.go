@@ -3,6 +3,7 @@ package reconciler
 import (
 	"cmp"
 	"context"
+	"crypto"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -25,8 +26,9 @@ import (
 
 // Images turns what a unit pins into verified bytes on this host.
 type Images interface {
-	// Describe returns what the registry knows of an image, small and verified, as the rules shall see it.
-	Describe(ctx context.Context, image backends.Image, format backends.Format) (any, error)
+	// Describe returns what the registry knows of an image, small and verified, as the rules shall see it. A statement of it counts that one of
+	// the sealers signed.
+	Describe(ctx context.Context, image backends.Image, format backends.Format, sealers []crypto.PublicKey) (any, error)
 	// Fetch returns the image with Content, ContentRoot and Config set. A second call for the same pins touches no network.
 	Fetch(ctx context.Context, image backends.Image, format backends.Format) (backends.Image, error)
 	// Check reads the content again; it must return a *refusal.Error naming what differs if a byte is not what was fetched.

@@ -63,11 +63,26 @@ func newWorld(t *testing.T) *world {
 	t.Helper()
 	w := &world{t: t, dir: t.TempDir(), alice: key(t, 1), faults: &faults{}, fake: &fake.Backend{}}
 	host := key(t, 9)
-	root, err := trust.SignRoot(trust.Root{
+	w.root = w.found(nil)
+	w.files = map[string]string{
+		"site.yaml":         "site: north-sea\nbranch: main\nzones: [edge]\nregistries: [reg.example]\n",
+		"trust/1.root.json": string(w.root),
+	}
+	w.memSource = &memSource{t: t, faults: w.faults, host: host, commits: map[string]Commit{}, clock: time.Now()}
+	w.images = &memImages{faults: w.faults, broken: map[string]error{}, copies: map[string]int{}, drift: map[string]bool{}}
+	w.journal = &memJournal{faults: w.faults}
+	w.start()
+	return w
+}
+
+// found signs the trust root; change may alter it before.
+func (w *world) found(change func(*trust.Root)) []byte {
+	w.t.Helper()
+	root := trust.Root{
 		Version: 1, Site: "north-sea", Tiers: []trust.Tier{{Tier: 0, Need: 1}, {Tier: 1, Need: 1}, {Tier: 2, Need: 1}, {Tier: 3}},
 		Principals: []trust.Principal{
 			{Name: "alice", Class: "human", Emails: []string{"alice@example.org"}, Keys: []trust.Key{{Public: public(w.alice), Uses: []string{trust.RoleRoot, trust.RoleCommit, trust.RoleApprove}}}},
-			{Name: "edge-1", Class: "robot", Keys: []trust.Key{{Public: public(host), Uses: []string{trust.RoleRevert}}}},
+			{Name: "edge-1", Class: "robot", Keys: []trust.Key{{Public: public(key(w.t, 9)), Uses: []string{trust.RoleRevert}}}},
 		},
 		Units: []trust.Pattern{{Path: "site.yaml", Tier: 3}},
 		Roles: []trust.Role{
@@ -76,20 +91,15 @@ func newWorld(t *testing.T) *world {
 			{Name: trust.RoleApprove, Threshold: 1, Members: []string{"alice"}},
 			{Name: trust.RoleRevert, Threshold: 1, Members: []string{"edge-1"}},
 		},
-	}, w.alice)
+	}
+	if change != nil {
+		change(&root)
+	}
+	file, err := trust.SignRoot(root, w.alice)
 	if err != nil {
-		t.Fatal(err)
+		w.t.Fatal(err)
 	}
-	w.root = root
-	w.files = map[string]string{
-		"site.yaml":         "site: north-sea\nbranch: main\nzones: [edge]\nregistries: [reg.example]\n",
-		"trust/1.root.json": string(root),
-	}
-	w.memSource = &memSource{t: t, faults: w.faults, host: host, commits: map[string]Commit{}, clock: time.Now()}
-	w.images = &memImages{faults: w.faults, broken: map[string]error{}, copies: map[string]int{}, drift: map[string]bool{}}
-	w.journal = &memJournal{faults: w.faults}
-	w.start()
-	return w
+	return file
 }
 
 // start makes a new agent over what the old one left.

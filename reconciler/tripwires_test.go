@@ -6,6 +6,8 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"github.com/kindos/kmo/policy/trust"
 )
 
 // site replaces site.yaml by the default one with more lines.
@@ -39,6 +41,28 @@ func TestTripwiresHaveTheirFacts(t *testing.T) {
 		{"T63 KT017 passes the change that brings the freeze", nil, func(w *world) { w.site(frozen()); w.unit("relay", "2", "") }, ""},
 		{"T63 KT022 trips on a mount of what kMO is made of", nil,
 			func(w *world) { w.unit("relay", "2", "mounts: [{from: /opt/./kmo, to: /x}]\n") }, "KT022: relay, mounts[0].from: mounts \"/opt/./kmo\", by which /opt/kmo/bin is reached"},
+		{"T63 KT008 trips on an image that nobody has sealed", func(w *world) { w.asksForStatements() },
+			func(w *world) { w.images.sealed = false; w.unit("relay", "2", "") }, "KT008: relay, variants[0].image: "},
+		{"T63 KT008 passes one that was sealed", func(w *world) { w.asksForStatements() }, func(w *world) { w.unit("relay", "2", "") }, ""},
+		{"T63 KT024 trips on an image that the accepted site.yaml burns, though the new one does not", func(w *world) { w.site("burned: [" + image(9) + "]\n") },
+			func(w *world) { w.site(""); w.image(9) }, "KT024: relay, variants[0].image: "},
+		{"T63 KT024 passes another image", func(w *world) { w.site("burned: [" + image(9) + "]\n") }, func(w *world) { w.image(6) }, ""},
+		{"T63 KT028 trips on an older image", func(w *world) {
+			w.image(6)
+			w.push("v0")
+			w.reconcile(Converged)
+			w.files = maps.Clone(w.files)
+			w.image(7)
+		},
+			func(w *world) { w.image(6) }, "KT028: relay, intent.kind: an image of commit "},
+		{"T63 KT028 passes it as a rollback", func(w *world) {
+			w.image(6)
+			w.push("v0")
+			w.reconcile(Converged)
+			w.files = maps.Clone(w.files)
+			w.image(7)
+		},
+			func(w *world) { w.image(6); w.files["units/relay/unit.yaml"] += "intent: {kind: rollback}\n" }, ""},
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			story(t, func(t *testing.T, w *world) {
@@ -62,6 +86,30 @@ func TestTripwiresHaveTheirFacts(t *testing.T) {
 			})
 		})
 	}
+}
+
+// asksForStatements makes a root whose tiers ask for a statement of each image, which there is.
+func (w *world) asksForStatements() {
+	w.root = w.found(func(r *trust.Root) {
+		for i := range r.Tiers {
+			r.Tiers[i].Statement = trust.RoleImage
+		}
+		r.Principals = append(r.Principals, trust.Principal{Name: "builder", Class: "robot", Keys: []trust.Key{{Public: public(key(w.t, 5)), Uses: []string{trust.RoleImage}}}})
+		r.Roles = append(r.Roles, trust.Role{Name: trust.RoleImage, Threshold: 1, Members: []string{"builder"}})
+	})
+	w.files["trust/1.root.json"] = string(w.root)
+	w.r.Trust.Pin = trust.PinOf(w.root)
+	w.images.sealed = true
+}
+
+// image is the digest of an image of the world by its number.
+func image(n int) string { return fmt.Sprintf("sha256:%064x", n) }
+
+// image has relay run an image.
+func (w *world) image(n int) {
+	text := w.files["units/relay/unit.yaml"]
+	at := strings.Index(text, "sha256:")
+	w.files["units/relay/unit.yaml"] = text[:at] + image(n) + text[at+len(image(n)):]
 }
 
 // frozen is a freeze that has begun and lasts.

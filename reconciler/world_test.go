@@ -2,6 +2,7 @@ package reconciler
 
 import (
 	"context"
+	"crypto"
 	"crypto/sha1"
 	"encoding/hex"
 	"errors"
@@ -228,6 +229,7 @@ type memImages struct {
 	copies map[string]int  // how often the content was put in another place, by digest
 	drift  map[string]bool // places whose content has changed
 	checks int
+	sealed bool     // there is a statement of each image, which the first sealer has signed
 	silent bool     // no registry answers
 	kept   []string // references, when images were cleared last
 	inUse  []string // contents, likewise
@@ -246,11 +248,15 @@ func (m *memImages) wait(ctx context.Context) error {
 	}
 }
 
-func (m *memImages) Describe(ctx context.Context, image backends.Image, _ backends.Format) (described any, err error) {
+func (m *memImages) Describe(ctx context.Context, image backends.Image, _ backends.Format, sealers []crypto.PublicKey) (described any, err error) {
 	if err := m.wait(ctx); err != nil {
 		return nil, err
 	}
-	return map[string]any{"ref": image.Ref}, m.faults.around("images.Describe", func() error { return m.broken[image.Ref] })
+	known := map[string]any{"ref": image.Ref, "root": image.Root}
+	if len(sealers) > 0 && m.sealed {
+		known["signer"] = "spki-sha256:00"
+	}
+	return known, m.faults.around("images.Describe", func() error { return m.broken[image.Ref] })
 }
 
 func (m *memImages) Fetch(ctx context.Context, image backends.Image, _ backends.Format) (backends.Image, error) {

@@ -340,7 +340,7 @@ func (s *Store) proveByStatement(ctx context.Context, img *image, root merkle.Di
 		return nil, "", false, refuse("E_DECODE", img.subject, refusal.Clip(err.Error(), 200), "descriptors that kmo1 can name")
 	}
 	if !got.IsZero() {
-		if err := mismatch(img.subject, got, root); err != nil || len(s.Keys) == 0 {
+		if err := mismatch(img.subject, got, root); err != nil || len(img.keys) == 0 {
 			return nil, "", err == nil, err
 		}
 	}
@@ -348,7 +348,7 @@ func (s *Store) proveByStatement(ctx context.Context, img *image, root merkle.Di
 	var stranger *Statement
 	for _, place := range img.at {
 		statement, signer, err := s.found(ctx, place, img, root)
-		if statement != nil && (signer != "" || len(s.Keys) == 0) {
+		if statement != nil && (signer != "" || len(img.keys) == 0) {
 			return statement, signer, true, nil
 		}
 		stranger = cmp.Or(stranger, statement) // material all the same, if nobody who counts says more
@@ -371,7 +371,7 @@ func (s *Store) found(ctx context.Context, place source, img *image, root merkle
 	list, err := place.referrers(ctx, img.ref.SHA256)
 	for _, desc := range list {
 		statement, signer := s.leads(ctx, place, img, desc, root)
-		if statement != nil && (signer != "" || len(s.Keys) == 0) {
+		if statement != nil && (signer != "" || len(img.keys) == 0) {
 			return statement, signer, nil
 		}
 		stranger = cmp.Or(stranger, statement)
@@ -379,7 +379,7 @@ func (s *Store) found(ctx context.Context, place source, img *image, root merkle
 	return stranger, "", cmp.Or(err, outside(img.subject+": its statements", ctx.Err()))
 }
 
-// leads returns the statement that desc names and whose key of Store.Keys signed it, "" for a stranger's; nil if it does not lead to root.
+// leads returns the statement that desc names and which of the keys that count signed it, "" for a stranger's; nil if it does not lead to root.
 func (s *Store) leads(ctx context.Context, place source, img *image, desc v1.Descriptor, root merkle.Digest) (*Statement, string) {
 	raw, err := s.envelope(ctx, place, img.subject, desc)
 	if err != nil {
@@ -392,7 +392,7 @@ func (s *Store) leads(ctx context.Context, place source, img *image, desc v1.Des
 	if got, err := img.top.root(img.known.with(statement)); err != nil || got != root {
 		return nil, ""
 	}
-	signer, _ := signerOf(e, payload, s.Keys)
+	signer, _ := signerOf(e, payload, img.keys)
 	return statement, signer
 }
 

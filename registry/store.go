@@ -96,7 +96,7 @@ type Description struct {
 	Size      int64         `json:"size"` // bytes to download, all layers
 	Config    Config        `json:"config"`
 	Statement *Statement    `json:"statement,omitempty"` // the one that proved the root
-	Signer    string        `json:"signer,omitempty"`    // id of the key of Store.Keys that signed it; "" for a stranger's
+	Signer    string        `json:"signer,omitempty"`    // id of the key that counts and signed it; "" for a stranger's
 }
 
 // open validates the store once and makes its folders.
@@ -141,7 +141,8 @@ type image struct {
 	config  []byte
 	oci     v1.ConfigFile
 	known   roots
-	size    int64 // bytes of the blobs that were asked for so far
+	size    int64              // bytes of the blobs that were asked for so far
+	keys    []crypto.PublicKey // whose statements count
 }
 
 // grow adds what a manifest names that is still to be fetched or unpacked, as it says itself, and refuses an image that has too much.
@@ -162,7 +163,7 @@ func (s *Store) resolve(ctx context.Context, ref Reference, format Format) (*ima
 	}
 	ctx, cancel := context.WithTimeout(ctx, look)
 	defer cancel()
-	img := &image{ref: ref, subject: "image " + ref.String(), known: newRoots()}
+	img := &image{ref: ref, subject: "image " + ref.String(), known: newRoots(), keys: s.Keys}
 	img.at = s.sources(ref)
 	var err error
 	if img.top, err = s.document(ctx, img.at, img.subject, v1.Descriptor{Size: -1, Digest: v1.Hash{Algorithm: "sha256", Hex: ref.SHA256}}); err != nil {
@@ -265,8 +266,8 @@ func (d *document) platforms() []string {
 }
 
 // Describe gets an image's index, manifest and config, verified by sha256, and compares them with the root where a statement, or blobs that are
-// here already, allow it; Fetch compares in any case. A root of none describes what is there.
-func (s *Store) Describe(ctx context.Context, ref Reference, root merkle.Digest, format Format) (Description, error) {
+// here already, allow it; Fetch compares in any case. A root of none describes what is there. A statement counts that one of keys, or of Store.Keys, signed.
+func (s *Store) Describe(ctx context.Context, ref Reference, root merkle.Digest, format Format, keys ...crypto.PublicKey) (Description, error) {
 	if err := s.open(); err != nil {
 		return Description{}, err
 	}
@@ -279,6 +280,7 @@ func (s *Store) Describe(ctx context.Context, ref Reference, root merkle.Digest,
 	if err != nil {
 		return Description{}, err
 	}
+	img.keys = append(keys, img.keys...)
 	d := Description{Ref: ref.String(), SHA256: ref.SHA256, Root: root, Manifest: img.chosen.desc.Digest.Hex, Artifact: img.chosen.manifest.ArtifactType,
 		Layers: len(img.chosen.manifest.Layers), Config: img.run(), Platform: platformText(img.chosen.desc.Platform)}
 	for _, m := range img.top.members {

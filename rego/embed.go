@@ -19,7 +19,7 @@ import (
 	"slices"
 )
 
-//go:embed confinement.rego freeze.rego hooks.rego images.rego kernel.rego mounts.rego network.rego plan.rego removal.rego resources.rego secrets.rego separation.rego tiers.rego
+//go:embed confinement.rego freeze.rego hooks.rego images.rego kernel.rego mounts.rego network.rego past.rego plan.rego removal.rego resources.rego secrets.rego separation.rego tiers.rego
 //go:embed limits.json capabilities.json
 var rules embed.FS
 
@@ -38,10 +38,11 @@ func Required() map[string][]string {
 		"kmo.confinement": {"KT001", "KT002", "KT005", "KT010", "KT011", "KT014"},
 		"kmo.freeze":      {"KT017"},
 		"kmo.hooks":       {"KT027"},
-		"kmo.images":      {"KT006", "KT007", "KT009"},
+		"kmo.images":      {"KT006", "KT007", "KT008", "KT009"},
 		"kmo.kernel":      {"KT012"},
 		"kmo.mounts":      {"KT003", "KT004", "KT022"},
 		"kmo.network":     {"KT025", "KT026"},
+		"kmo.past":        {"KT024", "KT028"},
 		"kmo.plan":        nil,
 		"kmo.removal":     {"KT016"},
 		"kmo.resources":   {"KT013"},

@@ -11,6 +11,11 @@ evaluated contains id if {
 	some id in ["KT006", "KT007", "KT009"]
 }
 
+evaluated contains "KT008" if {
+	input.version == 1
+	count(input.change.statements) == 4
+}
+
 # METADATA
 # title: image not pinned
 # description: A tag can be moved after the review; only sha256 names bytes. A tag beside it says something that nobody checks.
@@ -18,7 +23,7 @@ evaluated contains id if {
 #   id: KT006
 #   passes: host/repository@sha256:… with 64 lower-case hex digits and no tag
 #   waivable: true
-deny contains plan.finding("KT006", i, place(i, ref), msg) if {
+deny contains plan.finding("KT006", i, plan.named(i, ref), msg) if {
 	some [i, ref, _] in plan.images
 	not regex.match(`^(\[[0-9a-f:]+\](:[0-9]+)?/|[A-Za-z0-9.-]+(:[0-9]+)?/)?[a-z0-9._-]+(/[a-z0-9._-]+)*@sha256:[0-9a-f]{64}$`, ref)
 	msg := sprintf("image %q is not named by sha256 alone; want host/repository@sha256:<64 hex digits>, without a tag", [ref])
@@ -31,7 +36,7 @@ deny contains plan.finding("KT006", i, place(i, ref), msg) if {
 #   id: KT007
 #   passes: "merkle: kmo1:sha3-256:… for every variant, as kmo image digest and kmo image seal print it"
 #   waivable: true
-deny contains plan.finding("KT007", i, place(i, ref), msg) if {
+deny contains plan.finding("KT007", i, plan.named(i, ref), msg) if {
 	some [i, ref, root] in plan.images
 	not sealed(root)
 	msg := sprintf("image %q has kmo1 root %q; want merkle: kmo1:sha3-256:<64 hex digits>, as kmo image seal prints it", [ref, root])
@@ -43,13 +48,40 @@ sealed(root) if {
 }
 
 # METADATA
+# title: image without a statement
+# description: |
+#   Where the trust root's tier asks for it, each image that would run here has a statement beside it, signed by a key of the role
+#   image that is good now, about these very bytes. Anybody may put statements beside an image: one by another key, or
+#   about another image, is none. What no registry says now is not there either; it is asked again at the next look.
+# custom:
+#   id: KT008
+#   passes: kmo image seal with a key of the role image, or a tier that asks for none
+#   waivable: true
+deny contains plan.finding("KT008", i, plan.named(i, workload.image.ref), msg) if {
+	some i, unit in input.units
+	role := input.change.statements[unit.tier]
+	role != ""
+	some k, workload in unit.workloads
+	not stated(unit, k)
+	msg := sprintf(
+		"image %q has no statement of role %s, which tier %d asks for; want one by a key of that role (kmo image seal)",
+		[workload.image.ref, role, unit.tier],
+	)
+}
+
+stated(unit, k) if {
+	unit.images[k].signer != ""
+	unit.images[k].root == unit.workloads[k].image.root
+}
+
+# METADATA
 # title: registry off the list
 # description: Images come from the registries that site.yaml of the trusted base lists, by host or by host and repository.
 # custom:
 #   id: KT009
 #   passes: an image of a registry in site.yaml's registries; a new registry is added in an earlier commit
 #   waivable: true
-deny contains plan.finding("KT009", i, place(i, ref), msg) if {
+deny contains plan.finding("KT009", i, plan.named(i, ref), msg) if {
 	some [i, ref, _] in plan.images
 	not strings.any_prefix_match(ref, listed)
 	msg := sprintf("image %q is of no listed registry; want one of %v (registries in site.yaml, as already accepted)", [ref, input.site.registries])
@@ -61,13 +93,3 @@ listed contains concat("", [trim_suffix(registry, "/"), mark]) if {
 	registry != ""
 	some mark in ["/", "@"]
 }
-
-# Where the template says it, or that only the plan does.
-place(i, ref) := min(paths) if {
-	paths := {sprintf("variants[%d].%s", [j, format]) |
-		some j, variant in input.units[i].after.variants
-		some format in plan.formats
-		variant[format] == ref
-	}
-	count(paths) > 0
-} else := "image of the workload"

@@ -9,7 +9,7 @@ pinned(name) := concat("@sha256:", [name, example.sha])
 
 test_good if {
 	images.deny == set() with input as example.good
-	images.evaluated == {"KT006", "KT007", "KT009"} with input as example.good
+	images.evaluated == {"KT006", "KT007", "KT008", "KT009"} with input as example.good
 }
 
 test_kt006 if {
@@ -45,3 +45,18 @@ test_kt009_near if {
 		images.deny == set() with input as variant(pinned(name), example.root)
 	}
 }
+
+sealed(tier, known) := object.union(example.good, {"units": [object.union(example.good.units[0], {"tier": tier, "images": known})]})
+
+test_kt008 if {
+	every known in [[], [{}], [null], [{"root": example.root}], [{"root": example.root, "signer": ""}], [{"signer": "k"}], [{"root": "other", "signer": "k"}]] {
+		images.deny == {{
+			"id": "KT008", "unit": "relay", "path": "variants[0].image",
+			"msg": sprintf("image %q has no statement of role image, which tier 1 asks for; want one by a key of that role (kmo image seal)", [example.ref]),
+		}} with input as sealed(1, known)
+		images.deny == set() with input as sealed(2, known)
+	}
+	images.deny == set() with input as sealed(1, [{"root": example.root, "signer": "k"}])
+}
+
+test_kt008_not_evaluated_without_tiers if not "KT008" in images.evaluated with input as example.changed({"statements": []})

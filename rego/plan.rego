@@ -72,7 +72,7 @@ written[i] := lower(concat("\n", array.concat([asked], brought))) if {
 	asked := json.marshal([
 		object.get(unit, ["after", "run"], null), object.get(unit, ["after", "hooks"], null), object.get(unit, ["after", "health"], null),
 		[[workload.run, object.get(workload, "hooks", null)] | some workload in unit.workloads],
-		[object.get(image, "config", null) | some image in unit.images],
+		[image.config | some image in unit.images],
 	])
 	brought := [content | some [_, content] in contents(unit)]
 }
@@ -130,6 +130,16 @@ mounted(i, from) := min({sprintf("mounts[%d].from", [j]) |
 	some j, mount in input.units[i].after.mounts
 	mount.from == from
 } | {"mounts[] of the workload"})
+
+# Where the template names an image, or that only the plan does.
+named(i, ref) := min(paths) if {
+	paths := {sprintf("variants[%d].%s", [j, format]) |
+		some j, variant in input.units[i].after.variants
+		some format in formats
+		variant[format] == ref
+	}
+	count(paths) > 0
+} else := "image of the workload"
 
 # One denial or warning.
 finding(id, i, path, msg) := {"id": id, "unit": input.units[i].name, "path": path, "msg": msg}

@@ -203,9 +203,17 @@ type job struct {
 // news is how long the end of a job is told to who asks for it next; after that it is begun anew.
 const news = 5 * time.Minute
 
-func (i *images) Describe(ctx context.Context, image backends.Image, format backends.Format) (any, error) {
-	job, err := i.ask(ctx, "describe", image, format, func(ctx context.Context, job *job, ref registry.Reference) error {
-		described, err := i.store.Describe(ctx, ref, image.Root, registry.Format(format))
+func (i *images) Describe(ctx context.Context, image backends.Image, format backends.Format, sealers []crypto.PublicKey) (any, error) {
+	what := "describe"
+	for _, key := range sealers { // what counts is part of the question
+		id, err := registry.KeyID(key)
+		if err != nil {
+			return nil, err
+		}
+		what += " " + id
+	}
+	job, err := i.ask(ctx, what, image, format, func(ctx context.Context, job *job, ref registry.Reference) error {
+		described, err := i.store.Describe(ctx, ref, image.Root, registry.Format(format), sealers...)
 		job.described = described
 		return err
 	})

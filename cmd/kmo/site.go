@@ -147,6 +147,7 @@ type founding struct {
 	name, branch, sign string
 	zones, registries  []string
 	people, hosts      []string
+	sealers            []string
 }
 
 func siteInitCommand() *cobra.Command {
@@ -176,6 +177,7 @@ Exit statuses: 0 written, 1 error (a file that is there is never overwritten), 2
 	cmd.Flags().StringArrayVar(&f.zones, "zone", []string{"edge"}, "a zone, in the order in which changes go out; repeat")
 	cmd.Flags().StringArrayVar(&f.registries, "registry", nil, "where images may come from; repeat")
 	cmd.Flags().StringArrayVar(&f.people, "person", nil, "NAME=EMAIL=PUBLIC-KEY-FILE of one who may commit and approve; repeat")
+	cmd.Flags().StringArrayVar(&f.sealers, "sealer", nil, "NAME=PUBLIC-KEY-FILE of a machine that seals images: with one, tiers 0 to 2 ask for its statement of each; repeat")
 	cmd.Flags().StringArrayVar(&f.hosts, "host", nil, "NAME=PUBLIC-KEY-FILE of a host that may revert; repeat")
 	return cmd
 }
@@ -223,7 +225,7 @@ func (f *founding) write(w io.Writer, folder string) error {
 // root is the founding root: everybody named may do all that people may do, one of them is enough for a new root.
 func (f *founding) root() (trust.Root, error) {
 	root := trust.Root{Version: 1, Site: f.name, Tiers: f.tiers()}
-	var people, hosts []string
+	var people []string
 	for _, text := range f.people {
 		parts := strings.SplitN(text, "=", 3)
 		if len(parts) != 3 {
@@ -237,17 +239,13 @@ func (f *founding) root() (trust.Root, error) {
 		root.Principals = append(root.Principals, trust.Principal{Name: parts[0], Class: "human", Emails: []string{parts[1]},
 			Keys: []trust.Key{{Public: authorized(public), Uses: []string{trust.RoleRoot, trust.RoleCommit, trust.RoleApprove}}}})
 	}
-	for _, text := range f.hosts {
-		name, path, ok := strings.Cut(text, "=")
-		if !ok {
-			return root, usageError{fmt.Errorf("--host %q: want NAME=PUBLIC-KEY-FILE", text)}
-		}
-		public, err := publicKey(path)
-		if err != nil {
-			return root, err
-		}
-		hosts = append(hosts, name)
-		root.Principals = append(root.Principals, trust.Principal{Name: name, Class: "robot", Keys: []trust.Key{{Public: authorized(public), Uses: []string{trust.RoleRevert}}}})
+	hosts, err := robots(&root, "--host", f.hosts, trust.RoleRevert)
+	if err != nil {
+		return root, err
+	}
+	sealers, err := robots(&root, "--sealer", f.sealers, trust.RoleImage)
+	if err != nil {
+		return root, err
 	}
 	root.Roles = []trust.Role{
 		{Name: trust.RoleRoot, Threshold: 1, Members: people},
@@ -257,7 +255,27 @@ func (f *founding) root() (trust.Root, error) {
 	if len(hosts) > 0 {
 		root.Roles = append(root.Roles, trust.Role{Name: trust.RoleRevert, Threshold: 1, Members: hosts})
 	}
+	if len(sealers) > 0 {
+		root.Roles = append(root.Roles, trust.Role{Name: trust.RoleImage, Threshold: 1, Members: sealers})
+	}
 	return root, nil
+}
+
+// robots adds machines that each have one key for one use, and returns their names.
+func robots(root *trust.Root, flag string, texts []string, use string) (names []string, err error) {
+	for _, text := range texts {
+		name, path, ok := strings.Cut(text, "=")
+		if !ok {
+			return nil, usageError{fmt.Errorf("%s %q: want NAME=PUBLIC-KEY-FILE", flag, text)}
+		}
+		public, err := publicKey(path)
+		if err != nil {
+			return nil, err
+		}
+		names = append(names, name)
+		root.Principals = append(root.Principals, trust.Principal{Name: name, Class: "robot", Keys: []trust.Key{{Public: authorized(public), Uses: []string{use}}}})
+	}
+	return names, nil
 }
 
 // tiers are the default tiers as far as so many people can give their approvals.
@@ -270,6 +288,9 @@ func (f *founding) tiers() []trust.Tier {
 			others--
 		}
 		tier.Need = min(tier.Need, others)
+		if len(f.sealers) > 0 && i < 3 {
+			tier.Statement = trust.RoleImage
+		}
 	}
 	return tiers
 }

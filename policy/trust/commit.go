@@ -340,3 +340,127 @@ func (j *judgement) writers(c Commit, who map[string]bool) (signed bool) {
 	_, err := j.root.allowed(signature.PublicKey, RoleCommit, j.facts.Time, c.ID)
 	return err == nil
 }
+
+// burned finds what of the change must not run whoever approves it: what a commit brought that is burned on this host, or that was signed with a
+// key which is revoked with all that it signed. What another commit brings in its place is no longer that.
+func (j *judgement) burned(ctx context.Context) error {
+	suspects, err := j.suspects(ctx)
+	if err != nil || len(suspects) == 0 {
+		return err
+	}
+	trees, err := j.trees(ctx, suspects, j.history)
+	if err != nil {
+		return err
+	}
+	for _, c := range suspects {
+		why := j.root.burns(c)
+		if why == "" {
+			why = "burned on this host"
+		}
+		for i := range j.facts.Units {
+			u := &j.facts.Units[i]
+			is := content(j.head.Tree, u)
+			had := func(parent string) bool { return trees[parent] != nil && content(trees[parent], u) == is }
+			if !u.To.IsZero() && content(c.Tree, u) == is && !slices.ContainsFunc(c.Parents, had) {
+				j.facts.Burned = append(j.facts.Burned, Burned{Unit: u.Unit, Commit: c.ID, Why: why})
+			}
+		}
+	}
+	return nil
+}
+
+// suspects are the commits that may have brought what is burned.
+func (j *judgement) suspects(ctx context.Context) (all []Commit, err error) {
+	if j.root.rebad() {
+		commits, err := j.history.Between(ctx, j.running.ID, j.head.ID)
+		if err != nil {
+			return nil, fmt.Errorf("history since %s: %w", j.running.ID, err)
+		}
+		all = slices.DeleteFunc(commits, func(c Commit) bool { return j.root.burns(c) == "" })
+	}
+	for _, id := range j.state.Burned {
+		c, err := j.history.At(ctx, id)
+		if err != nil {
+			return nil, fmt.Errorf("the burned commit: %w", err)
+		}
+		all = append(all, c)
+	}
+	return all, nil
+}
+
+// past is what this host has accepted of a unit whose images change.
+type past struct {
+	facts    *UnitFacts
+	now, was []string
+	folder   string         // Git id of the folder that was looked at last
+	first    map[string]int // by image, the first entry of the log that has it
+}
+
+// older finds the units that go back: an image comes that this host accepted before one that it replaces. A unit that is gone is replaced as it was last.
+func (j *judgement) older(ctx context.Context) error {
+	var units []*past
+	from, to := j.v.side(j.running.Tree), j.v.side(j.head.Tree)
+	for i := range j.facts.Units {
+		u := &j.facts.Units[i]
+		was, err := from.unit(u.Unit)
+		if err != nil {
+			return fmt.Errorf("unit %s of the base: %w", u.Unit, err)
+		}
+		now, err := to.unit(u.Unit)
+		if err != nil {
+			return err
+		}
+		if slices.ContainsFunc(now.Images, func(image string) bool { return !slices.Contains(was.Images, image) }) {
+			units = append(units, &past{facts: u, now: now.Images, was: was.Images, first: map[string]int{}})
+		}
+	}
+	for n := 0; n < len(j.state.Log) && len(units) > 0; n++ { // by commit, for to read one is more than to compare all units of it
+		commit, err := j.history.At(ctx, j.state.Log[n].Commit)
+		if err != nil {
+			return fmt.Errorf("an accepted commit: %w", err)
+		}
+		for _, u := range units {
+			if err := u.look(j.v.side(commit.Tree), n); err != nil {
+				return err
+			}
+		}
+	}
+	for _, u := range units {
+		u.judge(j.state.Log)
+	}
+	return nil
+}
+
+// look notes the images that are new in an entry.
+func (u *past) look(tree side, n int) error {
+	folder := tree.object(unitPath(u.facts.Unit))
+	if folder == "" || folder == u.folder {
+		return nil
+	}
+	u.folder = folder
+	then, err := tree.unit(u.facts.Unit)
+	if refusal.Of(err) != nil { // a file that another version of kMO could read
+		return nil
+	}
+	for _, image := range then.Images {
+		if _, known := u.first[image]; !known {
+			u.first[image] = n
+		}
+	}
+	if u.facts.From.IsZero() {
+		u.was = then.Images
+	}
+	return err
+}
+
+func (u *past) judge(log []Entry) {
+	newest := 0
+	for _, image := range u.was {
+		newest = max(newest, u.first[image])
+	}
+	for _, image := range u.now {
+		if n, known := u.first[image]; known && n < newest && !slices.Contains(u.was, image) {
+			u.facts.Back = log[n].Commit
+		}
+	}
+}

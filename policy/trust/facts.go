@@ -2,6 +2,7 @@ package trust
 
 import (
 	"cmp"
+	"crypto"
 	"crypto/sha256"
 	"encoding/hex"
 	"errors"
@@ -33,14 +34,18 @@ type Facts struct {
 	Time   time.Time   `json:"time"`   // trusted time
 	Units  []UnitFacts `json:"units"`  // sorted by name; a change of policy is the unit "@policy", one of site.yaml "@site"
 
-	Authors   []string `json:"authors"`            // principals that wrote or committed any of the change; sorted
-	Tripwires []string `json:"tripwires"`          // rule ids that the trust root requires
-	Warnings  []string `json:"warnings,omitempty"` // alarms that refuse nothing by themselves: "E_TIME: …"
+	Authors    []string           `json:"authors"`            // principals that wrote or committed any of the change; sorted
+	Tripwires  []string           `json:"tripwires"`          // rule ids that the trust root requires
+	Statements []string           `json:"statements"`         // by tier: the role whose statement of each image it asks for; "" for none
+	Sealers    []crypto.PublicKey `json:"-"`                  // keys of that role that are good now
+	Burned     []Burned           `json:"burned"`             // what must not run, whoever approves it
+	Warnings   []string           `json:"warnings,omitempty"` // alarms that refuse nothing by themselves: "E_TIME: …"
 }
 
 // UnitFacts is what was established about one changed unit.
 type UnitFacts struct {
 	Unit       string        `json:"unit"`
+	Back       string        `json:"back"`       // the accepted commit that had an image which comes again in place of a newer one; "" if none does
 	Action     string        `json:"action"`     // upgrade, downgrade or policy
 	Tier       int           `json:"tier"`       // the most sensitive of root, template and what it needs, from the trusted base
 	TierBefore int           `json:"tierBefore"` // as the base has it; -1 for a new unit
@@ -52,6 +57,13 @@ type UnitFacts struct {
 	Uncounted  []Approval    `json:"uncounted"` // with the reason in Why
 
 	ProfileChanges []ProfileChange `json:"profileChanges"` // the contents of Profiles, sorted by name; part of what is approved
+}
+
+// Burned is a unit whose content must not run: that commit brought it.
+type Burned struct {
+	Unit   string `json:"unit"`
+	Commit string `json:"commit"`
+	Why    string `json:"why"`
 }
 
 // ProfileChange is a profile that a unit uses, before or after, and its content on both sides: kmo1 blob roots, none where it is not used.
@@ -96,7 +108,7 @@ func (v *Verifier) WaysOut(head Commit, facts Facts) (removals, reverts []Facts,
 		return nil, nil, err
 	}
 	next := sha256.Sum256([]byte(head.ID))
-	way := Facts{Commit: hex.EncodeToString(next[:20]), Base: head.ID, Policy: true, Tripwires: facts.Tripwires}
+	way := Facts{Commit: hex.EncodeToString(next[:20]), Base: head.ID, Policy: true, Tripwires: facts.Tripwires, Statements: facts.Statements}
 	removal := u
 	removal.To, removal.Need = merkle.Digest{}, root.Tiers[0].Need
 	for _, p := range root.eligible(RoleApprove) {
@@ -163,6 +175,7 @@ type Declared struct {
 	Tier     int      // the more sensitive of unit.yaml and its profile; -1 if neither has one
 	Profile  string   // "" if none
 	Needs    []string // units
+	Images   []string // sha256 of each variant's
 	Rollback bool     // intent.kind is rollback: the change is a downgrade
 }
 
@@ -460,7 +473,8 @@ func sortUnits(f *Facts, authors map[string]map[string]bool) {
 		maps.Copy(all, who)
 	}
 	f.Authors = append([]string{}, slices.Sorted(maps.Keys(all))...)
-	f.Tripwires = append([]string{}, f.Tripwires...)
+	f.Burned = append([]Burned{}, f.Burned...)
+	f.Tripwires, f.Statements = append([]string{}, f.Tripwires...), append([]string{}, f.Statements...)
 	f.Units = append([]UnitFacts{}, f.Units...)
 	for i := range f.Units {
 		u := &f.Units[i]

@@ -1,6 +1,7 @@
 package trust
 
 import (
+	"crypto"
 	"crypto/sha256"
 	"encoding/hex"
 	"encoding/json"
@@ -71,6 +72,7 @@ type Tier struct {
 	Orgs          int    `json:"orgs,omitempty"` // distinct organisations among them
 	Hardware      bool   `json:"hardware,omitempty"`
 	CoolDown      string `json:"coolDown,omitempty"`
+	Statement     string `json:"statement,omitempty"` // role whose statement of every image of a unit it asks for: image
 }
 
 // Pattern gives a tier to paths, with path.Match's signs: "units/kernel-*", "profiles/edge-*.yaml", "site.yaml".
@@ -97,6 +99,7 @@ const (
 	RoleCommit  = "commit"
 	RoleApprove = "approve"
 	RoleRevert  = "revert"
+	RoleImage   = "image" // seals images
 )
 
 // DefaultTiers needs 3, 2, 1 and 0 approvals; tiers 0 and 1 exclude the author and robots.
@@ -188,12 +191,9 @@ func decodeRoot(payload []byte) (*Root, error) {
 
 // doors is the one table of what a root may hold and this build does not act on yet. Each is refused by name, never ignored.
 func (r *Root) doors() []string {
-	keyless, rebad, hardware, coolDown := false, false, false, false
+	keyless, hardware, coolDown := false, false, false
 	for _, p := range r.Principals {
 		keyless = keyless || p.Keyless != ""
-		for _, k := range p.Keys {
-			rebad = rebad || k.Revoked != nil && k.Revoked.Rebad
-		}
 	}
 	for _, t := range r.Tiers {
 		hardware, coolDown = hardware || t.Hardware, coolDown || t.CoolDown != ""
@@ -207,10 +207,8 @@ func (r *Root) doors() []string {
 		{"freshness", r.Freshness != ""},
 		{"expires", r.Expires != nil},
 		{"keyless", keyless},
-		{"rebad", rebad},
 		{"hardware", hardware},
 		{"coolDown", coolDown},
-		{"role image", r.hasRole("image")},
 		{"role head", r.hasRole("head")},
 	} {
 		if door.set {
@@ -254,8 +252,8 @@ func (r *Root) principalFaults() (faults []string) {
 			}
 			keys[KeyID(public)] = p.Name
 			for _, use := range k.Uses {
-				if !slices.Contains([]string{RoleRoot, RoleCommit, RoleApprove, RoleRevert}, use) {
-					faults = append(faults, fmt.Sprintf("key %s of %s has use %q, want root, commit, approve or revert", KeyID(public), p.Name, refusal.Clip(use, 20)))
+				if !slices.Contains([]string{RoleRoot, RoleCommit, RoleApprove, RoleRevert, RoleImage}, use) {
+					faults = append(faults, fmt.Sprintf("key %s of %s has use %q, want root, commit, approve, revert or image", KeyID(public), p.Name, refusal.Clip(use, 20)))
 				}
 			}
 		}
@@ -266,7 +264,7 @@ func (r *Root) principalFaults() (faults []string) {
 func (r *Root) roleFaults() (faults []string) {
 	seen := map[string]bool{}
 	for _, role := range r.Roles {
-		if seen[role.Name] || !slices.Contains([]string{RoleRoot, RoleCommit, RoleApprove, RoleRevert, "image", "head"}, role.Name) {
+		if seen[role.Name] || !slices.Contains([]string{RoleRoot, RoleCommit, RoleApprove, RoleRevert, RoleImage, "head"}, role.Name) {
 			faults = append(faults, fmt.Sprintf("role %q is unknown or there twice", refusal.Clip(role.Name, 40)))
 		}
 		seen[role.Name] = true
@@ -310,6 +308,9 @@ func (r *Root) tierFaults() (faults []string) {
 		}
 		if t.Need > len(eligible) {
 			faults = append(faults, fmt.Sprintf("tier %d needs %d approvals and only %d principals may give one", i, t.Need, len(eligible)))
+		}
+		if t.Statement != "" && (t.Statement != RoleImage || !r.hasRole(RoleImage)) || t.Statement == "" && i < 3 && r.Tiers[i+1].Statement != "" {
+			faults = append(faults, fmt.Sprintf("tier %d asks for a statement of role %q; want image, which has members, for the tiers up to one, or none", i, refusal.Clip(t.Statement, 20)))
 		}
 		if t.Orgs < 0 || t.Orgs > t.Need || t.Orgs > len(orgs) {
 			faults = append(faults, fmt.Sprintf("tier %d asks for %d organisations of %d approvals, and the approvers have %d", i, t.Orgs, t.Need, len(orgs)))
@@ -418,6 +419,42 @@ func parsePublic(line string) (ssh.PublicKey, error) {
 		return nil, fmt.Errorf("public key %q: want a type and a key, nothing else", refusal.Clip(line, 60))
 	}
 	return key, AllowedKey(key)
+}
+
+// rebad says whether there is a key whose signatures are revoked with it.
+func (r *Root) rebad() bool {
+	return slices.ContainsFunc(r.Principals, func(p Principal) bool {
+		return slices.ContainsFunc(p.Keys, func(k Key) bool { return k.Revoked != nil && k.Revoked.Rebad })
+	})
+}
+
+// burns says why what a commit brings must not run: it is signed with such a key. "" says that it is not.
+func (r *Root) burns(c Commit) string {
+	p, signature, err := openCommit(c.Raw, c.ID)
+	if err != nil {
+		return ""
+	}
+	principal, key := r.keyOf(signature.PublicKey)
+	if key == nil || key.Revoked == nil || !key.Revoked.Rebad || verifySignature(p.Payload, signature, c.ID) != nil {
+		return ""
+	}
+	return fmt.Sprintf("signed with key %s of %s, which is revoked with all that it signed: %s", KeyID(signature.PublicKey), principal.Name, refusal.Clip(key.Revoked.Reason, 80))
+}
+
+// sealers are the keys whose statements of images count now. One whose signatures come from a security key makes none.
+func (r *Root) sealers(now time.Time) (keys []crypto.PublicKey) {
+	for _, p := range r.Principals {
+		for _, k := range p.Keys {
+			public, err := parsePublic(k.Public)
+			if err != nil || k.Revoked != nil || now.Before(k.From) || !r.may(&p, &k, RoleImage) {
+				continue
+			}
+			if plain, ok := public.(ssh.CryptoPublicKey); ok && !strings.HasPrefix(public.Type(), "sk-") {
+				keys = append(keys, plain.CryptoPublicKey())
+			}
+		}
+	}
+	return keys
 }
 
 // stronger is the more sensitive of two tiers; -1 is none.

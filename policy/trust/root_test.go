@@ -42,6 +42,13 @@ func TestRootInvalid(t *testing.T) {
 		{"tier 3 needs more than tier 2", func(w *world, r *Root) { r.Tiers[3].Need = 2 }, "none needing more"},
 		{"three tiers", func(w *world, r *Root) { r.Tiers = r.Tiers[:3] }, "3 tiers"},
 		{"tiers out of order", func(w *world, r *Root) { r.Tiers[2].Tier = 3 }, "in order"},
+		{"a statement of a role that nobody has", func(w *world, r *Root) { r.Tiers[0].Statement = "image" }, `tier 0 asks for a statement of role "image"`},
+		{"a statement of another role", func(w *world, r *Root) { r.Tiers[0].Statement = "commit" }, `tier 0 asks for a statement of role "commit"`},
+		{"a statement for tier 1 and none for tier 0", func(w *world, r *Root) {
+			member(r, "host").Keys[0].Uses = []string{"revert", "image"}
+			r.Roles = append(r.Roles, Role{Name: "image", Threshold: 1, Members: []string{"host"}})
+			r.Tiers[1].Statement = "image"
+		}, `tier 0 asks for a statement of role ""`},
 		{"a bad pattern", func(w *world, r *Root) { r.Units[0].Path = "units/[" }, "unit pattern"},
 		{"a bad floor", func(w *world, r *Root) { r.Floors = []string{"main"} }, `floor "main"`},
 		{"a key with a comment", func(w *world, r *Root) { member(r, "bob").Keys[0].Public += " bob@kos.dev" }, "nothing else"},
@@ -76,10 +83,8 @@ func TestRootDoors(t *testing.T) {
 		"freshness":         func(r *Root) { r.Freshness = "24h" },
 		"expires":           func(r *Root) { r.Expires = &day0 },
 		"keyless":           func(r *Root) { r.Principals[0].Keyless = "https://issuer alice" },
-		"rebad":             func(r *Root) { r.Principals[1].Keys[0].Revoked = &Revoked{Rebad: true} },
 		"hardware":          func(r *Root) { r.Tiers[0].Hardware = true },
 		"coolDown":          func(r *Root) { r.Tiers[0].CoolDown = "1h" },
-		"role image":        func(r *Root) { r.Roles = append(r.Roles, Role{Name: "image", Threshold: 1}) },
 		"role head":         func(r *Root) { r.Roles = append(r.Roles, Role{Name: "head", Threshold: 1}) },
 	} {
 		t.Run(name, func(t *testing.T) {

@@ -309,8 +309,8 @@ func (v *Verifier) Passed(_ context.Context, id string) error {
 	})
 }
 
-// Burn notes that no revert may ever come back to an accepted commit. What learns that a commit's content or signer is burned (KT024) will call
-// it; until then no commit is.
+// Burn notes that no revert may ever come back to an accepted commit. What it brought must not come again either (KT024). No
+// command of this version calls it; a key that is revoked with all that it signed burns what it signed without it.
 func (v *Verifier) Burn(_ context.Context, id string) error {
 	return v.amend(id, func(s *State, e *Entry) bool {
 		if slices.Contains(s.Burned, id) {

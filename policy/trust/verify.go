@@ -85,8 +85,11 @@ func (v *Verifier) Verify(ctx context.Context, running, head Commit, h History) 
 	if j.root, err = v.root(head.Tree); err != nil {
 		return Facts{}, err
 	}
-	j.facts.Tripwires = j.root.Tripwires
-	for _, check := range []func(context.Context) error{j.signature, j.descent, j.change, j.apart, j.revert, j.approvals} {
+	j.facts.Tripwires, j.facts.Sealers = j.root.Tripwires, j.root.sealers(j.facts.Time)
+	for _, tier := range j.root.Tiers {
+		j.facts.Statements = append(j.facts.Statements, tier.Statement)
+	}
+	for _, check := range []func(context.Context) error{j.signature, j.descent, j.change, j.apart, j.revert, j.burned, j.older, j.approvals} {
 		if err := check(ctx); err != nil {
 			return Facts{}, err
 		}
@@ -400,6 +403,15 @@ func (j *judgement) revert(ctx context.Context) error {
 	}
 	if slices.Contains(j.state.Burned, from) {
 		return refuse(from+", which is burned", "a commit that is not")
+	}
+	if j.root.rebad() {
+		commit, err := j.history.At(ctx, from)
+		if err != nil {
+			return fmt.Errorf("history of %s: %w", from, err)
+		}
+		if why := j.root.burns(commit); why != "" {
+			return refuse(from+", which is "+why, "a commit that is not")
+		}
 	}
 	for _, floor := range j.root.Floors {
 		above, err := j.history.Ancestor(ctx, floor, from)

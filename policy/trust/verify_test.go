@@ -2,6 +2,7 @@ package trust
 
 import (
 	"context"
+	"slices"
 	"strings"
 	"testing"
 
@@ -144,5 +145,113 @@ func TestU25PanicDenies(t *testing.T) {
 	w.refused(Commit{}, w.commit("alice", "", "begin"), "E_INTERNAL")
 	if _, err := w.v.Verify(context.Background(), Commit{}, w.commit("alice", "", "again"), w); err == nil {
 		t.Error("a second call after a panic is not refused")
+	}
+}
+
+// TestKT024Burned: content that a commit brought whose signer is burned, or which is burned here, is named whoever signs and approves it, until
+// it is other content.
+func TestKT024Burned(t *testing.T) {
+	w := newWorld(t, func(w *world, r *Root) {
+		member(r, "bob").Keys = append(member(r, "bob").Keys, w.key("stolen", "commit"))
+		member(r, "bob").Keys[1].Revoked = &Revoked{Reason: "stolen", Rebad: true}
+		member(r, "carol").Keys = append(member(r, "carol").Keys, w.key("lost", "commit"))
+		member(r, "carol").Keys[1].Revoked = &Revoked{Reason: "lost"}
+	})
+	burned := func(running, head Commit) string {
+		t.Helper()
+		facts, err := w.v.Verify(context.Background(), running, head, w)
+		if err != nil {
+			t.Fatal(err)
+		}
+		var all []string
+		for _, b := range facts.Burned {
+			all = append(all, b.Unit+" "+b.Why)
+		}
+		return strings.Join(all, "\n")
+	}
+	w.files["units/relay/unit.yaml"] = "tier: 3\nv: 0\n"
+	first := w.commit("alice", "", "begin")
+	w.accept(Commit{}, first)
+
+	w.files["units/relay/unit.yaml"] = "tier: 3\nv: 1\n"
+	w.commit("stolen", "bob", "by a stolen key")
+	w.files["README"] = "more\n"
+	head := w.commit("alice", "", "on top of it")
+	if got := burned(first, head); !strings.HasPrefix(got, "relay signed with key SHA256:") || !strings.HasSuffix(got, "of bob, which is revoked with all that it signed: stolen") {
+		t.Errorf("content of a burned signer: %q", got)
+	}
+	w.files["units/relay/unit.yaml"] = "tier: 3\nv: 2\n"
+	other := w.commit("alice", "", "in its place")
+	if got := burned(first, other); got != "" {
+		t.Errorf("other content: %q", got)
+	}
+	w.files["units/relay/unit.yaml"] = "tier: 3\nv: 3\n"
+	w.commit("lost", "carol", "by a lost key")
+	lost := w.commit("alice", "", "on top of it")
+	if got := burned(first, lost); got != "" {
+		t.Errorf("content of a key that is only lost: %q", got)
+	}
+
+	w.accept(first, lost)
+	if err := w.v.Burn(context.Background(), lost.ID); err != nil { // which has brought nothing itself
+		t.Fatal(err)
+	}
+	w.files["units/relay/unit.yaml"] = "tier: 3\nv: 4\n"
+	bad := w.commit("alice", "", "v4")
+	w.accept(lost, bad)
+	if err := w.v.Burn(context.Background(), bad.ID); err != nil {
+		t.Fatal(err)
+	}
+	w.files["units/relay/unit.yaml"] = "tier: 3\nv: 5\n"
+	good := w.commit("alice", "", "v5")
+	if got := burned(bad, good); got != "" {
+		t.Errorf("away from burned content: %q", got)
+	}
+	w.accept(bad, good)
+	w.files["units/relay/unit.yaml"] = "tier: 3\nv: 4\n"
+	if got := burned(good, w.commit("alice", "", "v4 again")); got != "relay burned on this host" {
+		t.Errorf("burned content again: %q", got)
+	}
+}
+
+// TestKT028Back: an image that was accepted before the one it replaces is a way back, however the unit looks else.
+func TestKT028Back(t *testing.T) {
+	w := newWorld(t, nil)
+	step := func(text string) Commit {
+		delete(w.files, "units/relay/unit.yaml")
+		if text != "" {
+			w.files["units/relay/unit.yaml"] = "tier: 3\n" + text
+		}
+		w.files["README"] += "."
+		return w.commit("alice", "", "step: "+text)
+	}
+	w.files["units/ledger/unit.yaml"] = "tier: 3\n"
+	var running Commit
+	accepted := map[string]string{}
+	for _, images := range []string{"a1", "a2", "a2 b1", ""} {
+		head := step("images: " + images + "\n")
+		if images == "" {
+			head = step("")
+		}
+		if facts := w.accept(running, head); slices.ContainsFunc(facts.Units, func(u UnitFacts) bool { return u.Back != "" }) {
+			t.Errorf("images %q: %+v, want no way back", images, facts.Units)
+		}
+		running, accepted[images] = head, head.ID
+	}
+	for images, want := range map[string]string{"a1": accepted["a1"], "a1 c1": accepted["a1"], "a2": "", "b1": "", "c1": ""} { // after a2 b1, and none
+		if u := w.verify(running, step("images: "+images+"\n"), "relay"); u.Back != want || u.Action != "upgrade" {
+			t.Errorf("again as %s: back to %q, want %q", images, u.Back, want)
+		}
+	}
+	if u := w.verify(running, step("images: a1\nintent: rollback\n"), "relay"); u.Back != accepted["a1"] || u.Action != "downgrade" {
+		t.Errorf("as a rollback: %+v", u)
+	}
+	head := step("images: a1\nintent: rollback\n")
+	w.accept(running, head)
+	if u := w.verify(head, step("images: a2\n"), "relay"); u.Back != "" {
+		t.Errorf("forward again: back to %q", u.Back)
+	}
+	if u := w.verify(head, step("images: a1\nv: 2\n"), "relay"); u.Back != "" {
+		t.Errorf("the same image: back to %q", u.Back)
 	}
 }

@@ -130,6 +130,8 @@ func describe(tree fs.FS, unit string) (Declared, error) {
 				d.Profile = value
 			case "needs":
 				d.Needs = strings.Fields(strings.Trim(value, "[]"))
+			case "images":
+				d.Images = strings.Fields(value)
 			case "intent":
 				d.Rollback = value == "rollback"
 			case "panic":

@@ -321,6 +321,7 @@ func TestValuesHaveOneSpelling(t *testing.T) {
 		reflect.TypeFor[Branch]():    {"main", "release/2026.1", "a_b"},
 		reflect.TypeFor[Percent]():   {"0%", "10%", "100%"},
 		reflect.TypeFor[Registry]():  {"reg.example", "localhost:5000", "reg.example/team/x"},
+		reflect.TypeFor[Burned]():    {sha, "kmo1:sha3-" + strings.Replace(sha, "sha256", "256", 1)},
 		reflect.TypeFor[Moment]():    {"2026-12-20T00:00:00Z", "2028-02-29T23:59:59Z"},
 		reflect.TypeFor[Network]():   {"10.9.0.0/16", "0.0.0.0/0", "192.0.2.1/32", "fd12::/48", "::/0"},
 	}
@@ -336,6 +337,7 @@ func TestValuesHaveOneSpelling(t *testing.T) {
 		reflect.TypeFor[Branch]():    {"", "-x", "a..b", "a/", "/a", "a//b", "a b", "refs/heads/../../config", ".a"},
 		reflect.TypeFor[Percent]():   {"10", "101%", "01%", "-1%", "1.5%"},
 		reflect.TypeFor[Registry]():  {"", "http://x", "x/", "x:0", "X"},
+		reflect.TypeFor[Burned]():    {"", "sha256:00", strings.ToUpper(sha), sha + "0", "sha512:" + strings.Repeat("0", 64)},
 		reflect.TypeFor[Moment]():    {"", "2026-12-20", "2026-12-20T00:00:00+01:00", "2026-02-29T00:00:00Z", "2026-12-20T24:00:00Z", "2026-12-20t00:00:00z", "2026-12-20T00:00:00.5Z"},
 		reflect.TypeFor[Network]():   {"", "10.9.0.0", "10.9.0.1/16", "10.9/16", "010.9.0.0/16", "10.9.0.0/016", "10.9.0.0/33", "fd12:0::/48", "FD12::/48", "fd12::/129", "fe80::%1/64"},
 	}

@@ -315,9 +315,15 @@ func (u *Unit) fits(w *backends.Workload, host Host) iter.Seq[Fit] {
 // take makes the workload one of a variant on a backend.
 func (v Variant) take(w *backends.Workload, backend string) {
 	format, ref := v.format()
-	_, digest, _ := strings.Cut(string(ref), "@sha256:")
 	w.Format, w.Backend = format, backend
-	w.Image = backends.Image{Ref: string(ref), SHA256: digest, Root: v.Merkle}
+	w.Image = backends.Image{Ref: string(ref), SHA256: v.SHA256(), Root: v.Merkle}
+}
+
+// SHA256 is the digest that the image is pinned by, in hex; "" if it is not pinned.
+func (v Variant) SHA256() string {
+	_, ref := v.format()
+	_, digest, _ := strings.Cut(string(ref), "@sha256:")
+	return digest
 }
 
 // candidates are the backends that may run a variant, the preferred first. Without a list these are all of the host's, the one that is named

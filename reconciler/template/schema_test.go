@@ -292,7 +292,7 @@ security: {privileged: true, capabilities: [CAP_NET_RAW], host: [pid]}
 	whole = strings.Replace(whole, "to: /etc/relay.toml}", "to: /etc/relay.toml, mode: \"0600\"}", 1)
 	documents := map[string]string{
 		"unit": whole, "profile": edgeSmall,
-		"site": siteFile + "forbidden: [10.9.0.0/16, \"fd12::/48\"]\nfreeze: [{from: \"2026-12-20T00:00:00Z\", to: \"2027-01-04T00:00:00Z\", why: holidays}]\nrollout: {bake: 5m, maxUnavailable: 10%, missing: 20%}\ngate: {bake: 1m}\nevents: {a: b}\nsnapshots: {}\nretention: {}\n",
+		"site": siteFile + "forbidden: [10.9.0.0/16, \"fd12::/48\"]\nburned: [" + sha + "]\nfreeze: [{from: \"2026-12-20T00:00:00Z\", to: \"2027-01-04T00:00:00Z\", why: holidays}]\nrollout: {bake: 5m, maxUnavailable: 10%, missing: 20%}\ngate: {bake: 1m}\nevents: {a: b}\nsnapshots: {}\nretention: {}\n",
 	}
 	for kind, text := range documents {
 		var tree any

@@ -17,6 +17,7 @@ type Config struct {
 	Zones      []Name     `json:"zones" need:"yes" items:"1-256" unique:"yes" doc:"the zones, in the order in which a change goes out"`
 	Registries []Registry `json:"registries,omitempty" items:"0-256" unique:"yes" doc:"where images may come from: hosts, or hosts with a repository prefix"`
 	Forbidden  []Network  `json:"forbidden,omitempty" items:"0-256" unique:"yes" doc:"networks that no unit may be told to reach, beside those of cloud metadata: that of management"`
+	Burned     []Burned   `json:"burned,omitempty" items:"0-4096" unique:"yes" doc:"what must not run again: sha256 of images, kmo1 roots of images and of units' content"`
 	Freeze     []Window   `json:"freeze,omitempty" items:"0-64" doc:"when nothing is changed; a revert is, and site.yaml alone, so that a freeze can be ended"`
 	Rollout    *Rollout   `json:"rollout,omitempty" doc:"how a change goes from zone to zone"`
 	Gate       *Gate      `json:"gate,omitempty" doc:"the gate of units that say nothing about it"`

@@ -168,6 +168,8 @@ type (
 	Branch string
 	// Registry is a registry's host, or a host with a repository prefix.
 	Registry string
+	// Burned is a digest of an image or of a unit's content: sha256:… or kmo1:sha3-256:….
+	Burned string
 	// Moment is a second in UTC: 2026-12-20T00:00:00Z. YAML wants it in quotes.
 	Moment string
 	// Network is a range of addresses, 10.9.0.0/16, in its one spelling.
@@ -245,6 +247,7 @@ func textRules() map[reflect.Type]textRule {
 		reflect.TypeFor[Label]():         {`[A-Za-z0-9]([A-Za-z0-9._/-]*[A-Za-z0-9])?`, 127, 0, "a label: letters, digits, dots, dashes, underscores and slashes"},
 		reflect.TypeFor[Branch]():        {branchPart + `(/` + branchPart + `)*`, 200, 0, "a branch's name: main, release/2026"},
 		reflect.TypeFor[Registry]():      {hostPattern + repoPattern + `*`, 255, 0, "a registry: reg.example, localhost:5000, reg.example/team"},
+		reflect.TypeFor[Burned]():        {`(sha256|kmo1:sha3-256):[0-9a-f]{64}`, 78, 0, "sha256: or kmo1:sha3-256: and 64 lower-case hex digits"},
 		reflect.TypeFor[Moment]():        {`[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}Z`, 20, 0, `a moment in UTC, in quotes: "2026-12-20T00:00:00Z"`},
 		reflect.TypeFor[Network]():       {`[0-9a-f.:]+/(0|[1-9][0-9]{0,2})`, 43, 0, "a network: 10.9.0.0/16"},
 		reflect.TypeFor[Ref](): {hostPattern + repoPattern + `+(:[A-Za-z0-9_][A-Za-z0-9_.-]{0,127})?(@sha256:[0-9a-f]{64})?`, 512, 0,
