@@ -159,7 +159,23 @@ type Tripwire struct {
 	Waivable    bool   `json:"waivable"` // a waiver, once there are any, can let it pass
 }
 
-// Tripwires lists the shipped rules, sorted by id, from the annotations in their modules.
+// ruleless are the tripwires that are no rule over a change: without them none would be judged, or it would not get here.
+func ruleless() []Tripwire {
+	return []Tripwire{
+		{ID: string(codeMissing), Title: "required rule missing, package renamed, or no rules",
+			Description: `Every shipped rule, and every one that the trust root requires, has to say that it looked at a change. Rules in which one of
+them is missing, renamed, emptied or without effect on what it must deny do not come into force, and a change at which
+one did not look is refused.`,
+			Passes: "the shipped rules whole, and a site's own that have at least one deny or warn"},
+		{ID: string(codePlugin), Title: "plugin not pinned by checksum, or in a writable place",
+			Description: `A plugin is a program that the agent runs with its own rights. It is started only if agent.yaml pins its sha256, and nobody
+but root and the agent's user can write to it, to its folder or to a folder above. It is looked at when the agent starts and
+whenever the plugin does, not at each change: no change can bring one.`,
+			Passes: "pins in agent.yaml for each file of the plugins' folder, all of it owned by root or the agent's user and writable by nobody else"},
+	}
+}
+
+// Tripwires lists what is refused whatever a site's rules say, sorted by id: from the annotations in the shipped modules, and what has no rule.
 func Tripwires() ([]Tripwire, error) {
 	files, err := readLayer(0, shipped.Rules())
 	if err != nil {
@@ -180,7 +196,7 @@ func Tripwires() ([]Tripwire, error) {
 	if len(errs) > 0 {
 		return nil, errs
 	}
-	var tripwires []Tripwire
+	tripwires := ruleless()
 	for _, ref := range annotated.Flatten() {
 		a := ref.Annotations
 		id, is := a.Custom["id"].(string)

@@ -193,8 +193,12 @@ func TestTripwires(t *testing.T) {
 			t.Errorf("%+v: something is not said", one)
 		}
 	}
-	if !slices.Equal(ids, shipped.IDs()) {
-		t.Errorf("got %v, want %v", ids, shipped.IDs())
+	var want []string
+	for n := range 28 {
+		want = append(want, fmt.Sprintf("KT%03d", n+1))
+	}
+	if ruled := slices.DeleteFunc(slices.Clone(ids), func(id string) bool { return id == "KT021" || id == "KT023" }); !slices.Equal(ids, want) || !slices.Equal(ruled, shipped.IDs()) {
+		t.Errorf("got %v, of which with a rule %v; want %v, %v", ids, ruled, want, shipped.IDs())
 	}
 }
 

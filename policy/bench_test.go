@@ -57,6 +57,19 @@ func BenchmarkDecide(b *testing.B) {
 	}
 }
 
+// BenchmarkDecideFew judges three changed units of a site of a thousand: what the others take together is in the totals.
+func BenchmarkDecideFew(b *testing.B) {
+	set, input := load(b), many(b, 3)
+	input.Totals.Before, input.Totals.After = 1000, 1000
+	b.ReportAllocs()
+	for b.Loop() {
+		decision, err := set.Decide(context.Background(), input)
+		if err != nil || decision.Refusal() != nil {
+			b.Fatal(err, decision.Refusal())
+		}
+	}
+}
+
 func BenchmarkDecode(b *testing.B) {
 	document, err := json.Marshal(many(b, 1000))
 	if err != nil {

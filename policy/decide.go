@@ -194,7 +194,7 @@ func (f findings) into(d *Decision, required []string) error {
 		return err
 	}
 	d.Denied, d.Warned = sorted(append(d.Denied, denied...)), sorted(append(d.Warned, warned...))
-	looked := []string{string(codeMissing)} // that is what happens here
+	looked := []string{string(codeMissing), string(codePlugin)} // the one happens here, and without the other nothing would have come here
 	for _, id := range f.evaluated {
 		looked = append(looked, fmt.Sprint(id))
 	}

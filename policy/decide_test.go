@@ -280,7 +280,7 @@ func TestT64BothSetsJudge(t *testing.T) {
 			t.Errorf("branch %s: denied by %q, want %q", branch, got, want)
 		}
 		again, err := both.Replay(context.Background(), decision.Input)
-		if err != nil || !cmp.Equal(decision.Denied, again.Denied) || decision.Policy != old.Digest() || len(decision.Evaluated) != len(shipped.IDs())+1 {
+		if err != nil || !cmp.Equal(decision.Denied, again.Denied) || decision.Policy != old.Digest() || len(decision.Evaluated) != len(shipped.IDs())+2 {
 			t.Errorf("branch %s: %+v, again %+v: %v", branch, decision, again, err)
 		}
 		input.Rules = []merkle.Digest{old.Digest(), next.Digest()} // whatever the caller says
@@ -350,7 +350,7 @@ deny contains {"id": "S4", "unit": "", "path": "", "text": "x"} if input.site.na
 	version := many(t, 1)
 	version.Version = 2
 	required := many(t, 1)
-	required.Change.Tripwires = []string{"KT001", "KT021", "KT999"}
+	required.Change.Tripwires = []string{"KT001", "KT021", "KT023", "KT999"}
 	other := many(t, 1)
 	other.Change.Commit = "another"
 	for _, c := range []struct {

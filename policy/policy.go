@@ -39,6 +39,7 @@ import (
 // Refusals of this package, beside the ids of the rules.
 const (
 	codeMissing = refusal.Code("KT021")            // a required rule is missing, renamed or without effect
+	codePlugin  = refusal.Code("KT023")            // package plugin keeps it, before there is anything to judge
 	codeCompile = refusal.Code("E_POLICY_COMPILE") // a module that must not be loaded
 	codeLint    = refusal.Code("E_POLICY_LINT")    // a module that a host would load, and that is probably wrong
 	codeError   = refusal.Code("E_POLICY_ERROR")   // a judgement that did not come to an end

@@ -58,7 +58,7 @@ func TestFind(t *testing.T) {
 			must(os.Remove(filepath.Join(dir, "good")))
 			must(os.Mkdir(filepath.Join(dir, "good"), 0o755))
 		}, "good: a folder; want a plain file"},
-		{"T71 file writable by the group", func(dir string) { must(os.Chmod(filepath.Join(dir, "good"), 0o775)) }, "good: mode 0775; want writable by its owner only"},
+		{"T71 T63 KT023 trips on a file writable by the group", func(dir string) { must(os.Chmod(filepath.Join(dir, "good"), 0o775)) }, "good: mode 0775; want writable by its owner only"},
 		{"T71 file writable by all", func(dir string) { must(os.Chmod(filepath.Join(dir, "good"), 0o757)) }, "good: mode 0757"},
 		{"T71 file of somebody else", func(dir string) { must(os.Chown(filepath.Join(dir, "good"), 12345, 0)) }, "good: owner 12345; want owner 0"},
 		{"not executable", func(dir string) { must(os.Chmod(filepath.Join(dir, "good"), 0o644)) }, "good: mode 0644; want an executable file"},
@@ -90,7 +90,7 @@ func TestFind(t *testing.T) {
 	}
 }
 
-func TestFindBadPins(t *testing.T) {
+func TestT63FindBadPins(t *testing.T) {
 	dir := t.TempDir()
 	good := plant(t, dir, "good", "#!/bin/true")
 	for _, pin := range []string{"", "sha256:" + good, strings.ToUpper(good), good[:62], good + "00", "\x1b[2J"} {

@@ -400,8 +400,7 @@ func tripwirePage() (string, error) {
 	b.WriteString(`<!-- Printed by 'kmo policy docs' from what the rules in rego/ say of themselves. -->
 # Tripwires
 
-What no site can switch off: its own rules can only deny more. KT021, which has no rule, is that every one of these has looked at a change, and that
-none is missing, renamed or without effect.
+What no site can switch off: its own rules can only deny more. KT021 and KT023 have no rule: without them no change is judged at all.
 
 | id | refuses | a waiver can pass it |
 | --- | --- | --- |
