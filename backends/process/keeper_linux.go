@@ -186,6 +186,9 @@ func (k *Keeper) Features() []backends.Feature {
 	if k.support.Overlay {
 		list = append(list, backends.Overlays, backends.OverlayRoot, backends.LimitDisk)
 	}
+	if k.options.Publishes {
+		list = append(list, backends.OwnNetwork)
+	}
 	if k.options.Publishes || unprivilegedPorts() < 1024 {
 		list = append(list, backends.LowPorts)
 	}

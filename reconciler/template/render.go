@@ -439,10 +439,10 @@ func Exclusive(a, b backends.Workload, prints map[string]backends.Fingerprint) [
 	return shared
 }
 
-// ports lists the fixed ports of the host that a workload takes, in order. On a backend that shares the host's network, or if the unit asks
-// for that network, the port that the program listens on is one of them.
+// ports lists the fixed ports of the host that a workload takes, in order. Without a network of its own, the port that the program listens on is
+// one of them.
 func ports(w backends.Workload, print backends.Fingerprint) []int {
-	direct := print.Has(backends.HostNetwork) || slices.Contains(w.Security.Host, "network")
+	direct := !print.Has(backends.OwnNetwork) || slices.Contains(w.Security.Host, "network")
 	var taken []int
 	for _, p := range w.Run.Ports {
 		if p.Host != 0 {
