@@ -4,8 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"os"
-	"path/filepath"
 	"slices"
 	"sort"
 	"strings"
@@ -83,46 +81,11 @@ func (r *Reconciler) converge(ctx context.Context, want *desired, steps []Step, 
 		}
 	}
 	if err == nil && ctx.Err() == nil {
-		err = closeDoors(r.Host.Doors, want.plan.Workloads)
+		if left := closeDoors(ctx, r.Host.Doors, want.plan.Workloads); left != nil { // what units have put there holds up no verdict
+			r.Logger.Warn("closing doors; tried again after the next change", "folder", r.Host.Doors, "err", refusal.Clip(left.Error(), maxReason))
+		}
 	}
 	return finding, err
-}
-
-// openDoors makes the folders that a workload shares with others. Only they see them: the folder above is this agent's alone.
-func openDoors(w backends.Workload) error {
-	for _, door := range w.Doors {
-		if err := os.MkdirAll(door.From, 0o700); err != nil {
-			return err
-		}
-		if err := os.Chmod(door.From, 0o777|os.ModeSticky); err != nil { // each of them is another user
-			return err
-		}
-	}
-	return nil
-}
-
-// closeDoors removes the doors of units that no workload sees any more.
-func closeDoors(folder string, workloads []backends.Workload) error {
-	if folder == "" {
-		return nil
-	}
-	open := map[string]bool{}
-	for _, w := range workloads {
-		for _, door := range w.Doors {
-			open[door.Unit] = true
-		}
-	}
-	found, err := os.ReadDir(folder)
-	if errors.Is(err, os.ErrNotExist) {
-		return nil
-	}
-	for _, unit := range found {
-		if !open[unit.Name()] {
-			err = errors.Join(err, os.RemoveAll(filepath.Join(folder, unit.Name())))
-		}
-	}
-	_ = os.Remove(folder) // if it is empty
-	return err
 }
 
 // start does the Apply steps, in order, and watches what they started. Going forward the first that does not pass ends it; going back
