@@ -214,7 +214,7 @@ func printStatus(w io.Writer, s Status) {
 	for _, have := range s.Workloads {
 		var addresses []string
 		for _, a := range have.Addresses {
-			addresses = append(addresses, a.Port+"="+a.Address)
+			addresses = append(addresses, refusal.Clip(a.Port+"="+a.Address, 200))
 		}
 		up := "-"
 		if !have.Started.IsZero() && have.State == "running" {
