@@ -43,6 +43,7 @@ func TestConformance(t *testing.T) {
 				present = over(t, state)
 				return present
 			},
+			Dies: true,
 			At: func(t *testing.T, state string) backends.Backend {
 				_ = os.Mkdir(state, 0o700) // or an earlier one did
 				_ = os.Symlink(binaries.modules, filepath.Join(state, "modules"))
