@@ -96,6 +96,8 @@ type Options struct {
 	Publishes bool
 	// Usage corrects what a workload's cgroups say it uses, by what keeping it costs; nil changes nothing.
 	Usage func(backends.Workload, backends.Usage) backends.Usage
+	// Means says what a program's exit status stands for, where that is the backend's own word and not the workload's; nil: for itself.
+	Means func(status int) (code int, oom bool)
 	// Gone is told of each workload of which there is nothing left but its kept paths, whether it has run or not; nil is not told.
 	Gone func(name string)
 	// Memory is a folder on storage that is memory, for secrets; "" is the first of /run/kmo and /dev/shm/kmo that can be that.

@@ -229,6 +229,9 @@ func (k *Keeper) ended(e *entry, p *program) time.Duration {
 		how.Known, how.Code = collect(fd, p.pid)
 		return nil
 	})
+	if how.Known && k.options.Means != nil {
+		how.Code, how.OOM = k.options.Means(how.Code)
+	}
 	if said, ok := k.place(&e.record.Workload).Ended(); ok {
 		how = end{Known: true, Code: said.Code, OOM: said.OOM}
 	}

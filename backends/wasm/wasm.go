@@ -141,7 +141,7 @@ func Open(o Options) (*Backend, error) {
 		return nil, err
 	}
 	b.keeper, err = process.Open(process.Options{
-		Backend: Name, State: filepath.Join(state, "guests"), Plan: b.plan, Features: features, Logger: o.Logger, Backoff: o.Backoff,
+		Backend: Name, State: filepath.Join(state, "guests"), Plan: b.plan, Features: features, Means: means, Logger: o.Logger, Backoff: o.Backoff,
 	})
 	if err != nil {
 		return nil, err
@@ -172,14 +172,14 @@ func (b *Backend) Fingerprint(context.Context) (backends.Fingerprint, error) {
 }
 
 // Observe lists the guests.
-func (b *Backend) Observe(ctx context.Context) ([]backends.Status, error) {
-	list, err := b.keeper.Observe(ctx)
-	for i := range list {
-		if list[i].ExitCode == statusMemory {
-			list[i].ExitCode, list[i].OOM = 137, true
-		}
+func (b *Backend) Observe(ctx context.Context) ([]backends.Status, error) { return b.keeper.Observe(ctx) }
+
+// means says of a runner's exit status what it stands for.
+func means(status int) (code int, oom bool) {
+	if status == statusMemory {
+		return 137, true
 	}
-	return list, err
+	return status, false
 }
 
 // Apply checks the module, compiles it if that was not done before, and starts it.
