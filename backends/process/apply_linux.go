@@ -16,6 +16,7 @@ import (
 const (
 	hookTime     = 30 * time.Second       // for each hook
 	defaultGrace = 10 * time.Second       // where a workload says none
+	dismissTime  = 5 * time.Second        // for an earlier keeper's command to end
 	restartTime  = 2 * time.Minute        // for a start without a caller, preInit hooks and all
 	portTime     = 500 * time.Millisecond // for a port to be let go
 	quick        = time.Minute            // an end sooner than this after the start makes the next pause longer

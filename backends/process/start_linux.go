@@ -385,6 +385,12 @@ func (k *Keeper) inside(ctx context.Context, e *entry, w backends.Workload, p *p
 	if err != nil {
 		return 0, nil, fmt.Errorf("%s: %v: %v", e.name, argv, err)
 	}
+	forget, err := k.noteCommand(e, c)
+	if err != nil {
+		c.abandon()
+		return 0, nil, fmt.Errorf("%s: %v: noting it: %v", e.name, argv, err)
+	}
+	defer forget()
 	return c.finish(ctx, e.name, output)
 }
 
