@@ -172,7 +172,9 @@ func (b *Backend) Fingerprint(context.Context) (backends.Fingerprint, error) {
 }
 
 // Observe lists the guests.
-func (b *Backend) Observe(ctx context.Context) ([]backends.Status, error) { return b.keeper.Observe(ctx) }
+func (b *Backend) Observe(ctx context.Context) ([]backends.Status, error) {
+	return b.keeper.Observe(ctx)
+}
 
 // means says of a runner's exit status what it stands for.
 func means(status int) (code int, oom bool) {
