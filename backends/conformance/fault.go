@@ -22,7 +22,6 @@ func faultChecks() []check {
 		{"preInit runs again before a program that is started again", hooksAgain},
 		{"a failing preInit is an error with its output, and no program", preInitFails},
 		{"a postInit hook that ends badly damages the workload", postInitFails},
-		{"a hook does not run on beside its second run when the backend is killed", hookOutlives},
 		{"an exit hook that does not end holds nobody", exitHangs},
 		{"an image without content is an error and leaves nothing", noContent},
 		{"cancel leaves nothing half", cancelled},

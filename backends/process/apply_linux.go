@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"os"
 	"path/filepath"
 	"time"
@@ -263,9 +264,8 @@ func (k *Keeper) runHook(ctx context.Context, e *entry, moment string, argv []st
 		return err
 	}
 	defer log.Close()
-	return k.hook(ctx, e, moment, argv, log, func(ctx context.Context) (int, error) {
-		status, _, err := k.join(ctx, e, argv, log)
-		return status, err
+	return k.hook(ctx, e, moment, argv, log, func(ctx context.Context, out io.Writer) (int, error) {
+		return k.join(ctx, e, argv, out)
 	})
 }
 

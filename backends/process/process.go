@@ -26,7 +26,7 @@
 // The folder, trusted, mode 0700, this user's own:
 //
 //	work/<workload>/record.json   what was asked, and proof of the process that answers it
-//	work/<workload>/log, log.1    stdout and stderr, appended by the program itself; log.1 is the older part
+//	work/<workload>/log, log.1    stdout and stderr, appended by the program itself, and for its hooks; log.1 is the older part
 //	work/<workload>/command-…     one for each hook or command that runs beside the program: its pid and start time
 //	work/<workload>/root          where the stage mounts, in a namespace of its own: empty for everyone else
 //	work/<workload>/own           what a monitor makes for itself, new at each start
@@ -43,6 +43,7 @@
 // on, so that a program which can do without its log goes on. The bound holds for every file, memfds and shared memory too, and
 // room cannot be had beyond a file's end. A program with kept paths or writable mounts has no such bound, as what it keeps may
 // be of any size; its Status says so in Unapplied. Nor has what a monitor runs, unless that writes the log itself (Program.WritesLog).
+// What a hook writes comes by the keeper, which drops what the log has no room for.
 //
 // No program is started while anybody listens on one of its ports, on whatever address. A port that the unit leaves open is chosen
 // anew then. For one that it names Apply returns an error that blames nobody, for a stranger on the host is no fault of the
