@@ -12,7 +12,6 @@ import (
 	"slices"
 	"strconv"
 	"strings"
-	"sync"
 
 	"github.com/kindos/kmo/backends"
 	"github.com/kindos/kmo/policy"
@@ -429,66 +428,4 @@ func decisionInWords(record audit.Record) []string {
 		lines = append(lines, approvalsInWords(unit)...)
 	}
 	return lines
-}
-
-// counts is what /metrics tells.
-type counts struct {
-	mu       sync.Mutex
-	outcomes map[reconciler.Outcome]int
-	errors   int
-	last     reconciler.Record
-	failure  string // why the last look came to no outcome
-}
-
-// failure says why the last look came to no outcome, "" if it came to one.
-func (h *host) failure() string {
-	h.counts.mu.Lock()
-	defer h.counts.mu.Unlock()
-	return h.counts.failure
-}
-
-// healthy is the agent's own health: whether it can do its work, not whether the branch is good.
-func (h *host) healthy(w http.ResponseWriter, _ *http.Request) {
-	if failure := h.failure(); failure != "" {
-		http.Error(w, failure, http.StatusServiceUnavailable)
-		return
-	}
-	_, _ = io.WriteString(w, "ok\n")
-}
-
-// ended counts one reconcile.
-func (h *host) ended(rec reconciler.Record, err error) {
-	h.counts.mu.Lock()
-	defer h.counts.mu.Unlock()
-	h.counts.failure = ""
-	if err != nil {
-		h.counts.errors++
-		h.counts.failure, h.counts.last = err.Error(), reconciler.Record{}
-		return
-	}
-	if h.counts.outcomes == nil {
-		h.counts.outcomes = map[reconciler.Outcome]int{}
-	}
-	h.counts.outcomes[rec.Outcome]++
-	h.counts.last = rec
-}
-
-// metrics is the text form that Prometheus reads. No label holds anything from outside.
-func (h *host) metrics(w http.ResponseWriter, _ *http.Request) {
-	h.counts.mu.Lock()
-	defer h.counts.mu.Unlock()
-	w.Header().Set("Content-Type", "text/plain; version=0.0.4")
-	_, _ = fmt.Fprintln(w, "# HELP kmo_reconciles_total Reconciles by how they ended.\n# TYPE kmo_reconciles_total counter")
-	for _, outcome := range []reconciler.Outcome{reconciler.Converged, reconciler.Refused, reconciler.Waiting, reconciler.Reverted, reconciler.Stuck} {
-		_, _ = fmt.Fprintf(w, "kmo_reconciles_total{outcome=%q} %d\n", outcome, h.counts.outcomes[outcome])
-	}
-	_, _ = fmt.Fprintf(w, "# HELP kmo_reconcile_errors_total Reconciles that kMO's own state ended.\n# TYPE kmo_reconcile_errors_total counter\nkmo_reconcile_errors_total %d\n", h.counts.errors)
-	_, _ = fmt.Fprintln(w, "# HELP kmo_outcome How the last reconcile ended: 1 for one outcome, 0 for the others.\n# TYPE kmo_outcome gauge")
-	for _, outcome := range []reconciler.Outcome{reconciler.Converged, reconciler.Refused, reconciler.Waiting, reconciler.Reverted, reconciler.Stuck} {
-		value := 0
-		if h.counts.last.Outcome == outcome {
-			value = 1
-		}
-		_, _ = fmt.Fprintf(w, "kmo_outcome{outcome=%q} %d\n", outcome, value)
-	}
 }

@@ -15,6 +15,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"syscall"
 	"time"
 
 	"github.com/google/renameio/v2"
@@ -156,6 +157,66 @@ func (h *host) openState(context.Context) error {
 	}
 	h.audit, err = audit.Open(audit.Options{Dir: filepath.Join(h.dir, "audit"), Name: string(h.config.Host) + "." + string(h.config.Site) + "/kmo-audit", Key: key, Seen: rec.Audit})
 	return err
+}
+
+// claim sees that dir is kMO's own, or makes it so where it may: a new or an empty folder. One that holds anything else is somebody's, and
+// nothing in it is touched.
+func claim(dir string, makes bool) error {
+	list, err := os.ReadDir(dir)
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return fmt.Errorf("the state folder: %w", err)
+	}
+	ours := slices.ContainsFunc(list, func(one fs.DirEntry) bool { return one.Name() == "lock" && one.Type().IsRegular() })
+	switch {
+	case len(list) > 0 && !ours:
+		return &refusal.Error{Code: "E_STATE", Subject: "the state folder " + dir, Got: "other files and no lock: kMO did not make it",
+			Want: "a new or an empty folder, or the one that kMO made (--state, or KMO_STATE)"}
+	case !ours && !makes:
+		return fmt.Errorf("no state folder %s: no agent has run here; --state or KMO_STATE names another", dir)
+	}
+	if err := os.MkdirAll(dir, 0o700); err != nil {
+		return err
+	}
+	found, err := os.Stat(dir)
+	if err != nil {
+		return err
+	}
+	if of, ok := found.Sys().(*syscall.Stat_t); ok && int(of.Uid) != os.Geteuid() { // its owner could exchange what is in it
+		return &refusal.Error{Code: "E_STATE", Subject: "the state folder " + dir, Got: fmt.Sprintf("a folder of user %d", of.Uid),
+			Want: fmt.Sprintf("one of user %d, who runs kMO", os.Geteuid())}
+	}
+	return os.Chmod(dir, 0o700)
+}
+
+// sweep removes what a process killed while it replaced a file has left beside it in the state folder, which is locked: a dot, the file's name
+// and a number.
+func sweep(dir string) error {
+	for _, name := range []string{"journal.json", "trust.json", "audit.key", "audit/checkpoint"} {
+		folder, file := filepath.Split(filepath.Join(dir, name))
+		list, err := os.ReadDir(folder)
+		if err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return err
+		}
+		for _, one := range list {
+			number, is := strings.CutPrefix(one.Name(), "."+file)
+			if !is || number == "" || strings.Trim(number, "0123456789") != "" {
+				continue
+			}
+			if err := os.Remove(filepath.Join(folder, one.Name())); err != nil {
+				return fmt.Errorf("removing a half-written file: %w", err)
+			}
+		}
+	}
+	return nil
+}
+
+// syncFolder returns once the names in a folder would survive a power cut.
+func syncFolder(path string) error {
+	folder, err := os.Open(path)
+	if err != nil {
+		return err
+	}
+	return errors.Join(folder.Sync(), folder.Close())
 }
 
 // auditKey reads the key that signs the audit log's checkpoints, and makes one on a new host.
