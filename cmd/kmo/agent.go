@@ -262,11 +262,14 @@ type hostFlags struct {
 	config, state string
 	makes         bool // the state folder may be made; what only asks makes nothing
 	glances       bool // without an agent the journal will do
+	log           bool // without an agent the audit log will do
 	command       bool // the host is opened for one command
 }
 
 func (f *hostFlags) add(cmd *cobra.Command) {
-	cmd.Flags().StringVar(&f.config, "config", defaultConfig(), "the agent's file")
+	if !f.log {
+		cmd.Flags().StringVar(&f.config, "config", defaultConfig(), "the agent's file")
+	}
 	cmd.Flags().StringVar(&f.state, "state", defaultState(), "the folder of kMO's state")
 }
 

@@ -46,7 +46,7 @@ func (h *host) api(running context.Context) http.Handler {
 	mux.HandleFunc("GET /decision", answer(func(r *http.Request) (any, error) {
 		return h.evaluate(r.Context(), r.FormValue("revision"), r.FormValue("trace") == "true")
 	}))
-	mux.HandleFunc("GET /decisions", h.decisions)
+	h.logAPI(mux)
 	mux.HandleFunc("POST /reconcile", answer(func(*http.Request) (any, error) { return h.reconcile(running) }))
 	mux.HandleFunc("GET /logs", h.logs)
 	return mux
@@ -155,6 +155,9 @@ func dialOnce(ctx context.Context, flags *hostFlags) (*client, error) {
 	}
 	if flags.glances {
 		return glance(flags)
+	}
+	if flags.log {
+		return openLog(flags)
 	}
 	h, err := openHost(ctx, &hostFlags{config: flags.config, state: flags.state, makes: flags.makes, command: true}, os.Stderr)
 	if err != nil {

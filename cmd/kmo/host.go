@@ -124,8 +124,8 @@ func onceFree[T any](ctx context.Context, try func() (T, error)) (T, error) {
 	}
 }
 
-// openState claims and locks the state folder and opens the audit log.
-func (h *host) openState(context.Context) error {
+// lockState claims and locks the state folder.
+func (h *host) lockState() error {
 	if err := claim(h.dir, h.makes); err != nil {
 		return err
 	}
@@ -140,17 +140,22 @@ func (h *host) openState(context.Context) error {
 	} else if err != nil {
 		return fmt.Errorf("locking the state folder %s: %w", h.dir, err)
 	}
-	if err := errors.Join(lock.Truncate(0), h.sign()); err != nil {
+	h.journal = reconciler.FileJournal{Path: filepath.Join(h.dir, "journal.json")}
+	return errors.Join(lock.Truncate(0), h.sign())
+}
+
+// openState takes the state folder and opens the audit log.
+func (h *host) openState(context.Context) error {
+	if err := h.lockState(); err != nil {
 		return err
 	}
 	if err := sweep(h.dir); err != nil {
 		return err
 	}
-	key, err := auditKey(filepath.Join(h.dir, "audit.key"))
+	key, err := auditKey(h.dir, true)
 	if err != nil {
 		return err
 	}
-	h.journal = reconciler.FileJournal{Path: filepath.Join(h.dir, "journal.json")}
 	rec, err := h.journal.Load()
 	if err != nil {
 		return err
@@ -219,20 +224,23 @@ func syncFolder(path string) error {
 	return errors.Join(folder.Sync(), folder.Close())
 }
 
-// auditKey reads the key that signs the audit log's checkpoints, and makes one on a new host.
-func auditKey(path string) (ed25519.PrivateKey, error) {
+// auditKey reads the key that signs the audit log's checkpoints, and makes one on a new host if it may.
+func auditKey(folder string, makes bool) (ed25519.PrivateKey, error) {
+	path := filepath.Join(folder, "audit.key")
 	seed, err := os.ReadFile(path)
-	if errors.Is(err, fs.ErrNotExist) {
+	if errors.Is(err, fs.ErrNotExist) && makes {
 		seed = make([]byte, ed25519.SeedSize)
 		if _, err := rand.Read(seed); err != nil {
 			return nil, err
 		}
-		if err := renameio.WriteFile(path, seed, 0o600, renameio.WithTempDir(filepath.Dir(path))); err != nil { // half a key would be an alarm for ever
+		if err := renameio.WriteFile(path, seed, 0o600, renameio.WithTempDir(folder)); err != nil { // half a key would be an alarm for ever
 			return nil, err
 		}
-		if err := syncFolder(filepath.Dir(path)); err != nil {
+		if err := syncFolder(folder); err != nil {
 			return nil, err
 		}
+	} else if errors.Is(err, fs.ErrNotExist) {
+		return nil, &refusal.Error{Code: "E_STATE", Subject: path, Got: "no key", Want: "the key as kMO made it: what the log's checkpoints are signed with"}
 	} else if err != nil {
 		return nil, err
 	}

@@ -22,7 +22,7 @@ func (l *Log) Verify() error {
 	if err != nil {
 		return err
 	}
-	defer fresh.Close()
+	defer fresh.file.Close()
 	tree, torn, err := fresh.check()
 	if err != nil {
 		return err

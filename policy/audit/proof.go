@@ -24,9 +24,10 @@ const (
 
 // Proven is what a proof shows.
 type Proven struct {
-	Log    string `json:"log"`  // the log's name
-	Tree   Tree   `json:"tree"` // as the log signed it
-	Record Record `json:"record"`
+	Log    string    `json:"log"`  // the log's name
+	Size   int64     `json:"size"` // when it signed the checkpoint: records
+	Root   tlog.Hash `json:"root"` // then, in base64
+	Record Record    `json:"record"`
 }
 
 // Checkpoint is the log's signed checkpoint, for another machine to keep, and the tree it speaks of.
@@ -72,9 +73,9 @@ func (l *Log) Prove(index int64) ([]byte, error) {
 
 // Check says what a proof shows to whoever trusts that key, as Key returns it. It needs nothing but the two.
 func Check(file []byte, key string) (Proven, error) {
-	verifier, err := note.NewVerifier(key)
+	verifier, err := verifierOf(key)
 	if err != nil {
-		return Proven{}, fmt.Errorf("verifier key: %v", err)
+		return Proven{}, err
 	}
 	p, err := parseProof(file)
 	if err != nil {
@@ -93,20 +94,28 @@ func Check(file []byte, key string) (Proven, error) {
 		root := begin + bytes.Index(p.checkpoint, []byte(tree.Hash.String()))
 		return Proven{}, misfit("E_LOG_CONSISTENCY", root, fmt.Sprintf("the root %v of %d records, which the lines above do not lead to", tree.Hash, tree.N), "the root that record, index and hashes lead to")
 	}
-	return Proven{Log: verifier.Name(), Tree: tree, Record: r}, nil
+	return Proven{Log: verifier.Name(), Size: tree.N, Root: tree.Hash, Record: r}, nil
 }
 
 // OpenCheckpoint is the tree that a checkpoint speaks of which that key has signed.
 func OpenCheckpoint(file []byte, key string) (Tree, error) {
-	verifier, err := note.NewVerifier(key)
+	verifier, err := verifierOf(key)
 	if err != nil {
-		return Tree{}, fmt.Errorf("verifier key: %v", err)
+		return Tree{}, err
 	}
 	tree, at, err := openCheckpoint(file, verifier)
 	if err != nil {
 		return Tree{}, &refusal.Error{Code: "E_LOG_CONSISTENCY", Subject: fmt.Sprintf("checkpoint, byte %d", at), Got: err.Error(), Want: "name, size and root, signed by " + key}
 	}
 	return tree, nil
+}
+
+func verifierOf(key string) (note.Verifier, error) {
+	verifier, err := note.NewVerifier(key)
+	if err != nil {
+		return nil, fmt.Errorf("verifier key %q: %v; want NAME+HASH+KEY, as 'kmo audit verify' prints it", refusal.Clip(key, 200), err)
+	}
+	return verifier, nil
 }
 
 // openCheckpoint reads a checkpoint, which has one spelling but for signatures by others. With an error comes the offset of what does not fit.

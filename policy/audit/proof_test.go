@@ -176,7 +176,7 @@ func TestProve(t *testing.T) {
 				t.Fatal(err)
 			}
 			got, err := Check(file, l.Key())
-			if err != nil || got.Log != "edge-1.north-sea/kmo-audit" || got.Tree.N != int64(n) || got.Record.Index != index {
+			if err != nil || got.Log != "edge-1.north-sea/kmo-audit" || got.Size != int64(n) || got.Record.Index != index {
 				t.Errorf("%d of %d: %+v, %v", index, n, got, err)
 			}
 			independently(t, file, l.Key(), index)
@@ -273,7 +273,7 @@ func TestProofT73(t *testing.T) {
 		"another index":       {change("\nindex 2", "\nindex 3"), l.Key(), "E_LOG_CONSISTENCY: proof, byte 23: a line that is no record of that index; want record 3"},
 		"an index of two":     {change("\nindex 2", "\nindex 02"), l.Key(), `"02", no number; want the record's index`},
 		"another host's key":  {string(file), stranger.Key(), "no signature by edge-1.north-sea/kmo-audit"},
-		"a key that is none":  {string(file), "edge-1", "verifier key: "},
+		"a key that is none":  {string(file), "edge-1", "verifier key "},
 		"a byte of the size":  {change("\n5\n", "\n6\n"), l.Key(), "a signature that does not verify; want a checkpoint of edge-1.north-sea/kmo-audit that this key has signed"},
 		"a hash too few":      {strings.Join(append(strings.SplitAfter(string(file), "\n")[:3], strings.SplitAfter(string(file), "\n")[4:]...), ""), l.Key(), "which the lines above do not lead to"},
 		"windows line ends":   {strings.ReplaceAll(string(file), "\n", "\r\n"), l.Key(), "E_DECODE: proof, byte 22: "},
@@ -291,7 +291,7 @@ func TestProofT73(t *testing.T) {
 	for name, tt := range map[string]struct{ file, key, want string }{
 		"another host's": {string(checkpoint), stranger.Key(), "E_LOG_CONSISTENCY: checkpoint, byte 75: no signature by "},
 		"no note":        {"hello", l.Key(), "E_LOG_CONSISTENCY: checkpoint, byte 0: bytes that are no signed note"},
-		"no key":         {string(checkpoint), "x", "verifier key: "},
+		"no key":         {string(checkpoint), "x", "verifier key "},
 	} {
 		if _, err := OpenCheckpoint([]byte(tt.file), tt.key); err == nil || !strings.Contains(err.Error(), tt.want) {
 			t.Errorf("%s: %v, want %s", name, err, tt.want)
