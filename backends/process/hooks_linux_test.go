@@ -2,6 +2,7 @@ package process
 
 import (
 	"errors"
+	"fmt"
 	"os"
 	"path/filepath"
 	"strings"
@@ -41,9 +42,7 @@ func TestCommandsOfTheDead(t *testing.T) {
 	kill()
 	k := start(t, state)
 	defer sweep(t, k)
-	if pids := processes("asked-mark"); len(pids) > 0 {
-		t.Errorf("processes %v go on", pids)
-	}
+	until(t, "the end of both", func() (string, bool) { return fmt.Sprint(processes("asked-mark")), len(processes("asked-mark")) == 0 })
 	if noted, _ := filepath.Glob(filepath.Join(state, "work", "*", commandFile+"*")); len(noted) > 0 {
 		t.Errorf("still noted: %q", noted)
 	}

@@ -110,11 +110,12 @@ func (p *program) killGroup() bool {
 // dismiss ends a command of an earlier keeper's and what it began. One beside a monitor has to end what it runs inside, and is told.
 func (p *program) dismiss() {
 	defer p.release()
-	p.signal(unix.SIGTERM)
-	if p.fd.SetReadDeadline(time.Now().Add(dismissTime)) == nil {
-		_ = p.wait()
+	for _, s := range []unix.Signal{unix.SIGTERM, unix.SIGKILL} {
+		p.signal(s)
+		if p.fd.SetReadDeadline(time.Now().Add(dismissTime)) == nil && p.wait() == nil {
+			break
+		}
 	}
-	p.signal(unix.SIGKILL)
 	_ = unix.Kill(-p.pid, unix.SIGKILL) // numbers are given out in turn: that of a group which has just become empty is no other's
 }
 
