@@ -258,7 +258,8 @@ type Mount struct {
 }
 
 // Overlay is where the workload may write; the base below it never changes. With a size, /tmp is there, anybody may write in it, and
-// where else may be written OverlayRoot says. A kept path is a folder, made for Run.User where it is not there yet; it belongs to the unit, not to one spec of it.
+// where else may be written OverlayRoot says. A kept path is a folder, made for Run.User where it is not there yet; it belongs to the
+// unit, not to one spec of it. Each backend has its own: a unit with kept paths that is to move to another one is refused (E_KEEP).
 type Overlay struct {
 	Size int64    `json:"size,omitempty"` // bytes; 0 means that nothing can be written but kept paths
 	Keep []string `json:"keep,omitempty"` // clean absolute paths that outlive a change of spec

@@ -13,6 +13,7 @@ const (
 	LimitDisk     Feature = "limit-disk"
 	Overlays      Feature = "overlay"
 	OverlayRoot   Feature = "overlay-root"
+	OwnNetwork    Feature = "own-network"
 	Keep          Feature = "keep"
 	Files         Feature = "files"
 	Secrets       Feature = "secrets"
@@ -40,6 +41,7 @@ type Described struct {
 func Features() []Described {
 	return []Described{
 		{PortMap, "a port of the workload is published under another number of the host"},
+		{OwnNetwork, "a workload has a network of its own, so its ports are nobody else's, unless it asks for the host's; no unit asks for this"},
 		{LowPorts, "ports below 1024 can be listened on"},
 		{LimitCPU, "resources.cpu.max is enforced"},
 		{LimitMemory, "resources.memory.max is enforced"},

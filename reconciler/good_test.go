@@ -399,6 +399,50 @@ func TestWhatFailedOnOneBackendMayRunOnAnother(t *testing.T) {
 	})
 }
 
+// TestNoMoveWithoutWhatIsKept: neither a commit nor a change of the host has a unit begin elsewhere without its kept paths.
+func TestNoMoveWithoutWhatIsKept(t *testing.T) {
+	story(t, func(t *testing.T, w *world) {
+		on := func(version, backends, more string) {
+			w.unit("relay", version, more)
+			w.files["units/relay/unit.yaml"] = strings.Replace(w.files["units/relay/unit.yaml"], "resources:", "    backends: ["+backends+"]\nresources:", 1)
+		}
+		const keep = "overlay: {size: 1Mi, keep: [/var/lib/relay]}\n"
+		other := &fake.Backend{}
+		w.r.Backends["other"] = other
+		on("1", "fake, other", keep)
+		w.push("v1")
+		w.reconcile(Converged)
+		on("1", "other", keep)
+		w.push("moved")
+		if rec := w.reconcile(Refused); !strings.Contains(rec.Reason, "E_KEEP: unit relay: it runs on fake, which has what is in /var/lib/relay; on other it would begin without; want backends: [fake]") {
+			t.Errorf("reason %q", rec.Reason)
+		}
+		on("2", "fake, other", keep)
+		w.push("v2")
+		w.reconcile(Converged)
+
+		w.start() // on a host whose backend does not run images any more
+		w.r.Backends["other"] = other
+		print := fake.Able()
+		print.Formats = []backends.Format{backends.Native}
+		w.fake.Print = print
+		if rec := w.reconcile(Stuck); !strings.Contains(rec.Reason, "E_KEEP") || len(other.Workloads()) > 0 {
+			t.Errorf("reason %q, the other backend has %v", rec.Reason, other.Workloads())
+		}
+		w.wantRunning("relay=2")
+		w.fake.Print = fake.Able()
+
+		w.start()
+		w.r.Backends["other"] = other
+		on("2", "other", "")
+		w.push("moved, and keeps nothing")
+		w.reconcile(Converged)
+		on("2", "other", keep)
+		w.push("keeps anew")
+		w.reconcile(Converged)
+	})
+}
+
 func TestPreviewSaysWhatQuarantineRefuses(t *testing.T) {
 	story(t, func(t *testing.T, w *world) {
 		w.unit("relay", "1", "")

@@ -7,6 +7,7 @@ import (
 	"io/fs"
 	"maps"
 	"slices"
+	"strings"
 	"sync"
 	"time"
 
@@ -113,7 +114,13 @@ func (r *Reconciler) ruling(rec Record, next *desired, err error) error {
 
 // obstacle is what keeps a commit that the rules let pass from running here. The stage is where it is refused.
 func (rec *Record) obstacle(next *desired) (stage string, err error) {
-	if err := errors.Join(next.plan.Lacks...); err != nil {
+	faults := slices.Clone(next.plan.Lacks)
+	if !next.facts.Revert { // that goes back to what is kept there
+		for _, workload := range next.plan.Workloads {
+			faults = append(faults, rec.leavesKept(workload))
+		}
+	}
+	if err := errors.Join(faults...); err != nil {
 		return "render", err
 	}
 	if bad := next.repeats(rec.Bad...); bad != nil {
@@ -122,6 +129,21 @@ func (rec *Record) obstacle(next *desired) (stage string, err error) {
 			Want: "a commit that changes the unit, the backend it runs on, or what is asked of it"}
 	}
 	return "", nil
+}
+
+// leavesKept refuses a workload with kept paths whose unit runs on another backend: each keeps them for itself, and there it would begin without.
+func (rec *Record) leavesKept(w backends.Workload) error {
+	if len(w.Overlay.Keep) == 0 {
+		return nil
+	}
+	for name, placement := range rec.Allowed {
+		if unitOf(name) == w.Unit && placement.Backend != w.Backend {
+			return &refusal.Error{Code: "E_KEEP", Subject: "unit " + w.Unit,
+				Got:  fmt.Sprintf("it runs on %s, which has what is in %s; on %s it would begin without", placement.Backend, strings.Join(w.Overlay.Keep, ", "), w.Backend),
+				Want: fmt.Sprintf("backends: [%s] for it; or a commit that moves it without overlay.keep, and one that keeps anew", placement.Backend)}
+		}
+	}
+	return nil
 }
 
 // rules returns the rules of the last accepted commit, which judge the next; where none was accepted yet, the new commit's own. A policy that
@@ -296,8 +318,10 @@ func (r *Reconciler) goodPlan(ctx context.Context, rec *Record) (*desired, error
 // changed. What they do not let run is withheld.
 func (r *Reconciler) permit(ctx context.Context, rec *Record, good *desired) {
 	var placed []string // units
-	for _, workload := range good.plan.Workloads {
-		if !rec.permits(workload) {
+	for _, workload := range slices.Clone(good.plan.Workloads) {
+		if err := rec.leavesKept(workload); err != nil {
+			good.withhold(workload.Unit, err)
+		} else if !rec.permits(workload) {
 			placed = append(placed, workload.Unit)
 		}
 	}

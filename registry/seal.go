@@ -105,7 +105,7 @@ func (s *Store) Seal(ctx context.Context, ref Reference, signer crypto.Signer, s
 	if err := img.top.state(&statement.Predicate, img.known, map[string]bool{}); err != nil {
 		return merkle.Digest{}, err
 	}
-	raw, err := sign(statement, signer)
+	raw, err := SignStatement(statement, signer)
 	if err != nil {
 		return merkle.Digest{}, err
 	}

@@ -234,7 +234,7 @@ func hashFor(key crypto.PublicKey) (crypto.Hash, error) {
 			return crypto.SHA256, nil
 		}
 	}
-	return 0, refuse("E_ALG_FORBIDDEN", "image statement", fmt.Sprintf("a key of type %T", key), "Ed25519, ECDSA P-256 or P-384, RSA of at least 3072 bits")
+	return 0, refuse("E_ALG_FORBIDDEN", "in-toto statement", fmt.Sprintf("a key of type %T", key), "Ed25519, ECDSA P-256 or P-384, RSA of at least 3072 bits")
 }
 
 func verifierFor(key crypto.PublicKey) (signature.Verifier, error) {
@@ -248,9 +248,9 @@ func verifierFor(key crypto.PublicKey) (signature.Verifier, error) {
 	return signature.LoadVerifier(key, hash)
 }
 
-// sign makes an envelope of one signature: Ed25519, ECDSA in ASN.1, RSA-PSS.
-func sign(s *Statement, signer crypto.Signer) ([]byte, error) {
-	payload, err := json.Marshal(s)
+// SignStatement makes the DSSE envelope of an in-toto statement, whatever its predicate, with one signature: Ed25519, ECDSA in ASN.1, RSA-PSS.
+func SignStatement(statement any, signer crypto.Signer) ([]byte, error) {
+	payload, err := json.Marshal(statement)
 	if err != nil {
 		return nil, err
 	}

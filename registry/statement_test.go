@@ -49,7 +49,7 @@ func TestVerifyStatementKeys(t *testing.T) {
 		"Ed25519": ed, "P-256": must(ecdsa.GenerateKey(elliptic.P256(), rand.Reader))(t), "P-384": must(ecdsa.GenerateKey(elliptic.P384(), rand.Reader))(t), "RSA": must(rsa.GenerateKey(rand.Reader, 3072))(t),
 	} {
 		t.Run(name, func(t *testing.T) {
-			raw := must(sign(sampleStatement(pinSHA, pinRoot), signer))(t)
+			raw := must(SignStatement(sampleStatement(pinSHA, pinRoot), signer))(t)
 			_, stranger := signingKey("stranger")
 			got, id, err := VerifyStatement(raw, []crypto.PublicKey{stranger, signer.Public()}, pinSHA, pinRoot)
 			if want, _ := KeyID(signer.Public()); err != nil || id != want || !strings.HasPrefix(id, "spki-sha256:") {
@@ -61,10 +61,10 @@ func TestVerifyStatementKeys(t *testing.T) {
 		})
 	}
 	weak := must(rsa.GenerateKey(rand.Reader, 2048))(t)
-	if _, err := sign(sampleStatement(pinSHA, pinRoot), weak); refusal.Of(err) == nil || refusal.Of(err).Code != "E_ALG_FORBIDDEN" {
+	if _, err := SignStatement(sampleStatement(pinSHA, pinRoot), weak); refusal.Of(err) == nil || refusal.Of(err).Code != "E_ALG_FORBIDDEN" {
 		t.Errorf("signing with RSA-2048: got %v, want E_ALG_FORBIDDEN", err)
 	}
-	raw := must(sign(sampleStatement(pinSHA, pinRoot), ed))(t)
+	raw := must(SignStatement(sampleStatement(pinSHA, pinRoot), ed))(t)
 	if _, _, err := VerifyStatement(raw, []crypto.PublicKey{weak.Public()}, pinSHA, pinRoot); refusal.Of(err) == nil || refusal.Of(err).Code != "E_ALG_FORBIDDEN" {
 		t.Errorf("a weak key to verify with: got %v, want E_ALG_FORBIDDEN", err)
 	}
@@ -77,7 +77,7 @@ func TestVerifyStatementRefusals(t *testing.T) {
 	stated := func(change func(*Statement)) []byte {
 		s := sampleStatement(pinSHA, pinRoot)
 		change(s)
-		return must(sign(s, key))(t)
+		return must(SignStatement(s, key))(t)
 	}
 	payload := string(must(json.Marshal(sampleStatement(pinSHA, pinRoot)))(t))
 	// wrapped signs any payload under any type, with any words about the key.
@@ -396,7 +396,7 @@ func TestSealSaysWhatLayersUnpackTo(t *testing.T) {
 
 func FuzzOpenStatement(f *testing.F) {
 	key, _ := signingKey("release")
-	raw, err := sign(sampleStatement(pinSHA, pinRoot), key)
+	raw, err := SignStatement(sampleStatement(pinSHA, pinRoot), key)
 	if err != nil {
 		f.Fatal(err)
 	}

@@ -378,7 +378,7 @@ func pushLie(t *testing.T, s *Store, ref Reference, root merkle.Digest, signer c
 // pushStatement puts a statement beside an image, whatever it says.
 func pushStatement(t *testing.T, s *Store, ref Reference, statement *Statement, signer crypto.Signer) {
 	t.Helper()
-	raw, err := sign(statement, signer)
+	raw, err := SignStatement(statement, signer)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -117,6 +117,7 @@ func TestConformance(t *testing.T) {
 		return conformance.Subject{
 			Open:   func(t *testing.T) backends.Backend { return open(t, dir) },
 			At:     func(t *testing.T, state string) backends.Backend { return open(t, state) },
+			Dies:   true,
 			Images: map[backends.Format]backends.Image{backends.AppImage: image},
 			Disk:   []string{dir},
 			Table:  "testdata/features",

@@ -57,7 +57,7 @@ func nothingWritten(b *bench) {
 
 func baseImmutable(b *bench) {
 	before := contentSum(b)
-	w := b.unit("relay", "append /app text", "cat /tmp/x", "write /tmp/x text", "write /new text", "cat /tmp/x", "wait")
+	w := b.unit("relay", "append /app text", "cat /tmp/x", "append /tmp/y text", "write /tmp/x text", "write /new text", "cat /tmp/x", "wait")
 	if b.has(backends.Overlays) {
 		w.Overlay.Size = 16 << 20
 	}
@@ -65,6 +65,9 @@ func baseImmutable(b *bench) {
 	b.line(w.Name, "waiting")
 	if got := b.line(w.Name, "write /new:"); b.able.Has(backends.Overlays) && b.has(backends.OverlayRoot) && got != "ok" {
 		b.Errorf("writing above the base: %s", got)
+	}
+	if got := b.line(w.Name, "append /tmp/y:"); b.able.Has(backends.Overlays) && got != "ok" { // which makes no folder, as write does
+		b.Errorf("writing to /tmp, which an overlay has: %s", got)
 	}
 	if got := b.line(w.Name, "cat /tmp/x:"); b.able.Has(backends.Overlays) && got != `"text"` {
 		b.Errorf("what was written to the overlay reads as %s", got)

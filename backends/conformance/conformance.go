@@ -46,6 +46,9 @@ type Subject struct {
 	Open func(t *testing.T) backends.Backend
 	// At is Open over a state folder that is given: one on a full disk. Nil: nothing is kept on a disk of this host.
 	At func(t *testing.T, state string) backends.Backend
+	// Dies says that the process that keeps the workloads may be killed at any moment, and that the next one sees to what it left. The suite
+	// does so to this test binary, started again: At is needed.
+	Dies bool
 	// Images holds the test program in each format to be tested: Content, and ContentRoot where the backend looks at it. The
 	// program is at /app inside, where a format has an inside. Without Content it is the runtime that fetches what Ref names.
 	Images map[backends.Format]backends.Image

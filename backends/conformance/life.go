@@ -1,14 +1,19 @@
 package conformance
 
 import (
+	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"slices"
 	"strconv"
 	"strings"
 	"syscall"
+	"testing"
+	"time"
 
 	"github.com/kindos/kmo/backends"
 )
@@ -33,6 +38,7 @@ func lifeChecks() []check {
 		{"remove gives the program its grace", removeGrace},
 		{"nomad#27815 a program goes on writing when what started it is gone", writesOn},
 		{"a killed program comes back", killedComesBack},
+		{"a hook does not run on beside its second run when the backend is killed", hookOutlives},
 		{"a program that ends is told with its exit code", exitTold},
 	}
 }
@@ -243,4 +249,102 @@ func exitTold(b *bench) {
 		b.line(w.Name, "bye")
 		b.remove(w.Name)
 	}
+}
+
+// killedAt names the folder of the process that is to be killed, and is set in that alone: the workload, its backend's state, and "ticks"
+// once the hook does.
+const killedAt = "KMO_CONFORMANCE_KILLED"
+
+// ticks is where a hook counts: not in its output, whose end might end it.
+const ticks = "/tmp/ticks"
+
+// hookOutlives kills the process of a backend while a hook counts. Once the hook is run again nothing may be counted by its first run.
+func hookOutlives(b *bench) {
+	if !b.subject.Dies || !b.has(backends.Hooking) || !b.has(backends.Overlays) || !b.has(backends.Exec) {
+		return // nobody's process is ours to kill, or it could not be seen
+	}
+	if at := os.Getenv(killedAt); at != "" {
+		b.hookUntilKilled(at)
+		return
+	}
+	w := b.unit("relay", "wait")
+	w.Hooks.PostInit = [][]string{{"/app", "tick " + ticks}}
+	w.Overlay.Size = 1 << 20
+	w = seal(w)
+	at := b.TempDir()
+	b.killMeanwhile(w, at)
+	b.subject.Open = func(t *testing.T) backends.Backend { return b.subject.At(t, filepath.Join(at, "state")) }
+	b.reopen()
+	b.names = append(b.names, w.Name)
+	b.poll("the second run of the hook", func() (string, bool) {
+		text, err := b.ticks(w.Name)
+		second := text[max(0, strings.LastIndex(text, "tick 1\n")):]
+		if strings.Count(text, "tick 1\n") < 2 || strings.Count(second, "\n") < 50 {
+			return fmt.Sprint(text, err), false
+		}
+		for i, line := range strings.Split(second, "\n")[:50] {
+			if want := fmt.Sprint("tick ", i+1); line != want {
+				b.Fatalf("in the second run of a hook is counted %q, want %q: its first run goes on beside it", line, want)
+			}
+		}
+		return text, true
+	})
+}
+
+// killMeanwhile applies a workload by this test again, in a process of its own, which is killed as soon as the workload's hook ticks.
+func (b *bench) killMeanwhile(w backends.Workload, at string) {
+	b.Helper()
+	text, err := json.Marshal(w)
+	if err = errors.Join(err, os.WriteFile(filepath.Join(at, "workload"), text, 0o600)); err != nil {
+		b.Fatal(err)
+	}
+	mortal := exec.CommandContext(b.Context(), os.Args[0], "-test.run", "^"+strings.ReplaceAll(b.Name(), "/", "$/^")+"$")
+	mortal.Env = append(os.Environ(), killedAt+"="+at, "TMPDIR="+b.TempDir())
+	var said strings.Builder
+	mortal.Stdout, mortal.Stderr, mortal.WaitDelay = &said, &said, time.Second // what it has left behind may hold them
+	if err := mortal.Start(); err != nil {
+		b.Fatal(err)
+	}
+	for deadline := time.Now().Add(2 * b.patience); ; time.Sleep(10 * time.Millisecond) { // its images are made first
+		if _, err = os.Stat(filepath.Join(at, "ticks")); err == nil || time.Now().After(deadline) {
+			break
+		}
+	}
+	_, _ = mortal.Process.Kill(), mortal.Wait()
+	if err != nil {
+		b.Fatalf("the hook does not tick: %s", said.String())
+	}
+}
+
+// hookUntilKilled applies the workload and says when its hook ticks.
+func (b *bench) hookUntilKilled(at string) {
+	var w backends.Workload
+	text, err := os.ReadFile(filepath.Join(at, "workload"))
+	if err = errors.Join(err, json.Unmarshal(text, &w)); err != nil {
+		b.Fatal(err)
+	}
+	b.subject.Open = func(t *testing.T) backends.Backend { return b.subject.At(t, filepath.Join(at, "state")) }
+	b.reopen()
+	go func() { _ = b.backend.Apply(context.Background(), w) }() // it ends with this process
+	b.poll("a hook that ticks", func() (string, bool) {
+		text, err := b.ticks(w.Name)
+		return fmt.Sprint(text, err), strings.Contains(text, "tick 20\n")
+	})
+	if err := os.WriteFile(filepath.Join(at, "ticks"), nil, 0o600); err != nil {
+		b.Fatal(err)
+	}
+	time.Sleep(b.patience)
+}
+
+// ticks reads what a workload's hook has counted.
+func (b *bench) ticks(name string) (string, error) {
+	execer, ok := b.backend.(backends.Execer)
+	if !ok {
+		b.Fatal("the fingerprint says exec, the backend is no Execer")
+	}
+	_, output, err := execer.Exec(b.Context(), name, []string{"/app", "cat " + ticks})
+	if err != nil {
+		return "", err
+	}
+	return strconv.Unquote(strings.TrimSpace(strings.TrimPrefix(string(output), "cat "+ticks+": ")))
 }

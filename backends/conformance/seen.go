@@ -31,6 +31,7 @@ func seenChecks() []check {
 		{"a chosen port is told and stays the same", chosenPort},
 		{"a fixed port is the one asked for", fixedPort},
 		{"a mapped port is published", mappedPort},
+		{"what two workloads listen on inside is each one's own", samePort},
 		{"a low port is listened on", lowPort},
 		{"a port of the host's network is the program's own", hostNetwork},
 		{"only ours are seen", onlyOurs},
@@ -222,6 +223,23 @@ func mappedPort(b *bench) {
 	w = b.apply(w)
 	if s := b.answers(w.Name); !strings.HasSuffix(s.Addresses[0].Address, fmt.Sprint(":", outside)) {
 		b.Errorf("address is %s, want port %d", s.Addresses[0].Address, outside)
+	}
+}
+
+// samePort: what two workloads listen on inside is each one's own.
+func samePort(b *bench) {
+	if !b.has(backends.OwnNetwork) {
+		return
+	}
+	inside := freePort(b)
+	var at []string
+	for _, name := range []string{"relay", "ledger"} {
+		w := b.unit(name, "serve http", "wait")
+		w.Run.Ports = []backends.Port{{Name: "http", Port: inside}}
+		at = append(at, b.answers(b.apply(w).Name).Addresses[0].Address)
+	}
+	if at[0] == at[1] {
+		b.Errorf("two workloads that listen on %d inside are both at %s", inside, at[0])
 	}
 }
 

@@ -354,7 +354,7 @@ func (b *Backend) measure(able *backends.Fingerprint, info system.Info) {
 	has := func(f backends.Feature) { able.Features = append(able.Features, f) }
 	lacks := func(words string) { able.Missing = append(able.Missing, words) }
 	for _, f := range []backends.Feature{
-		backends.PortMap, backends.LowPorts, backends.LimitDisk, backends.Overlays, backends.MemoryPool, backends.Sockets, backends.Hooking, backends.HostNetwork,
+		backends.OwnNetwork, backends.PortMap, backends.LowPorts, backends.LimitDisk, backends.Overlays, backends.MemoryPool, backends.Sockets, backends.Hooking, backends.HostNetwork,
 		backends.Exec, backends.Mounts, backends.Capabilities, backends.HostNamespace, backends.WritableBase, backends.Unconfined,
 	} {
 		has(f)

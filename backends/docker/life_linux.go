@@ -482,6 +482,7 @@ func (b *Backend) await(ctx context.Context, id string) (int, []byte, error) {
 		p = program.Hold(c.pid, id)
 		defer p.Release()
 	}
+	b.step("held")
 	ended := b.over(ctx, id, p)
 	undo, cancel := context.WithTimeout(context.WithoutCancel(ctx), clearTime)
 	defer cancel()

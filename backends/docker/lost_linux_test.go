@@ -12,6 +12,8 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/kindos/kmo/backends"
+	"github.com/kindos/kmo/backends/docker/program"
+	"github.com/kindos/kmo/backends/process/stage"
 )
 
 // orphan kills what an engine watches a program by, and then the program, of whose end nobody can tell the engine any more.
@@ -27,13 +29,14 @@ func orphan(t *testing.T, pid int) {
 		t.Fatalf("the parent of process %d is %d; %v", pid, monitor, err)
 	}
 	for _, one := range []int{monitor, pid} {
+		before, err := stage.ReadStat(one)
+		if err != nil {
+			continue
+		}
 		if err := unix.Kill(one, unix.SIGKILL); err != nil && !errors.Is(err, unix.ESRCH) { // containerd ends what has lost its monitor
 			t.Fatal(err)
 		}
-		for deadline := time.Now().Add(time.Minute); ; time.Sleep(5 * time.Millisecond) {
-			if text, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", one)); err != nil || strings.Contains(string(text), ") Z ") {
-				break
-			}
+		for deadline := time.Now().Add(time.Minute); program.Lives(one, before.Began); time.Sleep(5 * time.Millisecond) {
 			if time.Now().After(deadline) {
 				t.Fatalf("process %d does not end", one)
 			}
@@ -50,7 +53,7 @@ func unreaped(t *testing.T) {
 	t.Cleanup(func() { _ = unix.Prctl(unix.PR_SET_CHILD_SUBREAPER, 0, 0, 0, 0) }) // never fails
 }
 
-// A program that has ended is not shown as running, whatever the engine says, and is started again as any other.
+// A program that has ended is not believed to run, whatever the engine says, once it had the time to learn of it; it is started again as any other.
 func TestEngineLosesProgram(t *testing.T) {
 	image := content(t)
 	each(t, func(t *testing.T, d *daemon) {
@@ -73,7 +76,7 @@ func TestEngineLosesProgram(t *testing.T) {
 				b = open(t, d.name, state)
 			}
 			list, err := b.Observe(t.Context())
-			if err != nil || len(list) != 1 || list[0].Restarts == restarts && (list[0].State == backends.Running || list[0].PID != 0 || list[0].Usage.Memory != 0) {
+			if err != nil || len(list) != 1 || list[0].Restarts == restarts && (list[0].PID != 0 || list[0].Usage.Memory != 0) {
 				t.Errorf("after its end it is %+v; %v", list, err)
 			}
 			unreaped(t) // from the next on
@@ -139,15 +142,17 @@ func TestEngineLosesHook(t *testing.T) {
 	b := open(t, d.name, state)
 	w := unit("relay", image, "wait")
 	w.Hooks.PreInit = [][]string{{"/app", "wait"}}
-	applied := make(chan error, 1)
-	go func() { applied <- b.Apply(t.Context(), w) }()
-	for deadline := time.Now().Add(time.Minute); time.Now().Before(deadline); time.Sleep(10 * time.Millisecond) {
-		if c, err := b.inspect(t.Context(), b.plan.Container(w.Name)+"-hook"); err == nil && c != nil && c.running {
-			orphan(t, c.pid)
-			break
+	b.step = func(step string) {
+		if step != "held" {
+			return
 		}
+		c, err := b.inspect(t.Context(), b.plan.Container(w.Name)+"-hook")
+		if err != nil || c == nil || !c.running {
+			t.Fatalf("its hook is %+v; %v", c, err)
+		}
+		orphan(t, c.pid)
 	}
-	plain(t, "apply", <-applied)
+	plain(t, "apply", b.Apply(t.Context(), w))
 	if left := leaks(t, d, state); len(left) > 0 {
 		t.Errorf("left behind: %q", left)
 	}

@@ -64,13 +64,15 @@ func (b *Backend) Observe(ctx context.Context) ([]backends.Status, error) {
 
 // status is a workload as it is, or nil if it has gone meanwhile.
 func (b *Backend) status(ctx context.Context, e *entry, c container.Summary) (*backends.Status, error) {
-	runs, last := c.State == container.StateRunning || c.State == container.StatePaused, end{}
+	runs, untold := c.State == container.StateRunning || c.State == container.StatePaused, ""
 	if e.doubtful(c.ID, runs) && c.State != container.StateCreated {
 		found, err := b.takeUp(ctx, e, c.ID)
 		if found == nil {
 			return nil, err
 		}
-		runs, last.Untold = found.running, found.untold
+		if runs = found.running; found.untold {
+			untold = found.finished
+		}
 	}
 	e.mu.Lock()
 	defer e.mu.Unlock()
@@ -81,12 +83,14 @@ func (b *Backend) status(ctx context.Context, e *entry, c container.Summary) (*b
 	for i, p := range e.workload.Run.Ports {
 		s.Addresses = append(s.Addresses, backends.Address{Port: p.Name, Address: fmt.Sprintf("127.0.0.1:%d", e.ports[i])})
 	}
-	if e.record.Ended != nil && !last.Untold {
-		last = *e.record.Ended
+	if last := e.record.Ended; last != nil {
+		s.ExitCode, s.OOM = last.Code, last.OOM
+		if last.Untold && s.Detail == "" {
+			s.Detail = last.String()
+		}
 	}
-	if s.ExitCode, s.OOM = last.Code, last.OOM; last.Untold && s.Detail == "" {
-		s.Detail = last.String()
-	}
+	// How it ended may be told in a moment: until that is given up it is shown as the engine does.
+	runs = runs || untold != "" && (e.record.Ended == nil || e.record.Ended.At != untold)
 	switch {
 	case e.record.Removing && !runs:
 		s.State, s.Detail = backends.Exited, "being removed"
@@ -102,7 +106,7 @@ func (b *Backend) status(ctx context.Context, e *entry, c container.Summary) (*b
 	if e.record.Removing {
 		s.Detail = "being removed"
 	}
-	if runs {
+	if runs && untold == "" {
 		s.Started, s.Usage = e.started, e.program.Usage()
 		if e.program != nil {
 			s.PID = e.program.PID

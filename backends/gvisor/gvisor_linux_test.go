@@ -97,6 +97,7 @@ func TestConformance(t *testing.T) {
 			Table:    "testdata/features",
 			Open:     func(t *testing.T) backends.Backend { return open(t, dir) },
 			At:       func(t *testing.T, state string) backends.Backend { return open(t, state) },
+			Dies:     true,
 			Images:   map[backends.Format]backends.Image{backends.OCI: {Content: image.Content}},
 			Patience: time.Minute,
 			Disk:     []string{dir},

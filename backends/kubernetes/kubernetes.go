@@ -247,7 +247,7 @@ func fingerprint(v version) backends.Fingerprint {
 		Isolation: backends.IsolationContainer,
 		Features: []backends.Feature{
 			backends.Exec, backends.Files, backends.LimitCPU, backends.LimitDisk, backends.LimitMemory, backends.LowPorts,
-			backends.Overlays, backends.PortMap,
+			backends.Overlays, backends.OwnNetwork, backends.PortMap,
 		},
 		Missing: []string{
 			"capabilities: a pod's user who is not root gets none of them",

@@ -61,6 +61,9 @@ func (c config) text() string {
 		set("namespace.share.net", c.netns)
 	}
 	set("net.0.type", "none")
+	if most := own(w); most > 0 && len(c.ids) > 0 { // it counts the processes of users that are this container's alone
+		set("prlimit.nproc", most)
+	}
 	for _, e := range c.ids {
 		for _, kind := range []string{"u", "g"} {
 			set("idmap", fmt.Sprint(kind, " ", e[0], " ", e[1], " ", e[2]))
@@ -72,6 +75,9 @@ func (c config) text() string {
 	}
 	return lines.String()
 }
+
+// own is how many processes the program of a workload of inner's may have; 0 is not bounded.
+func own(w backends.Workload) int64 { return max(w.Resources.PIDs-pidsShare, 0) }
 
 // hostname is the name of a workload as far as one may be long.
 func hostname(name string) string { return name[:min(len(name), 63)] }

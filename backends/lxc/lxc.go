@@ -35,7 +35,8 @@
 //
 // Cgroups: the keeper bounds the monitor, lxc-start and the container together, by what version this host has, so the configuration has
 // neither lxc.cgroup nor lxc.cgroup2 keys; hierarchies are hidden from LXC, which makes no cgroups then. The bounds of memory and of
-// processes are larger than asked by what that costs: what of it is not used, the program may use, and Unapplied says so.
+// processes are larger than asked by what that costs. What is not used of that memory the program may use, and Unapplied says so; its processes are
+// bounded by RLIMIT_NPROC as well.
 //
 // A hook before the program is a container of its own, in the same root, network and configuration; other hooks and Exec are lxc-attach,
 // which begins in /.
@@ -125,9 +126,11 @@ func (b *Backend) Close() error { return errors.Join(b.Keeper.Close(), b.users.c
 func features(have []backends.Feature) []backends.Feature { return append(have, backends.PortMap) }
 
 // usage takes what keeping it costs from what a workload of inner's uses.
-func usage(_ backends.Workload, u backends.Usage) backends.Usage {
+func usage(w backends.Workload, u backends.Usage) backends.Usage {
 	const idle = 12
-	u.PIDs = max(u.PIDs-idle, 1)
+	if u.PIDs = max(u.PIDs-idle, 1); own(w) > 0 {
+		u.PIDs = min(u.PIDs, own(w)) // more are those of a command's keeping
+	}
 	return u
 }
 
@@ -190,9 +193,9 @@ func (b *Backend) missing() []string {
 	return append(append(list, b.lacks()...), looseness())
 }
 
-// looseness is by how much the bounds of a container are wider than its program's.
+// looseness is by how much the bound of a container's memory is wider than its program's.
 func looseness() string {
-	return fmt.Sprintf("bounds: what keeping a container does not use of its share, %d MiB and %d threads, the program may", memoryShare>>20, pidsShare)
+	return fmt.Sprintf("bounds: what keeping a container does not use of its %d MiB of memory, the program may", memoryShare>>20)
 }
 
 // lacks is what a container has not of its confinement, and of its network. It needs no keeper: plan is asked before there is one.
@@ -214,7 +217,7 @@ func (b *Backend) unapplied(w backends.Workload) []string {
 	if slices.Contains(w.Security.Host, "network") {
 		list = backends.Concerning(list, "seccomp", "apparmor")
 	}
-	if w.Resources.Memory > 0 || w.Resources.PIDs > 0 {
+	if w.Resources.Memory > 0 {
 		list = append(list, looseness())
 	}
 	return list
@@ -250,7 +253,7 @@ func (b *Backend) plan(_ context.Context, w backends.Workload, place process.Pla
 		if system(w) {
 			return p, &backends.FeatureError{Backend: Name, Feature: "system-container", Detail: "it needs users of its own: " + lacks}
 		}
-		first, unapplied = 0, append(unapplied, "users of its own: "+lacks)
+		first, unapplied = 0, append(unapplied, "users of its own: "+lacks, fmt.Sprintf("bounds: without those, what keeping it does not use of its %d threads, the program may", pidsShare))
 	}
 	at, err := placeText(place)
 	if err != nil {

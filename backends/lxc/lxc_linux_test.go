@@ -74,6 +74,7 @@ func TestConformance(t *testing.T) {
 			Table:    "testdata/features",
 			Open:     func(t *testing.T) backends.Backend { return open(t, dir) },
 			At:       func(t *testing.T, state string) backends.Backend { return open(t, state) },
+			Dies:     true,
 			Images:   map[backends.Format]backends.Image{backends.OCI: {Content: root}, backends.LXC: {Content: root}},
 			Leaks:    func(t *testing.T) []string { return leaks(dir) },
 			Patience: time.Minute, // on a machine that others use, with the race detector, a start takes seconds

@@ -143,22 +143,35 @@ func TestEmulatorKilled(t *testing.T) {
 	}
 }
 
-// A machine whose way out is gone is told, and comes back with another.
-func TestWayOutKilled(t *testing.T) {
-	b, _ := begin(t)
-	w := workload("relay", "wait")
-	if err := b.Apply(t.Context(), w); err != nil {
-		t.Fatal(err)
-	}
-	if err := syscall.Kill(started(t, status(t, b, w.Name).PID, "slirp4netns"), syscall.SIGKILL); err != nil {
-		t.Fatal(err)
-	}
-	until(t, "it runs again", func() (string, bool) {
-		s := status(t, b, w.Name)
-		return fmt.Sprintf("%+v", s), s.State == backends.Running && s.Restarts == 1
-	})
-	if text := logOf(t, b, w.Name); !strings.Contains(text, "the machine: slirp4netns ended") {
-		t.Errorf("the log does not tell: %q", text)
+// A machine that has lost one of its programs is told, and comes back with others. The second virtiofsd is in the first one's sandbox.
+func TestProgramKilled(t *testing.T) {
+	for program, words := range map[string]string{"slirp4netns": "the machine: slirp4netns ended", "virtiofsd": "virtiofsd ended: ", "virtiofsd/virtiofsd": "virtiofsd ended: "} {
+		t.Run(program, func(t *testing.T) {
+			b, _ := begin(t)
+			w := workload("relay", "write /keep/x text", "cat /keep/x", "wait")
+			w.Overlay.Keep = []string{"/keep"}
+			if err := b.Apply(t.Context(), w); err != nil {
+				t.Fatal(err)
+			}
+			reads := func(times int) {
+				until(t, "its kept path", func() (string, bool) {
+					text := logOf(t, b, w.Name)
+					return text, strings.Count(text, `cat /keep/x: "text"`) == times
+				})
+			}
+			reads(1)
+			victim := status(t, b, w.Name).PID
+			for part := range strings.SplitSeq(program, "/") {
+				victim = started(t, victim, part)
+			}
+			if err := syscall.Kill(victim, syscall.SIGKILL); err != nil {
+				t.Fatal(err)
+			}
+			reads(2)
+			if s, text := status(t, b, w.Name), logOf(t, b, w.Name); s.Restarts != 1 || !strings.Contains(text, words) {
+				t.Errorf("it is %+v, want it started again once; the log does not say %q: %q", s, words, text)
+			}
+		})
 	}
 }
 

@@ -116,6 +116,7 @@ func TestConformance(t *testing.T) {
 			Table:    "testdata/features",
 			Open:     func(t *testing.T) backends.Backend { return open(t, state) },
 			At:       func(t *testing.T, state string) backends.Backend { return open(t, state) },
+			Dies:     true,
 			Images:   map[backends.Format]backends.Image{backends.OCI: {Content: ground.image, ContentRoot: merkle.Digest{1}}},
 			Patience: 120 * time.Second,
 			Disk:     []string{state},

@@ -57,6 +57,7 @@ func TestConformance(t *testing.T) {
 		return conformance.Subject{
 			Open:     func(t *testing.T) backends.Backend { return open(t, dir) },
 			At:       func(t *testing.T, state string) backends.Backend { return open(t, state) },
+			Dies:     true,
 			Images:   images,
 			Table:    "testdata/features",
 			Disk:     []string{dir},

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"os"
 	"path/filepath"
 	"time"
@@ -16,6 +17,7 @@ import (
 const (
 	hookTime     = 30 * time.Second       // for each hook
 	defaultGrace = 10 * time.Second       // where a workload says none
+	dismissTime  = 5 * time.Second        // for an earlier keeper's command to end
 	restartTime  = 2 * time.Minute        // for a start without a caller, preInit hooks and all
 	portTime     = 500 * time.Millisecond // for a port to be let go
 	quick        = time.Minute            // an end sooner than this after the start makes the next pause longer
@@ -262,9 +264,8 @@ func (k *Keeper) runHook(ctx context.Context, e *entry, moment string, argv []st
 		return err
 	}
 	defer log.Close()
-	return k.hook(ctx, e, moment, argv, log, func(ctx context.Context) (int, error) {
-		status, _, err := k.join(ctx, e, argv, log)
-		return status, err
+	return k.hook(ctx, e, moment, argv, log, func(ctx context.Context, out io.Writer) (int, error) {
+		return k.join(ctx, e, argv, out)
 	})
 }
 

@@ -31,6 +31,19 @@ func TestLogIsBoundedWithoutItsKeeper(t *testing.T) {
 	}
 }
 
+// A hook that writes more than the log may have, sooner than anybody trims that, has written: no file's bound ends it.
+func TestLoudHook(t *testing.T) {
+	k := fresh(t)
+	w := workload("calling", "wait")
+	loud := []string{"/app", "pour " + strings.Repeat("m", 3*logTimes)}
+	w.Hooks = backends.Hooks{PreInit: [][]string{loud}, PostInit: [][]string{loud}}
+	apply(t, k, w)
+	found, err := os.Stat(filepath.Join(k.options.State, "work", w.Name, logFile))
+	if err != nil || found.Size() > logTimes*testLog {
+		t.Errorf("the log has %d bytes, %v; want %d at most", found.Size(), err, logTimes*testLog)
+	}
+}
+
 func TestFilesAreBounded(t *testing.T) {
 	k := fresh(t)
 	w := workload("greedy", "grow", "room", "large /x", "wait")

@@ -2,6 +2,7 @@ package process
 
 import (
 	"errors"
+	"fmt"
 	"os"
 	"path/filepath"
 	"strings"
@@ -30,6 +31,29 @@ func TestHookTime(t *testing.T) {
 			}
 			until(t, "the hook's end", func() (string, bool) { return "", len(processes("hook-mark")) == 0 })
 		})
+	}
+}
+
+// What a keeper ran beside a program when it was killed has ended, children and all, once the next one is there. The program goes on.
+func TestCommandsOfTheDead(t *testing.T) {
+	state := t.TempDir()
+	kill := other(t, state, "", "asked", "wait program-mark")
+	until(t, "the command and its child", func() (string, bool) { return "", len(processes("asked-mark")) == 2 })
+	kill()
+	k := start(t, state)
+	defer sweep(t, k)
+	until(t, "the end of both", func() (string, bool) { return fmt.Sprint(processes("asked-mark")), len(processes("asked-mark")) == 0 })
+	if noted, _ := filepath.Glob(filepath.Join(state, "work", "*", commandFile+"*")); len(noted) > 0 {
+		t.Errorf("still noted: %q", noted)
+	}
+	if pids := processes("program-mark"); len(pids) != 1 {
+		t.Errorf("the program's processes are %v, want one", pids)
+	}
+	if _, _, err := k.Exec(t.Context(), workload("asked").Name, []string{"/app", "id"}); err != nil {
+		t.Error(err)
+	}
+	if noted, _ := filepath.Glob(filepath.Join(state, "work", "*", commandFile+"*")); len(noted) > 0 {
+		t.Errorf("noted of what has ended: %q", noted)
 	}
 }
 

@@ -186,6 +186,9 @@ func (k *Keeper) Features() []backends.Feature {
 	if k.support.Overlay {
 		list = append(list, backends.Overlays, backends.OverlayRoot, backends.LimitDisk)
 	}
+	if k.options.Publishes {
+		list = append(list, backends.OwnNetwork)
+	}
 	if k.options.Publishes || unprivilegedPorts() < 1024 {
 		list = append(list, backends.LowPorts)
 	}
@@ -371,7 +374,7 @@ func (k *Keeper) Logs(ctx context.Context, name string, options backends.LogOpti
 	return readLog(ctx, k.ctx, e.dir, options)
 }
 
-// Exec runs a command inside a running workload, confined and bounded as its program is.
+// Exec runs a command inside a running workload, confined and bounded as its program is. It returns the first 64 KiB of its output.
 func (k *Keeper) Exec(ctx context.Context, name string, argv []string) (int, []byte, error) {
 	e := k.entry(name)
 	if e == nil {
@@ -380,5 +383,7 @@ func (k *Keeper) Exec(ctx context.Context, name string, argv []string) (int, []b
 	if len(argv) == 0 {
 		return 0, nil, fmt.Errorf("%s: no command is named", name)
 	}
-	return k.join(ctx, e, argv, nil)
+	var said words
+	status, err := k.join(ctx, e, argv, &said)
+	return status, said, err
 }

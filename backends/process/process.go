@@ -20,10 +20,14 @@
 // A record needs to outlive this process, not the machine: the programs it speaks of die with the kernel whose page cache
 // holds it. So it is renamed into place but never synced. A record that cannot be read is cleared away, never obeyed.
 //
+// A hook, or a command of Exec, is noted by pid and start time before it has its orders. The next keeper ends one that is still noted, with
+// its process group, before anything else: a hook that was interrupted is run again, and never beside itself.
+//
 // The folder, trusted, mode 0700, this user's own:
 //
 //	work/<workload>/record.json   what was asked, and proof of the process that answers it
-//	work/<workload>/log, log.1    stdout and stderr, appended by the program itself; log.1 is the older part
+//	work/<workload>/log, log.1    stdout and stderr, appended by the program itself, and for its hooks; log.1 is the older part
+//	work/<workload>/command-…     one for each hook or command that runs beside the program: its pid and start time
 //	work/<workload>/root          where the stage mounts, in a namespace of its own: empty for everyone else
 //	work/<workload>/own           what a monitor makes for itself, new at each start
 //	kept/<unit>/<path>            kept paths, which outlive their workloads
@@ -39,6 +43,7 @@
 // on, so that a program which can do without its log goes on. The bound holds for every file, memfds and shared memory too, and
 // room cannot be had beyond a file's end. A program with kept paths or writable mounts has no such bound, as what it keeps may
 // be of any size; its Status says so in Unapplied. Nor has what a monitor runs, unless that writes the log itself (Program.WritesLog).
+// What a hook writes comes by the keeper, which drops what the log has no room for.
 //
 // No program is started while anybody listens on one of its ports, on whatever address. A port that the unit leaves open is chosen
 // anew then. For one that it names Apply returns an error that blames nobody, for a stranger on the host is no fault of the
@@ -92,6 +97,8 @@ type Options struct {
 	Publishes bool
 	// Usage corrects what a workload's cgroups say it uses, by what keeping it costs; nil changes nothing.
 	Usage func(backends.Workload, backends.Usage) backends.Usage
+	// Means says what a program's exit status stands for, where that is the backend's own word and not the workload's; nil: for itself.
+	Means func(status int) (code int, oom bool)
 	// Gone is told of each workload of which there is nothing left but its kept paths, whether it has run or not; nil is not told.
 	Gone func(name string)
 	// Memory is a folder on storage that is memory, for secrets; "" is the first of /run/kmo and /dev/shm/kmo that can be that.

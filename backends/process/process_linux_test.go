@@ -73,6 +73,9 @@ func keeper(args []string) {
 		}
 		err = k.Apply(context.Background(), workload(args[2], args[3:]...))
 	}
+	if err == nil && args[2] == "asked" {
+		go k.Exec(context.Background(), workload(args[2]).Name, []string{"/app", "child asked-mark", "wait asked-mark"})
+	}
 	fmt.Println("applied", err)
 	time.Sleep(time.Hour)
 }

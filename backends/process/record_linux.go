@@ -132,6 +132,37 @@ func (k *Keeper) recordStart(e *entry, c *child, unapplied []string) error {
 	})
 }
 
+// commandFile begins the name of an empty file that says who runs beside a program: a pid and its start time follow.
+const commandFile = "command-"
+
+// noteCommand writes down a command before that has its orders: the next keeper ends one that this keeper has not forgotten.
+func (k *Keeper) noteCommand(e *entry, c *child) (forget func(), err error) {
+	started, err := startTime(c.pid)
+	if err != nil {
+		return nil, err
+	}
+	at := filepath.Join(e.dir, fmt.Sprintf("%s%d-%d", commandFile, c.pid, started))
+	return func() { _ = os.Remove(at) }, os.WriteFile(at, nil, 0o600)
+}
+
+// endCommands ends what an earlier keeper ran beside a program: nobody waits for it any more, and a hook is run again.
+func (k *Keeper) endCommands(e *entry) {
+	found, err := os.ReadDir(e.dir)
+	if err != nil {
+		return // there is nothing of it
+	}
+	for _, file := range found {
+		id := identity{Boot: e.record.Process.Boot}
+		if _, err := fmt.Sscanf(file.Name(), commandFile+"%d-%d", &id.PID, &id.Start); err != nil {
+			continue
+		}
+		if p := k.same(id, kinNumber); p != nil {
+			p.dismiss()
+		}
+		_ = os.Remove(filepath.Join(e.dir, file.Name())) // what it names has ended
+	}
+}
+
 // unapplied says what this host and this keeper leave out of a workload's bounds and confinement.
 func (k *Keeper) unapplied(w backends.Workload, p *Program, o stage.Orders) []string {
 	list := slices.Clone(p.Unapplied)

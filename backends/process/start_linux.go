@@ -117,9 +117,8 @@ func (k *Keeper) preInit(ctx context.Context, e *entry, stage *program, hooks []
 	}
 	return func() error {
 		for _, argv := range hooks {
-			if err := k.hook(ctx, e, "preInit", argv, log, func(ctx context.Context) (int, error) {
-				status, _, err := k.inside(ctx, e, k.resolved(&e.record), stage, argv, log)
-				return status, err
+			if err := k.hook(ctx, e, "preInit", argv, log, func(ctx context.Context, out io.Writer) (int, error) {
+				return k.inside(ctx, e, k.resolved(&e.record), stage, argv, out)
 			}); err != nil {
 				return err
 			}
@@ -128,15 +127,16 @@ func (k *Keeper) preInit(ctx context.Context, e *entry, stage *program, hooks []
 	}
 }
 
-// hook runs a hook and turns how it ended into an error with what it wrote. One that does not end in its time is at fault itself.
-func (k *Keeper) hook(ctx context.Context, e *entry, moment string, argv []string, log *os.File, run func(context.Context) (int, error)) error {
+// hook runs a hook and turns how it ended into an error with what it wrote. One that does not end in its time is at fault itself. What it
+// writes while the log is as long as it may get is lost.
+func (k *Keeper) hook(ctx context.Context, e *entry, moment string, argv []string, log *os.File, run func(context.Context, io.Writer) (int, error)) error {
 	before, err := log.Stat()
 	if err != nil {
 		return err
 	}
 	within, cancel := context.WithTimeout(ctx, k.hookTime)
 	defer cancel()
-	status, err := run(within)
+	status, err := run(within, k.place(&e.record.Workload).Onto(log))
 	fault := &backends.StartError{Workload: e.name, Stage: fmt.Sprintf("%s %v", moment, argv)}
 	var cause *backends.StartError
 	switch {
@@ -337,8 +337,8 @@ func (c *child) reap() int {
 	return stage.Wait(c.pid)
 }
 
-// join runs a command in the namespaces of a running workload. Its output goes to log, or is returned if there is none.
-func (k *Keeper) join(ctx context.Context, e *entry, argv []string, log *os.File) (int, []byte, error) {
+// join runs a command in the namespaces of a running workload. Its output goes to out.
+func (k *Keeper) join(ctx context.Context, e *entry, argv []string, out io.Writer) (int, error) {
 	e.mu.Lock()
 	p, w := e.program, e.record.Workload
 	if p != nil {
@@ -346,46 +346,47 @@ func (k *Keeper) join(ctx context.Context, e *entry, argv []string, log *os.File
 	}
 	e.mu.Unlock()
 	if p == nil {
-		return 0, nil, backends.ErrNotFound
+		return 0, backends.ErrNotFound
 	}
-	return k.inside(ctx, e, w, p, argv, log)
+	return k.inside(ctx, e, w, p, argv, out)
 }
 
 // inside runs a command in the namespaces of a program, or of a stage that waits.
-func (k *Keeper) inside(ctx context.Context, e *entry, w backends.Workload, p *program, argv []string, log *os.File) (int, []byte, error) {
+func (k *Keeper) inside(ctx context.Context, e *entry, w backends.Workload, p *program, argv []string, out io.Writer) (int, error) {
 	in, err := p.duplicate()
 	if err != nil {
-		return 0, nil, err
+		return 0, err
 	}
 	defer unix.Close(in)
 	plan, err := k.planned(ctx, e)
 	if err != nil {
-		return 0, nil, err
+		return 0, err
 	}
 	w.Hooks.PreInit = [][]string{argv}
 	orders, hooks, err := k.orders(w, *plan, e.dir)
 	if err != nil {
-		return 0, nil, err
+		return 0, err
 	}
 	orders.Root, orders.Argv, orders.Announce = nil, hooks[0], false
 	if plan.Monitor {
 		orders.Argv = append([]string{"kmo"}, plan.Command(argv)...)
 	}
-	var output *os.File
-	if log == nil {
-		if output, log, err = os.Pipe(); err != nil {
-			return 0, nil, err
-		}
-		defer output.Close()
-	}
-	c, err := spawnInside(in, orders, k.groups.Joins(e.name), log)
-	if output != nil {
-		err = errors.Join(err, log.Close())
-	}
+	output, theirs, err := os.Pipe()
 	if err != nil {
-		return 0, nil, fmt.Errorf("%s: %v: %v", e.name, argv, err)
+		return 0, err
 	}
-	return c.finish(ctx, e.name, output)
+	defer output.Close()
+	c, err := spawnInside(in, orders, k.groups.Joins(e.name), theirs)
+	if err = errors.Join(err, theirs.Close()); err != nil {
+		return 0, fmt.Errorf("%s: %v: %v", e.name, argv, err)
+	}
+	forget, err := k.noteCommand(e, c)
+	if err != nil {
+		c.abandon()
+		return 0, fmt.Errorf("%s: %v: noting it: %v", e.name, argv, err)
+	}
+	defer forget()
+	return c.finish(ctx, e.name, output, out)
 }
 
 // spawnInside clones a stage into the pid namespace of a program, by a thread that enters it.
@@ -401,8 +402,8 @@ func spawnInside(in int, orders stage.Orders, joins []string, out *os.File) (c *
 	return c, err
 }
 
-// finish waits for a command and reads its output, of which the first 64 KiB count.
-func (c *child) finish(ctx context.Context, name string, output *os.File) (int, []byte, error) {
+// finish waits for a command and copies its output.
+func (c *child) finish(ctx context.Context, name string, output *os.File, out io.Writer) (int, error) {
 	defer context.AfterFunc(ctx, func() {
 		if c.orders.Monitor { // it has to end what it runs inside
 			c.signal(unix.SIGTERM)
@@ -410,40 +411,41 @@ func (c *child) finish(ctx context.Context, name string, output *os.File) (int, 
 		}
 		c.signal(unix.SIGKILL)
 	})()
-	text := make(chan []byte, 1)
-	if output != nil {
-		go func() {
-			first, err := io.ReadAll(io.LimitReader(output, 64<<10))
-			if err == nil {
-				_, _ = io.Copy(io.Discard, output) // so that the command is not held up
-			}
-			text <- first
-		}()
-	} else {
-		text <- nil
-	}
+	copied := make(chan struct{})
+	go func() {
+		defer close(copied)
+		_, _ = io.Copy(out, output) // out takes everything
+	}()
 	fault, err := c.instruct(ctx, func() {}, nil)
 	if err == nil {
 		err = c.wait() // the end of ctx kills it
 	}
 	c.kill()
 	status := c.reap()
-	if output != nil { // something it left behind may hold the other end for ever
-		err = errors.Join(err, output.SetReadDeadline(time.Now().Add(100*time.Millisecond)))
-	}
-	said := <-text
+	// Something it left behind may hold the other end for ever.
+	err = errors.Join(err, output.SetReadDeadline(time.Now().Add(100*time.Millisecond)))
+	<-copied
 	switch {
 	case ctx.Err() != nil:
-		return 0, said, ctx.Err()
+		return 0, ctx.Err()
 	case err != nil:
-		return 0, said, err
+		return 0, err
 	case fault != nil && fault.Blames:
-		return 0, said, &backends.StartError{Workload: name, Stage: fault.Step, Cause: fault.Cause}
+		return 0, &backends.StartError{Workload: name, Stage: fault.Step, Cause: fault.Cause}
 	case fault != nil:
-		return 0, said, fmt.Errorf("%s: %s: %s", name, fault.Step, fault.Cause)
+		return 0, fmt.Errorf("%s: %s: %s", name, fault.Step, fault.Cause)
 	}
-	return status, said, nil
+	return status, nil
 }
 
 // commandGrace is how long a command beside a monitor has to end what it runs.
 const commandGrace = time.Second
+
+// words are the first 64 KiB of what is written.
+type words []byte
+
+// Write takes everything.
+func (w *words) Write(text []byte) (int, error) {
+	*w = append(*w, text[:min(len(text), max(0, 64<<10-len(*w)))]...)
+	return len(text), nil
+}

@@ -8,6 +8,7 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
+	"sync"
 	"time"
 	"unsafe"
 
@@ -104,6 +105,18 @@ func (p *program) killGroup() bool {
 	}
 	err := p.control(how)
 	return err == nil || errors.Is(err, unix.ESRCH)
+}
+
+// dismiss ends a command of an earlier keeper's and what it began. One beside a monitor has to end what it runs inside, and is told.
+func (p *program) dismiss() {
+	defer p.release()
+	for _, s := range []unix.Signal{unix.SIGTERM, unix.SIGKILL} {
+		p.signal(s)
+		if p.fd.SetReadDeadline(time.Now().Add(dismissTime)) == nil && p.wait() == nil {
+			break
+		}
+	}
+	_ = unix.Kill(-p.pid, unix.SIGKILL) // numbers are given out in turn: that of a group which has just become empty is no other's
 }
 
 func (p *program) release() { _, _ = p.fd.Close(), p.heard.Close() }
@@ -217,6 +230,9 @@ func (k *Keeper) ended(e *entry, p *program) time.Duration {
 		how.Known, how.Code = collect(fd, p.pid)
 		return nil
 	})
+	if how.Known && k.options.Means != nil {
+		how.Code, how.OOM = k.options.Means(how.Code)
+	}
 	if said, ok := k.place(&e.record.Workload).Ended(); ok {
 		how = end{Known: true, Code: said.Code, OOM: said.OOM}
 	}
@@ -353,6 +369,11 @@ func (k *Keeper) find() error {
 			k.undo(name)
 		}
 	}
+	var ending sync.WaitGroup
+	for _, e := range known {
+		ending.Go(func() { k.endCommands(e) })
+	}
+	ending.Wait()
 	for _, e := range known {
 		k.resume(e)
 	}
@@ -426,22 +447,29 @@ func (k *Keeper) finishHooks(e *entry) error {
 	return k.postInit(ctx, e)
 }
 
+// same holds the process of an identity, if it is beyond doubt that one.
+func (k *Keeper) same(id identity, how kin) *program {
+	if id.Boot != k.boot || id.PID <= 0 {
+		return nil
+	}
+	fd, err := unix.PidfdOpen(id.PID, unix.PIDFD_NONBLOCK)
+	if err != nil {
+		return nil
+	}
+	p := hold(id.PID, fd, how)
+	// Asked after the pidfd was taken: if the number still means the same process now, the pidfd does.
+	if started, err := startTime(id.PID); err != nil || started != id.Start {
+		p.release()
+		return nil
+	}
+	return p
+}
+
 // reattach finds the process of a record, if it is beyond doubt the same; half says that it had not become the program yet, or, as a
 // monitor, has not started it: what it is about to do nobody would see to.
 func (k *Keeper) reattach(e *entry) (p *program, half bool) {
 	id := e.record.Process
-	if id.Boot != k.boot || id.PID <= 0 {
-		return nil, false
-	}
-	fd, err := unix.PidfdOpen(id.PID, unix.PIDFD_NONBLOCK)
-	if err != nil {
-		return nil, false
-	}
-	p = hold(id.PID, fd, k.kin())
-	// Asked after the pidfd was taken: if the number still means the same process now, the pidfd does.
-	started, err := startTime(id.PID)
-	if err != nil || started != id.Start {
-		p.release()
+	if p = k.same(id, k.kin()); p == nil {
 		return nil, false
 	}
 	if line, err := os.ReadFile("/proc/" + strconv.Itoa(id.PID) + "/cmdline"); err == nil {

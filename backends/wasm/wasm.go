@@ -46,7 +46,7 @@
 //	guests/                       package process's
 //	modules/<sha256>-<version>/   machine code of one module, made by wazero <version> for this machine, and its own SHA-256,
 //	                              which every runner checks; the newest 32
-//	base/                         the empty tree that is below every guest's
+//	base/                         the tree that is below every guest's, with /tmp and nothing else
 //
 // A module is compiled once, and one at a time, by a process without rights or a network, which landlock keeps to one empty folder; that folder
 // is then renamed into place. Runners may only read it. The newest is the most recently started.
@@ -124,13 +124,15 @@ func Open(o Options) (*Backend, error) {
 		return nil, err
 	}
 	b.base = filepath.Join(state, "base")
-	for _, dir := range []string{state, b.base, filepath.Join(b.base, insideTree)} {
+	tree := filepath.Join(b.base, insideTree)
+	tmp := filepath.Join(tree, "tmp")
+	for _, dir := range []string{state, b.base, tree, tmp} {
 		if err := os.MkdirAll(dir, 0o700); err != nil {
 			return nil, err
 		}
 	}
 	// What a guest may write is decided by the mounts above this tree, not by its modes.
-	for dir, mode := range map[string]os.FileMode{b.base: 0o755, filepath.Join(b.base, insideTree): 0o777} {
+	for dir, mode := range map[string]os.FileMode{b.base: 0o755, tree: 0o777, tmp: 0o777 | os.ModeSticky} {
 		if err := os.Chmod(dir, mode); err != nil {
 			return nil, err
 		}
@@ -139,7 +141,7 @@ func Open(o Options) (*Backend, error) {
 		return nil, err
 	}
 	b.keeper, err = process.Open(process.Options{
-		Backend: Name, State: filepath.Join(state, "guests"), Plan: b.plan, Features: features, Logger: o.Logger, Backoff: o.Backoff,
+		Backend: Name, State: filepath.Join(state, "guests"), Plan: b.plan, Features: features, Means: means, Logger: o.Logger, Backoff: o.Backoff,
 	})
 	if err != nil {
 		return nil, err
@@ -171,13 +173,15 @@ func (b *Backend) Fingerprint(context.Context) (backends.Fingerprint, error) {
 
 // Observe lists the guests.
 func (b *Backend) Observe(ctx context.Context) ([]backends.Status, error) {
-	list, err := b.keeper.Observe(ctx)
-	for i := range list {
-		if list[i].ExitCode == statusMemory {
-			list[i].ExitCode, list[i].OOM = 137, true
-		}
+	return b.keeper.Observe(ctx)
+}
+
+// means says of a runner's exit status what it stands for.
+func means(status int) (code int, oom bool) {
+	if status == statusMemory {
+		return 137, true
 	}
-	return list, err
+	return status, false
 }
 
 // Apply checks the module, compiles it if that was not done before, and starts it.

@@ -43,6 +43,7 @@ func TestConformance(t *testing.T) {
 				present = over(t, state)
 				return present
 			},
+			Dies: true,
 			At: func(t *testing.T, state string) backends.Backend {
 				_ = os.Mkdir(state, 0o700) // or an earlier one did
 				_ = os.Symlink(binaries.modules, filepath.Join(state, "modules"))
@@ -278,7 +279,7 @@ func TestMemoryBoundIsTold(t *testing.T) {
 	logged(t, b, w.Name, "its bound is 67108864\n")
 	until(t, "an end for want of memory", func() (string, bool) {
 		s := only(t, b)
-		return fmt.Sprintf("%+v", s), s.OOM && s.ExitCode == 137
+		return fmt.Sprintf("%+v", s), s.OOM && s.ExitCode == 137 && s.Detail == "ended with status 137, for want of memory"
 	})
 }
 

@@ -46,7 +46,7 @@ func (h *host) api(running context.Context) http.Handler {
 	mux.HandleFunc("GET /decision", answer(func(r *http.Request) (any, error) {
 		return h.evaluate(r.Context(), r.FormValue("revision"), r.FormValue("trace") == "true")
 	}))
-	mux.HandleFunc("GET /decisions", h.decisions)
+	h.logAPI(mux)
 	mux.HandleFunc("POST /reconcile", answer(func(*http.Request) (any, error) { return h.reconcile(running) }))
 	mux.HandleFunc("GET /logs", h.logs)
 	return mux
@@ -96,7 +96,27 @@ func (h *host) logs(w http.ResponseWriter, r *http.Request) {
 	stop := context.AfterFunc(r.Context(), func() { _ = reader.Close() })
 	defer stop()
 	w.Header().Set("Content-Type", "text/plain; charset=utf-8")
-	_, _ = io.Copy(flushing{w}, reader) // either side may end it
+	w.Header().Set("Trailer", cutShort)
+	if _, err := io.Copy(flushing{w}, reader); err != nil && r.Context().Err() == nil {
+		w.Header().Set(cutShort, err.Error())
+	}
+}
+
+// cutShort is the trailer that says why a stream has ended before its end.
+const cutShort = "Kmo-Cut-Short"
+
+// whole is the body of an answer, whose end is an error if it was cut short.
+type whole struct {
+	io.ReadCloser
+	response *http.Response
+}
+
+func (w whole) Read(p []byte) (int, error) {
+	n, err := w.ReadCloser.Read(p)
+	if why := w.response.Trailer.Get(cutShort); why != "" && errors.Is(err, io.EOF) {
+		err = fmt.Errorf("cut short: %s", why)
+	}
+	return n, err
 }
 
 // flushing sends each write at once.
@@ -135,6 +155,9 @@ func dialOnce(ctx context.Context, flags *hostFlags) (*client, error) {
 	}
 	if flags.glances {
 		return glance(flags)
+	}
+	if flags.log {
+		return openLog(flags)
 	}
 	h, err := openHost(ctx, &hostFlags{config: flags.config, state: flags.state, makes: flags.makes, command: true}, os.Stderr)
 	if err != nil {
@@ -209,7 +232,7 @@ func (p *pipeResponse) WriteHeader(code int) {
 		return
 	}
 	p.done = true
-	p.response.StatusCode, p.response.Status, p.response.Header = code, http.StatusText(code), p.header
+	p.response.StatusCode, p.response.Status, p.response.Header, p.response.Trailer = code, http.StatusText(code), p.header, p.header
 	p.started <- p.response
 }
 
@@ -229,7 +252,7 @@ func (c *client) do(ctx context.Context, method, path string, query url.Values) 
 		return nil, fmt.Errorf("asking the agent: %w", err)
 	}
 	if response.StatusCode == http.StatusOK {
-		return response.Body, nil
+		return whole{response.Body, response}, nil
 	}
 	defer func() { _ = response.Body.Close() }()
 	text, err := io.ReadAll(io.LimitReader(response.Body, 1<<20))

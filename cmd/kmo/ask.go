@@ -1,18 +1,18 @@
 package main
 
 import (
+	"bytes"
 	"cmp"
 	"context"
+	"crypto/sha256"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
 	"io/fs"
-	"net/http"
 	"slices"
-	"strconv"
 	"strings"
-	"sync"
+	"time"
 
 	"github.com/kindos/kmo/backends"
 	"github.com/kindos/kmo/policy"
@@ -223,15 +223,34 @@ func (h *host) replay(ctx context.Context, record audit.Record) string {
 	if err != nil && refusal.Of(err) == nil {
 		return "not replayed: " + err.Error()
 	}
-	return again(then, now)
+	return again(record.Body, now)
 }
 
-// again compares a decision with itself made again.
-func again(then, now policy.Decision) string {
-	if !slices.Equal(now.Denied, then.Denied) || !slices.Equal(now.Warned, then.Warned) || !slices.Equal(now.Evaluated, then.Evaluated) {
-		return fmt.Sprintf("REPLAY DIFFERS: %d rules look, denied: %v", len(now.Evaluated), now.Denied)
+// differs begins what is said of a decision that comes out otherwise when it is made again.
+const differs = "REPLAY DIFFERS: "
+
+// again compares a recorded decision with itself made again: its bytes, but for how long it took.
+func again(body []byte, now policy.Decision) string {
+	var recorded struct{ Decision json.RawMessage }
+	var then policy.Decision
+	err := json.Unmarshal(body, &recorded)
+	if err == nil {
+		err = json.Unmarshal(recorded.Decision, &then)
 	}
-	return "replayed: the same answer"
+	if err != nil {
+		return "not replayed: " + err.Error()
+	}
+	now.Took = then.Took
+	made, err := json.Marshal(now)
+	switch {
+	case err != nil:
+		return "not replayed: " + err.Error()
+	case !slices.Equal(now.Denied, then.Denied) || !slices.Equal(now.Warned, then.Warned) || !slices.Equal(now.Evaluated, then.Evaluated):
+		return differs + fmt.Sprintf("%d rules look, denied: %v", len(now.Evaluated), now.Denied)
+	case !bytes.Equal(made, recorded.Decision):
+		return differs + fmt.Sprintf("the same findings, in %d bytes that are not the %d recorded", len(made), len(recorded.Decision))
+	}
+	return "replayed: the same answer, byte for byte"
 }
 
 // rulesOf are the rules that judge a change: the base's, and the head's own where it brings them beside other things.
@@ -278,31 +297,6 @@ func (h *host) evaluate(ctx context.Context, revision string, trace bool) (Evalu
 	return e, err
 }
 
-// decisions streams the last decisions of the audit log, oldest first, a record a line; the first line is how many there are.
-func (h *host) decisions(w http.ResponseWriter, r *http.Request) {
-	last, _ := strconv.Atoi(r.FormValue("last")) // the client checked it
-	var all []int64
-	err := h.audit.Records(func(record audit.Record) error {
-		if record.Kind == "decision" {
-			all = append(all, record.Index)
-		}
-		return nil
-	})
-	if err != nil {
-		reply(w, err)
-		return
-	}
-	all = all[max(0, len(all)-last):]
-	encoder := json.NewEncoder(w)
-	_ = encoder.Encode(len(all))
-	_ = h.audit.Records(func(record audit.Record) error { // what ends it short, the client sees
-		if !slices.Contains(all, record.Index) {
-			return nil
-		}
-		return encoder.Encode(record)
-	})
-}
-
 // rulesAt are the shipped rules with the site's own as a commit has them.
 func (h *host) rulesAt(ctx context.Context, id string) (*policy.Set, error) {
 	commit, err := h.source.At(ctx, id)
@@ -338,24 +332,6 @@ func (h *host) judged(revision string) (id string, err error) {
 // abbreviated says whether text can be the beginning of a commit's id.
 func abbreviated(text string) bool {
 	return len(text) >= 4 && strings.Trim(text, "0123456789abcdef") == ""
-}
-
-// printExplanation tells it in plain words.
-func printExplanation(w io.Writer, e Explanation) {
-	_, _ = fmt.Fprintf(w, "commit %s\n", e.Commit)
-	switch {
-	case e.Within != "":
-		_, _ = fmt.Fprintf(w, "  not judged by itself: it came in as part of an accepted head, and is in the history of the good commit %s\n", short(e.Within))
-	case len(e.Records) == 0:
-		_, _ = fmt.Fprintln(w, "  this host has not judged it")
-	}
-	for _, record := range e.Records {
-		lines := inWords(record)
-		if replayed := e.Replayed[record.Index]; replayed != "" {
-			lines = append(lines, refusal.Clip(replayed, 500))
-		}
-		_, _ = fmt.Fprintf(w, "%s  #%d %s\n", record.Time.Local().Format("2006-01-02 15:04:05"), record.Index, strings.Join(lines, "\n    "))
-	}
 }
 
 // inWords is one record in words: a line, and below it what it stands on.
@@ -431,64 +407,78 @@ func decisionInWords(record audit.Record) []string {
 	return lines
 }
 
-// counts is what /metrics tells.
-type counts struct {
-	mu       sync.Mutex
-	outcomes map[reconciler.Outcome]int
-	errors   int
-	last     reconciler.Record
-	failure  string // why the last look came to no outcome
+// Shown is one record, with what it stands on.
+type Shown struct {
+	Log      string       `json:"log"`
+	Record   audit.Record `json:"record"`
+	Input    string       `json:"input,omitempty"`    // of a decision: the digest of the bytes that were judged
+	Policy   string       `json:"policy,omitempty"`   // the digest of the rules that judged
+	Replayed string       `json:"replayed,omitempty"` // what deciding again came to
 }
 
-// failure says why the last look came to no outcome, "" if it came to one.
-func (h *host) failure() string {
-	h.counts.mu.Lock()
-	defer h.counts.mu.Unlock()
-	return h.counts.failure
+// shown is a record. A decision is made again if that is asked for, which takes more of the host than its log.
+func (h *host) shown(ctx context.Context, index int64, replay bool) (Shown, error) {
+	record, err := h.audit.Record(index)
+	name, _, _ := strings.Cut(h.audit.Key(), "+")
+	s := Shown{Log: name, Record: record}
+	if err != nil || record.Kind != "decision" {
+		return s, err
+	}
+	var entry reconciler.DecisionEntry
+	if err := json.Unmarshal(record.Body, &entry); err != nil {
+		return s, fmt.Errorf("audit record %d: %w", index, err)
+	}
+	s.Input, s.Policy = fmt.Sprintf("sha256:%x", sha256.Sum256(entry.Decision.Input)), entry.Decision.Policy.String()
+	if replay {
+		s.Replayed = h.replay(ctx, record)
+	}
+	return s, nil
 }
 
-// healthy is the agent's own health: whether it can do its work, not whether the branch is good.
-func (h *host) healthy(w http.ResponseWriter, _ *http.Request) {
-	if failure := h.failure(); failure != "" {
-		http.Error(w, failure, http.StatusServiceUnavailable)
-		return
-	}
-	_, _ = io.WriteString(w, "ok\n")
+// Verified is a log that was read again and found whole.
+type Verified struct {
+	Log        string     `json:"log"`
+	Size       int64      `json:"size"`           // records
+	Root       string     `json:"root"`           // of the tree over them
+	Key        string     `json:"key"`            // what others check its checkpoints and proofs with
+	Last       time.Time  `json:"last,omitzero"`  // time of the last record
+	Checkpoint string     `json:"checkpoint"`     // the signed note, for another machine to keep
+	Since      audit.Tree `json:"since,omitzero"` // what the log goes on from, as the kept checkpoint says
+	Trouble    string     `json:"trouble,omitempty"`
 }
 
-// ended counts one reconcile.
-func (h *host) ended(rec reconciler.Record, err error) {
-	h.counts.mu.Lock()
-	defer h.counts.mu.Unlock()
-	h.counts.failure = ""
-	if err != nil {
-		h.counts.errors++
-		h.counts.failure, h.counts.last = err.Error(), reconciler.Record{}
-		return
+// verified reads the audit log again, and holds it against what the journal and a kept checkpoint say of it.
+func (h *host) verified(since string) (v Verified, err error) {
+	rec, lost := h.record() // before the log is read, which is written first
+	if err := h.audit.Verify(); err != nil {
+		return v, err
 	}
-	if h.counts.outcomes == nil {
-		h.counts.outcomes = map[reconciler.Outcome]int{}
+	if lost != nil {
+		v.Trouble = lost.Error()
+	} else if err := h.audit.Extends(rec.Audit, "the journal"); err != nil {
+		return v, err
 	}
-	h.counts.outcomes[rec.Outcome]++
-	h.counts.last = rec
-}
-
-// metrics is the text form that Prometheus reads. No label holds anything from outside.
-func (h *host) metrics(w http.ResponseWriter, _ *http.Request) {
-	h.counts.mu.Lock()
-	defer h.counts.mu.Unlock()
-	w.Header().Set("Content-Type", "text/plain; version=0.0.4")
-	_, _ = fmt.Fprintln(w, "# HELP kmo_reconciles_total Reconciles by how they ended.\n# TYPE kmo_reconciles_total counter")
-	for _, outcome := range []reconciler.Outcome{reconciler.Converged, reconciler.Refused, reconciler.Waiting, reconciler.Reverted, reconciler.Stuck} {
-		_, _ = fmt.Fprintf(w, "kmo_reconciles_total{outcome=%q} %d\n", outcome, h.counts.outcomes[outcome])
-	}
-	_, _ = fmt.Fprintf(w, "# HELP kmo_reconcile_errors_total Reconciles that kMO's own state ended.\n# TYPE kmo_reconcile_errors_total counter\nkmo_reconcile_errors_total %d\n", h.counts.errors)
-	_, _ = fmt.Fprintln(w, "# HELP kmo_outcome How the last reconcile ended: 1 for one outcome, 0 for the others.\n# TYPE kmo_outcome gauge")
-	for _, outcome := range []reconciler.Outcome{reconciler.Converged, reconciler.Refused, reconciler.Waiting, reconciler.Reverted, reconciler.Stuck} {
-		value := 0
-		if h.counts.last.Outcome == outcome {
-			value = 1
+	if since != "" {
+		if v.Since, err = audit.OpenCheckpoint([]byte(since), h.audit.Key()); err != nil {
+			return v, err
 		}
-		_, _ = fmt.Fprintf(w, "kmo_outcome{outcome=%q} %d\n", outcome, value)
+		if err := h.audit.Extends(v.Since, "the kept checkpoint"); err != nil {
+			return v, err
+		}
 	}
+	checkpoint, tree, err := h.audit.Checkpoint()
+	if err != nil {
+		return v, err
+	}
+	v.Key = h.audit.Key()
+	v.Log, _, _ = strings.Cut(v.Key, "+")
+	v.Size, v.Root, v.Checkpoint = tree.N, tree.Hash.String(), string(checkpoint)
+	if tree.N > 0 {
+		last, err := h.audit.Record(tree.N - 1)
+		if err != nil {
+			return v, err
+		}
+		v.Last = last.Time
+	}
+	return v, nil
 }

@@ -450,7 +450,7 @@ func (s *scene) history(rec reconciler.Record, reverts int) {
 // audited checks the log from the disk, and that every push was decided, judged, and if it failed, taken back.
 func (w *world) audited(rounds int) {
 	w.t.Helper()
-	key, err := auditKey(filepath.Join(w.state(), "audit.key"))
+	key, err := auditKey(w.state(), false)
 	if err != nil {
 		w.t.Fatal(err)
 	}

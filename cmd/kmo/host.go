@@ -16,6 +16,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"syscall"
 	"time"
 
 	"github.com/google/renameio/v2"
@@ -124,8 +125,8 @@ func onceFree[T any](ctx context.Context, try func() (T, error)) (T, error) {
 	}
 }
 
-// openState claims and locks the state folder and opens the audit log.
-func (h *host) openState(context.Context) error {
+// lockState claims and locks the state folder.
+func (h *host) lockState() error {
 	if err := claim(h.dir, h.flags.makes); err != nil {
 		return err
 	}
@@ -140,17 +141,22 @@ func (h *host) openState(context.Context) error {
 	} else if err != nil {
 		return fmt.Errorf("locking the state folder %s: %w", h.dir, err)
 	}
-	if err := errors.Join(lock.Truncate(0), h.sign()); err != nil {
+	h.journal = reconciler.FileJournal{Path: filepath.Join(h.dir, "journal.json")}
+	return errors.Join(lock.Truncate(0), h.sign())
+}
+
+// openState takes the state folder and opens the audit log.
+func (h *host) openState(context.Context) error {
+	if err := h.lockState(); err != nil {
 		return err
 	}
 	if err := sweep(h.dir); err != nil {
 		return err
 	}
-	key, err := auditKey(filepath.Join(h.dir, "audit.key"))
+	key, err := auditKey(h.dir, true)
 	if err != nil {
 		return err
 	}
-	h.journal = reconciler.FileJournal{Path: filepath.Join(h.dir, "journal.json")}
 	rec, err := h.journal.Load()
 	if err != nil {
 		return err
@@ -159,20 +165,83 @@ func (h *host) openState(context.Context) error {
 	return err
 }
 
-// auditKey reads the key that signs the audit log's checkpoints, and makes one on a new host.
-func auditKey(path string) (ed25519.PrivateKey, error) {
+// claim sees that dir is kMO's own, or makes it so where it may: a new or an empty folder. One that holds anything else is somebody's, and
+// nothing in it is touched.
+func claim(dir string, makes bool) error {
+	list, err := os.ReadDir(dir)
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return fmt.Errorf("the state folder: %w", err)
+	}
+	ours := slices.ContainsFunc(list, func(one fs.DirEntry) bool { return one.Name() == "lock" && one.Type().IsRegular() })
+	switch {
+	case len(list) > 0 && !ours:
+		return &refusal.Error{Code: "E_STATE", Subject: "the state folder " + dir, Got: "other files and no lock: kMO did not make it",
+			Want: "a new or an empty folder, or the one that kMO made (--state, or KMO_STATE)"}
+	case !ours && !makes:
+		return fmt.Errorf("no state folder %s: no agent has run here; --state or KMO_STATE names another", dir)
+	}
+	if err := os.MkdirAll(dir, 0o700); err != nil {
+		return err
+	}
+	found, err := os.Stat(dir)
+	if err != nil {
+		return err
+	}
+	if of, ok := found.Sys().(*syscall.Stat_t); ok && int(of.Uid) != os.Geteuid() { // its owner could exchange what is in it
+		return &refusal.Error{Code: "E_STATE", Subject: "the state folder " + dir, Got: fmt.Sprintf("a folder of user %d", of.Uid),
+			Want: fmt.Sprintf("one of user %d, who runs kMO", os.Geteuid())}
+	}
+	return os.Chmod(dir, 0o700)
+}
+
+// sweep removes what a process killed while it replaced a file has left beside it in the state folder, which is locked: a dot, the file's name
+// and a number.
+func sweep(dir string) error {
+	for _, name := range []string{"journal.json", "trust.json", "audit.key", "audit/checkpoint"} {
+		folder, file := filepath.Split(filepath.Join(dir, name))
+		list, err := os.ReadDir(folder)
+		if err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return err
+		}
+		for _, one := range list {
+			number, is := strings.CutPrefix(one.Name(), "."+file)
+			if !is || number == "" || strings.Trim(number, "0123456789") != "" {
+				continue
+			}
+			if err := os.Remove(filepath.Join(folder, one.Name())); err != nil {
+				return fmt.Errorf("removing a half-written file: %w", err)
+			}
+		}
+	}
+	return nil
+}
+
+// syncFolder returns once the names in a folder would survive a power cut.
+func syncFolder(path string) error {
+	folder, err := os.Open(path)
+	if err != nil {
+		return err
+	}
+	return errors.Join(folder.Sync(), folder.Close())
+}
+
+// auditKey reads the key that signs the audit log's checkpoints, and makes one on a new host if it may.
+func auditKey(folder string, makes bool) (ed25519.PrivateKey, error) {
+	path := filepath.Join(folder, "audit.key")
 	seed, err := os.ReadFile(path)
-	if errors.Is(err, fs.ErrNotExist) {
+	if errors.Is(err, fs.ErrNotExist) && makes {
 		seed = make([]byte, ed25519.SeedSize)
 		if _, err := rand.Read(seed); err != nil {
 			return nil, err
 		}
-		if err := renameio.WriteFile(path, seed, 0o600, renameio.WithTempDir(filepath.Dir(path))); err != nil { // half a key would be an alarm for ever
+		if err := renameio.WriteFile(path, seed, 0o600, renameio.WithTempDir(folder)); err != nil { // half a key would be an alarm for ever
 			return nil, err
 		}
-		if err := syncFolder(filepath.Dir(path)); err != nil {
+		if err := syncFolder(folder); err != nil {
 			return nil, err
 		}
+	} else if errors.Is(err, fs.ErrNotExist) {
+		return nil, &refusal.Error{Code: "E_STATE", Subject: path, Got: "no key", Want: "the key as kMO made it: what the log's checkpoints are signed with"}
 	} else if err != nil {
 		return nil, err
 	}

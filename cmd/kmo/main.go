@@ -116,7 +116,7 @@ func rootCommand() *cobra.Command {
 	root.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return usageError{err} })
 	root.AddCommand(
 		demoCommand(), agentCommand(), reconcileCommand(), planCommand(), statusCommand(), logsCommand(), explainCommand(),
-		approveCommand(), siteCommand(), keyCommand(), imageCommand(), policyCommand(), backendCommand(), versionCommand(), completionCommand(),
+		approveCommand(), siteCommand(), keyCommand(), imageCommand(), policyCommand(), auditCommand(), backendCommand(), versionCommand(), completionCommand(),
 	)
 	root.CompletionOptions.DisableDefaultCmd = true // there is ours
 	root.SetHelpCommand(helpCommand())

@@ -214,7 +214,7 @@ func printStatus(w io.Writer, s Status) {
 	for _, have := range s.Workloads {
 		var addresses []string
 		for _, a := range have.Addresses {
-			addresses = append(addresses, a.Port+"="+a.Address)
+			addresses = append(addresses, refusal.Clip(a.Port+"="+a.Address, 200))
 		}
 		up := "-"
 		if !have.Started.IsZero() && have.State == "running" {
@@ -376,6 +376,24 @@ Exit statuses: 0 good, 1 error, 2 usage.`,
 		Example: "  kmo explain 3f9a2c1d\n  kmo explain -o json",
 		Args:    cobra.MaximumNArgs(1),
 	}, &hostFlags{}, "GET", "/explain", revisionQuery, printExplanation, func(Explanation) error { return nil })
+}
+
+// printExplanation tells it in plain words.
+func printExplanation(w io.Writer, e Explanation) {
+	_, _ = fmt.Fprintf(w, "commit %s\n", e.Commit)
+	switch {
+	case e.Within != "":
+		_, _ = fmt.Fprintf(w, "  not judged by itself: it came in as part of an accepted head, and is in the history of the good commit %s\n", short(e.Within))
+	case len(e.Records) == 0:
+		_, _ = fmt.Fprintln(w, "  this host has not judged it")
+	}
+	for _, record := range e.Records {
+		lines := inWords(record)
+		if replayed := e.Replayed[record.Index]; replayed != "" {
+			lines = append(lines, refusal.Clip(replayed, 500))
+		}
+		_, _ = fmt.Fprintf(w, "%s  #%d %s\n", record.Time.Local().Format("2006-01-02 15:04:05"), record.Index, strings.Join(lines, "\n    "))
+	}
 }
 
 func revisionQuery(args []string) url.Values {

@@ -1,10 +1,12 @@
 package main
 
 import (
+	"encoding/json"
 	"strings"
 	"testing"
 
 	"github.com/kindos/kmo/policy"
+	"github.com/kindos/kmo/reconciler"
 )
 
 // TestCompact: a value from a site is shown in one line, and steers no terminal.
@@ -23,23 +25,32 @@ func TestCompact(t *testing.T) {
 	}
 }
 
-// TestReplay: a decision made again is the same if what it says is, whatever time it took.
+// TestReplay: a decision made again is the same if its bytes are, whatever time it took.
 func TestReplay(t *testing.T) {
-	then := policy.Decision{Denied: []policy.Denial{{ID: "KT001", Unit: "relay"}}, Evaluated: []string{"KT001"}, Took: 1}
+	then := policy.Decision{Denied: []policy.Denial{{ID: "KT001", Unit: "relay"}}, Evaluated: []string{"KT001"}, Input: []byte(`{"a":1}`), Took: 1}
+	body, err := json.Marshal(reconciler.DecisionEntry{Decision: then})
+	if err != nil {
+		t.Fatal(err)
+	}
 	now := then
 	now.Took = 2
-	if got := again(then, now); got != "replayed: the same answer" {
+	if got := again(body, now); got != "replayed: the same answer, byte for byte" {
 		t.Error(got)
 	}
 	for _, change := range []func(*policy.Decision){
 		func(d *policy.Decision) { d.Denied = nil },
 		func(d *policy.Decision) { d.Warned = then.Denied },
 		func(d *policy.Decision) { d.Evaluated = nil },
+		func(d *policy.Decision) { d.Input = []byte(`{"a":2}`) },
+		func(d *policy.Decision) { d.Policy[0] = 1 },
 	} {
 		other := then
 		change(&other)
-		if got := again(then, other); !strings.HasPrefix(got, "REPLAY DIFFERS") {
+		if got := again(body, other); !strings.HasPrefix(got, differs) {
 			t.Error(got)
 		}
+	}
+	if got := again([]byte("{}"), now); !strings.HasPrefix(got, "not replayed: ") {
+		t.Error(got)
 	}
 }

@@ -75,8 +75,7 @@ Exit statuses: 0 it would pass, 1 error, 2 usage, 3 it is denied, or refused bef
 
 func (e *evalRun) evaluate(ctx context.Context, stdin io.Reader, args []string) (evaluation Evaluation, err error) {
 	var document []byte
-	switch e.input {
-	case "":
+	if e.input == "" {
 		c, err := dial(ctx, &e.host)
 		if err != nil {
 			return evaluation, err
@@ -87,12 +86,7 @@ func (e *evalRun) evaluate(ctx context.Context, stdin io.Reader, args []string) 
 			return evaluation, err
 		}
 		document = evaluation.Decision.Input
-	case "-":
-		document, err = io.ReadAll(stdin)
-	default:
-		document, err = os.ReadFile(e.input)
-	}
-	if err != nil {
+	} else if document, err = readNamed(e.input, stdin); err != nil {
 		return evaluation, err
 	}
 	layers, folder, err := rulesHere(e.folder)
@@ -117,6 +111,14 @@ func (e *evalRun) evaluate(ctx context.Context, stdin io.Reader, args []string) 
 		said.At, said.Failed = placedText(folder, said.At), placedText(folder, said.Failed)
 	}
 	return evaluation, err
+}
+
+// readNamed reads a file, or what comes in if it is called "-".
+func readNamed(name string, stdin io.Reader) ([]byte, error) {
+	if name == "-" {
+		return io.ReadAll(stdin)
+	}
+	return os.ReadFile(name)
 }
 
 func (e Evaluation) text(w io.Writer) {
@@ -221,31 +223,19 @@ func try(ctx context.Context, flags *hostFlags, set *policy.Set, n int) (Trials,
 		return trials, err
 	}
 	defer func() { _ = c.close() }()
-	body, err := c.do(ctx, "GET", "/decisions", url.Values{"last": {strconv.Itoa(n)}})
-	if err != nil {
-		return trials, err
-	}
-	defer func() { _ = body.Close() }()
-	decoder := json.NewDecoder(body)
-	if err := decoder.Decode(&trials.Decisions); err != nil {
-		return trials, fmt.Errorf("reading the decisions: %w", err)
-	}
-	for range trials.Decisions {
-		var record audit.Record
-		if err := decoder.Decode(&record); err != nil {
-			return trials, fmt.Errorf("reading the decisions: %w", err)
-		}
+	trials.Decisions, err = c.records(ctx, url.Values{"last": {strconv.Itoa(n)}, "kind": {"decision"}}, func(record audit.Record) error {
 		var entry reconciler.DecisionEntry
 		if err := json.Unmarshal(record.Body, &entry); err != nil {
-			return trials, fmt.Errorf("decision %d of the audit log: %w", record.Index, err)
+			return fmt.Errorf("decision %d of the audit log: %w", record.Index, err)
 		}
 		now, err := set.Replay(ctx, entry.Decision.Input)
 		if err != nil && refusal.Of(err) == nil {
-			return trials, err
+			return err
 		}
 		trials.add(Trial{Index: record.Index, Time: record.Time, Commit: record.Commit, Was: entry.Decision.Denied, Would: now.Denied}, err)
-	}
-	return trials, nil
+		return nil
+	})
+	return trials, err
 }
 
 // add counts one.

@@ -19,6 +19,20 @@
 //
 //	log, err := audit.Open(audit.Options{Dir: dir, Name: "edge-1.north-sea/kmo-audit", Key: key})
 //	index, err := log.Append("decision", decision) // before what it speaks of is applied
+//
+// [Log.Prove] makes a file that shows to whoever has the log's [Log.Key] that a record is in it, and [Check] looks at one, on any machine. It is
+// a C2SP tlog-proof (c2sp.org/tlog-proof@v1): the record's line as "extra", which the proof then covers, its index, the hashes from its
+// neighbour up to the root's child, and the checkpoint:
+//
+//	c2sp.org/tlog-proof@v1
+//	extra eyJpbmRleCI6MSwi…
+//	index 1
+//	gSKyXoYZUgZ6jduWYrkDOARinOMGJveXjgMkBTcdPlQ=
+//	B95lDa8R83lS8n0eG+o0buTxRKQTYFi//1U8anccXmA=
+//
+//	edge-1.north-sea/kmo-audit
+//	42
+//	…
 package audit
 
 import (
@@ -30,9 +44,11 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"os"
 	"path/filepath"
 	"slices"
+	"strings"
 	"sync"
 	"time"
 
@@ -71,7 +87,8 @@ type Record struct {
 // Log is an open log. Only one process may have it open. Its methods may be called concurrently.
 type Log struct {
 	options  Options
-	signer   note.Signer
+	key      string      // the verifier's, as C2SP writes it
+	signer   note.Signer // nil if it is only read
 	verifier note.Verifier
 
 	mu     sync.Mutex // guards what follows
@@ -97,6 +114,32 @@ func Open(options Options) (*Log, error) {
 	return l, nil
 }
 
+// Read opens a log, which nobody may have open meanwhile, to look at it: whatever Open would mend is left as it is, and a line without a
+// checkpoint is not part of it. The log's name is what its checkpoint says, which the key must have signed.
+func Read(dir string, key ed25519.PublicKey) (*Log, error) {
+	l := &Log{options: Options{Dir: dir}}
+	checkpoint, err := os.ReadFile(l.path("checkpoint"))
+	if err == nil {
+		l.file, err = os.Open(l.path("records"))
+	}
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, l.inconsistent(err.Error(), "the files records and checkpoint")
+	}
+	if err != nil {
+		return nil, fmt.Errorf("audit log: %w", err)
+	}
+	name, _, _ := strings.Cut(string(checkpoint), "\n")
+	l.options.Name = name
+	if err = l.verifies(key); err != nil {
+		err = l.inconsistent(fmt.Sprintf("a checkpoint of %q", refusal.Clip(name, 100)), "one that begins with the log's name")
+	} else if l.sure, _, err = l.check(); err == nil {
+		l.cut(l.sure.N)
+		return l, nil
+	}
+	l.file.Close()
+	return nil, err
+}
+
 // read opens the file, and checks and mends what is in it.
 func (l *Log) read(create int) error {
 	file, err := os.OpenFile(l.path("records"), os.O_RDWR|create, 0o600)
@@ -114,7 +157,7 @@ func (l *Log) read(create int) error {
 
 // again reads the log after a write that failed, by the code that reads it after a crash: the disk may have room again.
 func (l *Log) again() error {
-	fresh := &Log{options: l.options, signer: l.signer, verifier: l.verifier}
+	fresh := &Log{options: l.options, key: l.key, signer: l.signer, verifier: l.verifier}
 	fresh.options.Seen = l.sure
 	if err := fresh.read(0); err != nil {
 		return err
@@ -199,18 +242,56 @@ func (l *Log) Last(n int) (records []Record, err error) {
 // ByCommit returns the records that speak of a commit, oldest first.
 func (l *Log) ByCommit(id string) (records []Record, err error) {
 	err = l.from(0, func(r Record) error {
-		var also about
-		if r.Commit != id && bytes.Contains(r.Body, []byte(id)) {
-			if err := json.Unmarshal(r.Body, &also); err != nil {
-				return fmt.Errorf("audit record %d: %v", r.Index, err)
-			}
-		}
-		if r.Commit == id || slices.Contains(also.Range, id) {
+		if r.SpeaksOf(id) {
 			records = append(records, r)
 		}
 		return nil
 	})
 	return records, err
+}
+
+// SpeaksOf says whether a record is about a commit, given by its whole id.
+func (r Record) SpeaksOf(id string) bool {
+	var also about
+	if r.Commit != id && bytes.Contains(r.Body, []byte(id)) && json.Unmarshal(r.Body, &also) != nil {
+		return false // Append had read it
+	}
+	return r.Commit == id || slices.Contains(also.Range, id)
+}
+
+// Record returns one record.
+func (l *Log) Record(index int64) (r Record, err error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	line, err := l.line(index)
+	if err == nil {
+		err = json.Unmarshal(line, &r)
+	}
+	return r, err
+}
+
+// line reads one record's line again, and holds it against what was read or written before.
+func (l *Log) line(index int64) ([]byte, error) {
+	if n := l.sure.N; index < 0 || index >= n {
+		return nil, fmt.Errorf("audit record %d: the log has %d, counted from 0", index, n)
+	}
+	start := int64(0)
+	if index > 0 {
+		start = l.ends[index-1]
+	}
+	file, err := os.Open(l.path("records"))
+	if err != nil {
+		return nil, fmt.Errorf("audit log: %w", err)
+	}
+	defer file.Close()
+	line := make([]byte, l.ends[index]-1-start)
+	if _, err := file.ReadAt(line, start); err != nil && !errors.Is(err, io.EOF) {
+		return nil, fmt.Errorf("audit log: %w", err)
+	}
+	if tlog.RecordHash(line) != l.hashes[tlog.StoredHashIndex(0, index)] {
+		return nil, l.inconsistent(fmt.Sprintf("other bytes at record %d", index), "those that were read or written before")
+	}
+	return line, nil
 }
 
 // Tree is the log's size and root, for another machine to remember.
@@ -257,19 +338,27 @@ func (l *Log) keys() error {
 	if len(l.options.Key) != ed25519.PrivateKeySize {
 		return fmt.Errorf("a key of %d bytes, want ed25519", len(l.options.Key))
 	}
-	half, _ := l.options.Key.Public().(ed25519.PublicKey)
-	public, err := note.NewEd25519VerifierKey(l.options.Name, half)
-	if err != nil {
+	public, _ := l.options.Key.Public().(ed25519.PublicKey)
+	if err := l.verifies(public); err != nil {
 		return err
 	}
-	if l.verifier, err = note.NewVerifier(public); err != nil {
-		return err
-	}
-	prefix, _, _ := bytes.Cut([]byte(public[len(l.options.Name)+1:]), []byte("+"))
+	prefix, _, _ := strings.Cut(l.key[len(l.options.Name)+1:], "+")
 	seed := base64.StdEncoding.EncodeToString(append([]byte{1}, l.options.Key.Seed()...)) // 1 is note's ed25519
-	l.signer, err = note.NewSigner("PRIVATE+KEY+" + l.options.Name + "+" + string(prefix) + "+" + seed)
+	var err error
+	l.signer, err = note.NewSigner("PRIVATE+KEY+" + l.options.Name + "+" + prefix + "+" + seed)
 	return err
 }
+
+// verifies makes note's verifier from the public half.
+func (l *Log) verifies(public ed25519.PublicKey) (err error) {
+	if l.key, err = note.NewEd25519VerifierKey(l.options.Name, public); err == nil {
+		l.verifier, err = note.NewVerifier(l.key)
+	}
+	return err
+}
+
+// Key is what others check the log's checkpoints and proofs with, as C2SP writes it: name, hash and key, with a plus sign between.
+func (l *Log) Key() string { return l.key }
 
 // from reads records beginning with one index, by a descriptor of its own: a write that fails closes the log's.
 func (l *Log) from(first int, f func(Record) error) error {

@@ -256,6 +256,9 @@ func TestT73(t *testing.T) {
 			if err := l.Verify(); err == nil {
 				t.Error("an open log does not see it")
 			}
+			if _, err := Read(o.Dir, public(o)); !inconsistent(err) {
+				t.Error("who reads does not see it:", err)
+			}
 		})
 	}
 	t.Run("T73 checkpoint older than the witness", func(t *testing.T) {

@@ -8,39 +8,66 @@ import (
 	"io"
 	"io/fs"
 	"os"
-	"strconv"
-	"strings"
 
 	"github.com/google/renameio/v2"
 	"golang.org/x/mod/sumdb/note"
 	"golang.org/x/mod/sumdb/tlog"
-
-	"github.com/kindos/kmo/policy/refusal"
 )
 
-// Verify reads everything again from the disk and compares it with the checkpoint. "kmo audit verify" will call it; Open checks by the same code.
+// Verify reads everything again from the disk, and compares it with the checkpoint and with what this process has read and written.
 func (l *Log) Verify() error {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	fresh := &Log{options: l.options, signer: l.signer, verifier: l.verifier, file: l.file}
-	tree, err := fresh.readCheckpoint()
+	fresh, err := l.afresh()
 	if err != nil {
 		return err
 	}
-	if _, err := fresh.scan(); err != nil {
+	defer fresh.file.Close()
+	tree, torn, err := fresh.check()
+	if err != nil {
 		return err
 	}
-	if n := int64(len(fresh.ends)); n != tree.N || n != int64(len(l.ends)) {
-		return fresh.inconsistent(fmt.Sprintf("%d records", n), fmt.Sprintf("%d, as the checkpoint says", tree.N))
+	if mended := l.signer != nil && l.broken == nil; mended && (torn || int64(len(fresh.ends)) > tree.N) {
+		return l.inconsistent(fmt.Sprintf("more than %d records", tree.N), fmt.Sprintf("%d, as the checkpoint says", tree.N))
 	}
-	return fresh.compare(tree, "the checkpoint")
+	fresh.cut(tree.N)
+	return fresh.compare(l.sure, "what was read or written before")
+}
+
+// afresh is the log with nothing read of it yet, from the files that have its names now.
+func (l *Log) afresh() (*Log, error) {
+	file, err := os.Open(l.path("records"))
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, l.inconsistent(err.Error(), "the files records and checkpoint")
+	}
+	if err != nil {
+		return nil, fmt.Errorf("audit log: %w", err)
+	}
+	return &Log{options: l.options, verifier: l.verifier, file: file}, nil
+}
+
+// check reads the log and compares it with its checkpoint. A crash can have left one line more than the checkpoint has, whole or torn.
+func (l *Log) check() (tree Tree, torn bool, err error) {
+	if tree, err = l.readCheckpoint(); err != nil {
+		return tree, false, err
+	}
+	if torn, err = l.scan(); err != nil {
+		return tree, false, err
+	}
+	n := int64(len(l.ends))
+	if n < tree.N || n > tree.N+1 || n == tree.N+1 && torn {
+		return tree, false, l.inconsistent(fmt.Sprintf("%d records", n), fmt.Sprintf("%d, as the checkpoint says", tree.N))
+	}
+	return tree, torn, l.compare(tree, "the checkpoint")
 }
 
 // recover reads the log, checks it, and finishes an append that a crash has cut short.
 func (l *Log) recover() error {
-	tree, err := l.readCheckpoint()
+	tree, torn, err := l.check()
 	if errors.Is(err, fs.ErrNotExist) && l.fileSize() == 0 {
-		err = l.checkpoint()
+		if err = l.checkpoint(); err == nil {
+			tree, torn, err = l.check()
+		}
 	}
 	if errors.Is(err, fs.ErrNotExist) {
 		return l.inconsistent("records without a checkpoint", "both")
@@ -48,20 +75,10 @@ func (l *Log) recover() error {
 	if err != nil {
 		return err
 	}
-	torn, err := l.scan()
-	if err != nil {
-		return err
-	}
-	n := int64(len(l.ends))
-	if n < tree.N || n > tree.N+1 || n == tree.N+1 && torn {
-		return l.inconsistent(fmt.Sprintf("%d records", n), fmt.Sprintf("%d, as the checkpoint says", tree.N))
-	}
-	if err := l.compare(tree, "the checkpoint"); err != nil {
-		return err
-	}
 	if err := l.compare(l.options.Seen, "what was seen of it"); err != nil {
 		return err
 	}
+	n := int64(len(l.ends))
 	if n > tree.N && l.options.Seen.N >= n { // its checkpoint was there, and the disk has lost it
 		return l.checkpoint()
 	}
@@ -113,6 +130,13 @@ func readLine(reader *bufio.Reader) (line []byte, err error) {
 	}
 }
 
+// Extends refuses a log that does not go on from a tree that was seen of it before; by says where.
+func (l *Log) Extends(seen Tree, by string) error {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.compare(seen, by)
+}
+
 // compare checks that a tree seen earlier is a beginning of this log.
 func (l *Log) compare(seen tlog.Tree, by string) error {
 	if seen.N > int64(len(l.ends)) {
@@ -158,22 +182,15 @@ func (l *Log) syncFolder() error {
 	return dir.Sync()
 }
 
-func (l *Log) readCheckpoint() (tlog.Tree, error) {
+// readCheckpoint is the tree that the log's own checkpoint speaks of.
+func (l *Log) readCheckpoint() (Tree, error) {
 	file, err := os.ReadFile(l.path("checkpoint"))
 	if err != nil {
-		return tlog.Tree{}, fmt.Errorf("audit log: %w", err)
+		return Tree{}, fmt.Errorf("audit log: %w", err)
 	}
-	opened, err := note.Open(file, note.VerifierList(l.verifier))
+	tree, at, err := openCheckpoint(file, l.verifier)
 	if err != nil {
-		return tlog.Tree{}, l.inconsistent("a checkpoint that does not verify: "+refusal.Clip(err.Error(), 100), "one signed by this host's key as "+l.options.Name)
+		return Tree{}, l.inconsistent(fmt.Sprintf("checkpoint, byte %d: %v", at, err), "name, size and root, signed by this host's key as "+l.options.Name)
 	}
-	lines := strings.Split(opened.Text, "\n")
-	if len(lines) == 4 && lines[0] == l.options.Name {
-		n, err1 := strconv.ParseInt(lines[1], 10, 64)
-		hash, err2 := tlog.ParseHash(lines[2])
-		if err1 == nil && err2 == nil && n >= 0 {
-			return tlog.Tree{N: n, Hash: hash}, nil
-		}
-	}
-	return tlog.Tree{}, l.inconsistent("a checkpoint that is not one", "name, size and root of "+l.options.Name)
+	return tree, nil
 }

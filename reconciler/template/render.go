@@ -138,7 +138,7 @@ func (e *entry) render(host Host, offers []string) *render {
 	if r.err = seal(&w); r.err != nil {
 		return r
 	}
-	r.check.Workload, r.workload, r.ports = w.Name, w, ports(w, host.Fingerprints[w.Backend].Has(backends.HostNetwork))
+	r.check.Workload, r.workload, r.ports = w.Name, w, HostPorts(w, host.Fingerprints[w.Backend])
 	return r
 }
 
@@ -422,8 +422,8 @@ func seal(w *backends.Workload) error {
 // camera", "writable mount /srv/data". Nothing means that they can stand side by side. prints are the host's fingerprints.
 func Exclusive(a, b backends.Workload, prints map[string]backends.Fingerprint) []string {
 	var shared []string
-	theirs := ports(b, prints[b.Backend].Has(backends.HostNetwork))
-	for _, port := range ports(a, prints[a.Backend].Has(backends.HostNetwork)) {
+	theirs := HostPorts(b, prints[b.Backend])
+	for _, port := range HostPorts(a, prints[a.Backend]) {
 		if slices.Contains(theirs, port) {
 			shared = append(shared, fmt.Sprintf("host port %d", port))
 		}
@@ -446,16 +446,10 @@ func Exclusive(a, b backends.Workload, prints map[string]backends.Fingerprint) [
 	return shared
 }
 
-// HostPorts lists the fixed ports of the host that a workload takes on a backend. One that cannot publish a port under another number gives it
-// the host's own.
+// HostPorts lists the fixed ports of the host that a workload takes, in order. Without a network of its own, the port that the program listens on is
+// one of them.
 func HostPorts(w backends.Workload, print backends.Fingerprint) []int {
-	return ports(w, !print.Has(backends.PortMap))
-}
-
-// ports lists the fixed ports of the host that a workload takes, in order. Where the program is in the host's network directly, or if the
-// unit asks for that network, the port that it listens on is one of them.
-func ports(w backends.Workload, direct bool) []int {
-	direct = direct || slices.Contains(w.Security.Host, "network")
+	direct := !print.Has(backends.OwnNetwork) || slices.Contains(w.Security.Host, "network")
 	var taken []int
 	for _, p := range w.Run.Ports {
 		if p.Host != 0 {

@@ -289,22 +289,29 @@ func TestLacksAreForTheRulesFirst(t *testing.T) {
 }
 
 func TestConflicts(t *testing.T) {
-	two := func(a, b string) (Plan, error) {
+	two := func(a, b string, has ...backends.Feature) (Plan, error) {
 		unit := func(name, ports string) string {
 			return "unit: " + name + "\ntier: 3\nvariants: [{native: r.example/u}]\nrun: {ports: [" + ports + "]}\n"
 		}
 		site := mustLoad(t, files("site.yaml", siteFile, "units/a/unit.yaml", unit("a", a), "units/b/unit.yaml", unit("b", b)))
-		return site.Render(edge())
+		host := edge()
+		native := host.Fingerprints["native"]
+		native.Features = append(slices.Clone(native.Features), has...)
+		host.Fingerprints = maps.Clone(host.Fingerprints)
+		host.Fingerprints["native"] = native
+		return site.Render(host)
 	}
-	_, err := two("{name: x, host: 18080}", "{name: w, port: 80, host: 18080}")
+	_, err := two("{name: x, host: 18080}", "{name: w, port: 80, host: 18080}", backends.OwnNetwork)
 	wantRefusal(t, err, "E_CONFLICT", "units a and b on edge-1: host port 18080 for both; want another port under run.ports")
-	if _, err := two("{name: x, port: 80}, {name: z}", "{name: w, port: 80}, {name: z}"); err != nil {
+	_, err = two("{name: x, port: 80}", "{name: w, port: 80}", backends.HostNetwork)
+	wantRefusal(t, err, "E_CONFLICT", "units a and b on edge-1: host port 80 for both")
+	if _, err := two("{name: x, port: 80}, {name: z}", "{name: w, port: 80}, {name: z}", backends.HostNetwork, backends.OwnNetwork); err != nil {
 		t.Errorf("ports of their own network: %v", err)
 	}
 }
 
 func TestExclusive(t *testing.T) {
-	prints := map[string]backends.Fingerprint{"shared": {Features: []backends.Feature{backends.HostNetwork}}, "own": {Features: []backends.Feature{backends.PortMap}}}
+	prints := map[string]backends.Fingerprint{"shared": {Features: []backends.Feature{backends.HostNetwork}}, "own": {Features: []backends.Feature{backends.HostNetwork, backends.OwnNetwork}}}
 	with := func(backend string, change func(*backends.Workload)) backends.Workload {
 		w := backends.Workload{Unit: "u", Backend: backend}
 		change(&w)

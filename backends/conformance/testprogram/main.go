@@ -19,7 +19,7 @@
 //	eat BYTES             "ate BYTES", with every page touched
 //	fork N                "forked N", or "fork: M of N: " and the error; the children wait
 //	burn                  uses all the CPU there is, for ever
-//	tick                  "tick N", for ever, every hundredth of a second
+//	tick [PATH]           "tick N", for ever, every hundredth of a second; with PATH it is appended to that, and said by nobody
 //	exit CODE             ends
 //	serve NAME            "serving NAME", and answers HTTP on the port KMO_PORT_NAME until it ends; goes on to the next step
 //	wait                  "waiting", until it is told to stop: then "stopped" and status 0
@@ -70,10 +70,7 @@ func run(verb, rest string) {
 	case "id":
 		fmt.Println("id", os.Getuid(), os.Getgid())
 	case "tick":
-		for i := 1; ; i++ {
-			fmt.Println("tick", i)
-			time.Sleep(10 * time.Millisecond)
-		}
+		tick(first)
 	case "exit":
 		os.Exit(number(first))
 	case "eat":
@@ -136,6 +133,19 @@ func file(verb, path, text string) {
 		said = "error: " + err.Error()
 	}
 	fmt.Printf("%s %s: %s\n", verb, path, said)
+}
+
+func tick(path string) {
+	for i := 1; ; i++ {
+		line := fmt.Sprintln("tick", i)
+		if path == "" {
+			fmt.Print(line)
+		} else if err := add(path, []byte(line), 1); err != nil {
+			fmt.Println("tick", path, "error:", err)
+			os.Exit(66)
+		}
+		time.Sleep(10 * time.Millisecond)
+	}
 }
 
 func add(path string, text []byte, times int) error {

@@ -10,6 +10,7 @@ import (
 	"net"
 	"os"
 	"os/exec"
+	"path/filepath"
 	"sync"
 	"syscall"
 	"time"
@@ -27,8 +28,14 @@ type QEMU struct {
 	said    *bufio.Reader
 	channel *os.File
 	mu      sync.Mutex // guards what follows
-	started []*exec.Cmd
+	started []running
 	stopped bool
+}
+
+// running is a program of a machine's.
+type running struct {
+	process *os.Process
+	ended   chan struct{} // closed when it has been waited for
 }
 
 // What QEMU gets, by the numbers of its descriptors.
@@ -148,7 +155,7 @@ func (q *QEMU) share(c Config) (*os.File, error) {
 	return conn.File()
 }
 
-// launch starts a program that Stop ends.
+// launch starts a program that Stop ends. The end of any is the machine's.
 func (q *QEMU) launch(cmd *exec.Cmd, start func(*exec.Cmd) error) error {
 	q.mu.Lock()
 	defer q.mu.Unlock()
@@ -158,8 +165,25 @@ func (q *QEMU) launch(cmd *exec.Cmd, start func(*exec.Cmd) error) error {
 	if err := start(cmd); err != nil {
 		return err
 	}
-	q.started = append(q.started, cmd)
+	one := running{cmd.Process, make(chan struct{})}
+	q.started = append(q.started, one)
+	go func() {
+		err := cmd.Wait()
+		close(one.ended)
+		q.fallen(cmd.Path, err)
+	}()
 	return nil
+}
+
+// fallen ends the machine of which a program has ended, and says which if it did not end well and was the first.
+func (q *QEMU) fallen(program string, err error) {
+	q.mu.Lock()
+	first := !q.stopped
+	q.mu.Unlock()
+	if first && err != nil {
+		_, _ = fmt.Fprintf(&q.words, "%s ended: %v\n", filepath.Base(program), err) // in memory
+	}
+	q.Stop()
 }
 
 // Start lets the processor run.
@@ -195,9 +219,9 @@ func (q *QEMU) Stop() string {
 	q.mu.Lock()
 	defer q.mu.Unlock()
 	q.stopped = true
-	for _, cmd := range q.started {
-		_ = cmd.Process.Kill()
-		_ = cmd.Wait()
+	for _, one := range q.started {
+		_ = one.process.Kill() // it may have ended
+		<-one.ended
 	}
 	q.started = nil
 	return q.words.String()

@@ -107,7 +107,10 @@ func (p Place) Read() (t Task, err error) {
 }
 
 // Output is this process's standard output. Where that is the log, what goes beyond Place.Log is lost until somebody trims it.
-func (p Place) Output() io.Writer { return output{os.Stdout, p.Log} }
+func (p Place) Output() io.Writer { return p.Onto(os.Stdout) }
+
+// Onto is Output to another file.
+func (p Place) Onto(file *os.File) io.Writer { return output{file, p.Log} }
 
 type output struct {
 	file *os.File

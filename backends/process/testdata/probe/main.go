@@ -178,6 +178,13 @@ func try(verb, rest string) (string, error) {
 		for {
 			fmt.Println(strings.Repeat("x", 1000))
 		}
+	case "pour": // as many MiB, every write of which must succeed
+		for range strings.Count(rest, "m") * 1024 {
+			if _, err := fmt.Println(strings.Repeat("x", 1023)); err != nil {
+				os.Exit(1)
+			}
+		}
+		return "ok", nil
 	case "burst":
 		for {
 			if _, err := fmt.Println(strings.Repeat("x", 1000)); err != nil {
