@@ -32,7 +32,7 @@ func auditCommand() *cobra.Command {
 
 // openLog opens nothing of this host but the audit log, which it leaves as it is: what else is wrong with the host's state keeps nobody from it.
 func openLog(flags *hostFlags) (c *client, err error) {
-	h := &host{}
+	h := &host{flags: flags}
 	defer func() {
 		if err != nil {
 			err = errors.Join(err, h.close())
