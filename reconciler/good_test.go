@@ -337,22 +337,24 @@ func TestAGoodCommitWithoutItsImagesStopsNobody(t *testing.T) {
 	})
 }
 
+// on adds or changes the unit relay, for these backends in this order.
+func (w *world) on(version, backends, more string) {
+	w.unit("relay", version, more)
+	w.files["units/relay/unit.yaml"] = strings.Replace(w.files["units/relay/unit.yaml"], "resources:", "    backends: ["+backends+"]\nresources:", 1)
+}
+
 func TestAGoodCommitThatFitsNoMoreStopsNoOther(t *testing.T) {
 	story(t, func(t *testing.T, w *world) {
-		on := func(version, backend string) {
-			w.unit("relay", version, "")
-			w.files["units/relay/unit.yaml"] = strings.Replace(w.files["units/relay/unit.yaml"], "resources:", "    backends: ["+backend+"]\nresources:", 1)
-		}
 		other := &fake.Backend{}
 		w.r.Backends["other"] = other
-		on("1", "other")
+		w.on("1", "other", "")
 		w.push("v1")
 		w.reconcile(Converged)
 		w.start() // without the other backend
 		if rec := w.reconcile(Stuck); !strings.Contains(rec.Reason, "E_FIT") {
 			t.Errorf("reason %q", rec.Reason)
 		}
-		on("2", "fake")
+		w.on("2", "fake", "")
 		w.push("v2")
 		w.reconcile(Converged)
 		w.wantRunning("relay=2")
@@ -362,28 +364,24 @@ func TestAGoodCommitThatFitsNoMoreStopsNoOther(t *testing.T) {
 // TestWhatFailedOnOneBackendMayRunOnAnother: the very same workload, and nothing of it stays on the backend where it failed.
 func TestWhatFailedOnOneBackendMayRunOnAnother(t *testing.T) {
 	story(t, func(t *testing.T, w *world) {
-		on := func(version, backend string) {
-			w.unit("relay", version, "")
-			w.files["units/relay/unit.yaml"] = strings.Replace(w.files["units/relay/unit.yaml"], "resources:", "    backends: ["+backend+"]\nresources:", 1)
-		}
 		other := &fake.Backend{}
 		w.r.Backends["other"] = other
-		on("1", "fake")
+		w.on("1", "fake", "")
 		w.push("v1")
 		w.reconcile(Converged)
 		w.failing("2")
-		on("2", "fake")
+		w.on("2", "fake", "")
 		w.push("v2")
 		w.reconcile(Reverted)
 		w.reconcile(Reverted)
-		on("2", "other")
+		w.on("2", "other", "")
 		w.push("v2, elsewhere")
 		w.reconcile(Converged)
 		w.wantRunning("")
 		if list := other.Workloads(); len(list) != 1 || list[0].Run.Args[0] != "2" {
 			t.Errorf("the other backend has %v, want relay 2", list)
 		}
-		on("2", "fake")
+		w.on("2", "fake", "")
 		w.push("v2, back where it failed")
 		if rec := w.reconcile(Refused); !strings.Contains(rec.Reason, "E_FAILED_BEFORE") {
 			t.Errorf("reason %q", rec.Reason)
@@ -402,22 +400,18 @@ func TestWhatFailedOnOneBackendMayRunOnAnother(t *testing.T) {
 // TestNoMoveWithoutWhatIsKept: neither a commit nor a change of the host has a unit begin elsewhere without its kept paths.
 func TestNoMoveWithoutWhatIsKept(t *testing.T) {
 	story(t, func(t *testing.T, w *world) {
-		on := func(version, backends, more string) {
-			w.unit("relay", version, more)
-			w.files["units/relay/unit.yaml"] = strings.Replace(w.files["units/relay/unit.yaml"], "resources:", "    backends: ["+backends+"]\nresources:", 1)
-		}
 		const keep = "overlay: {size: 1Mi, keep: [/var/lib/relay]}\n"
 		other := &fake.Backend{}
 		w.r.Backends["other"] = other
-		on("1", "fake, other", keep)
+		w.on("1", "fake, other", keep)
 		w.push("v1")
 		w.reconcile(Converged)
-		on("1", "other", keep)
+		w.on("1", "other", keep)
 		w.push("moved")
 		if rec := w.reconcile(Refused); !strings.Contains(rec.Reason, "E_KEEP: unit relay: it runs on fake, which has what is in /var/lib/relay; on other it would begin without; want backends: [fake]") {
 			t.Errorf("reason %q", rec.Reason)
 		}
-		on("2", "fake, other", keep)
+		w.on("2", "fake, other", keep)
 		w.push("v2")
 		w.reconcile(Converged)
 
@@ -434,10 +428,10 @@ func TestNoMoveWithoutWhatIsKept(t *testing.T) {
 
 		w.start()
 		w.r.Backends["other"] = other
-		on("2", "other", "")
+		w.on("2", "other", "")
 		w.push("moved, and keeps nothing")
 		w.reconcile(Converged)
-		on("2", "other", keep)
+		w.on("2", "other", keep)
 		w.push("keeps anew")
 		w.reconcile(Converged)
 	})
