@@ -20,6 +20,7 @@ import (
 
 	"github.com/kindos/kmo/policy/refusal"
 	"github.com/kindos/kmo/policy/trust"
+	"github.com/kindos/kmo/policy/trust/signature"
 	"github.com/kindos/kmo/reconciler"
 	"github.com/kindos/kmo/reconciler/gitrepo"
 	"github.com/kindos/kmo/reconciler/template"
@@ -199,7 +200,7 @@ func (a *approving) keep(name string, data []byte) error {
 // show prints exactly what will be signed, and by whom, and asks.
 func (a *approving) show(cmd *cobra.Command, root *trust.Root, key ssh.Signer, after reconciler.Commit, approvals []trust.Predicate, authors map[string]map[string]bool) error {
 	out := cmd.ErrOrStderr()
-	id := trust.KeyID(key.PublicKey())
+	id := signature.KeyID(key.PublicKey())
 	if err := root.MayApprove(key.PublicKey(), time.Now()); err != nil {
 		return err
 	}

@@ -29,6 +29,7 @@ import (
 	"github.com/kindos/kmo/policy/audit"
 	"github.com/kindos/kmo/policy/refusal"
 	"github.com/kindos/kmo/policy/trust"
+	"github.com/kindos/kmo/policy/trust/signature"
 	"github.com/kindos/kmo/reconciler"
 	"github.com/kindos/kmo/reconciler/gitrepo"
 	"github.com/kindos/kmo/reconciler/template"
@@ -258,7 +259,7 @@ func (h *host) sign() error {
 }
 
 func (h *host) openSource(context.Context) error {
-	signer, err := trust.LoadKey(h.config.Key, nil)
+	signer, err := signature.LoadKey(h.config.Key, nil)
 	if err != nil {
 		return fmt.Errorf("this host's key: %w", err)
 	}

@@ -15,7 +15,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/kindos/kmo/backends"
-	"github.com/kindos/kmo/policy/trust"
+	"github.com/kindos/kmo/policy/trust/signature"
 	"github.com/kindos/kmo/registry"
 	"github.com/kindos/kmo/registry/merkle"
 )
@@ -139,7 +139,7 @@ func sealingKey(path string) (crypto.Signer, error) {
 	if path == "" {
 		return nil, usageError{errors.New("image seal needs --key FILE")}
 	}
-	return trust.LoadPrivateKey(path, askPassphrase(path))
+	return signature.LoadPrivateKey(path, askPassphrase(path))
 }
 
 func imageVerifyCommand() *cobra.Command {

@@ -18,6 +18,7 @@ import (
 	"golang.org/x/term"
 
 	"github.com/kindos/kmo/policy/trust"
+	"github.com/kindos/kmo/policy/trust/signature"
 	"github.com/kindos/kmo/reconciler/template"
 )
 
@@ -47,7 +48,7 @@ Exit statuses: 0 made, 1 error (a file that is there is never overwritten), 2 us
 		RunE: func(cmd *cobra.Command, args []string) error {
 			public, err := publicKey(args[0])
 			if err == nil {
-				_, err = fmt.Fprintf(cmd.OutOrStdout(), "%s %s\n", trust.KeyID(public), public.Type())
+				_, err = fmt.Fprintf(cmd.OutOrStdout(), "%s %s\n", signature.KeyID(public), public.Type())
 			}
 			return err
 		},
@@ -71,7 +72,7 @@ func newKey(path string) (string, error) {
 	if err := writeNew(path, pem.EncodeToMemory(block), 0o600); err != nil {
 		return "", err
 	}
-	return trust.KeyID(line), writeNew(path+".pub", ssh.MarshalAuthorizedKey(line), 0o644)
+	return signature.KeyID(line), writeNew(path+".pub", ssh.MarshalAuthorizedKey(line), 0o644)
 }
 
 // writeNew writes a file that must not be there yet.
@@ -91,9 +92,9 @@ func publicKey(path string) (ssh.PublicKey, error) {
 		return nil, err
 	}
 	if public, _, _, _, err := ssh.ParseAuthorizedKey(text); err == nil {
-		return public, trust.AllowedKey(public)
+		return public, signature.AllowedKey(public)
 	}
-	signer, err := trust.LoadKey(path, askPassphrase(path))
+	signer, err := signature.LoadKey(path, askPassphrase(path))
 	if err != nil {
 		return nil, err
 	}
@@ -125,12 +126,12 @@ func signer(path string) (ssh.Signer, func() error, error) {
 		}
 		public, _, _, _, err := ssh.ParseAuthorizedKey(text)
 		if err != nil {
-			signer, err := trust.LoadKey(path, askPassphrase(path))
+			signer, err := signature.LoadKey(path, askPassphrase(path))
 			return signer, nothing, err
 		}
-		id = trust.KeyID(public)
+		id = signature.KeyID(public)
 	}
-	agent, err := trust.DialAgent("")
+	agent, err := signature.DialAgent("")
 	if err != nil {
 		return nil, nothing, err
 	}

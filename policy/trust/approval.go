@@ -18,6 +18,7 @@ import (
 	"golang.org/x/crypto/ssh"
 
 	"github.com/kindos/kmo/policy/refusal"
+	"github.com/kindos/kmo/policy/trust/signature"
 	"github.com/kindos/kmo/registry/merkle"
 )
 
@@ -106,8 +107,8 @@ func SignApproval(p Predicate, signer ssh.Signer) (file string, data []byte, err
 	if err != nil {
 		return "", nil, fmt.Errorf("signing an approval: %v", err)
 	}
-	data, err = seal(payload, typeApproval, namespaceApproval, signer)
-	name := strings.NewReplacer("/", "_", "+", "-", ":", "-").Replace(KeyID(signer.PublicKey()))
+	data, err = signature.Seal(payload, approvalPurpose, signer)
+	name := strings.NewReplacer("/", "_", "+", "-", ":", "-").Replace(signature.KeyID(signer.PublicKey()))
 	return path.Join(approvalFolder(p.Unit, p.To), name+".dsse.json"), data, err
 }
 
@@ -172,19 +173,19 @@ func readBounded(tree fs.FS, name string) ([]byte, error) {
 		return nil, err
 	}
 	defer file.Close()
-	return io.ReadAll(io.LimitReader(file, maxEnvelope+1))
+	return io.ReadAll(io.LimitReader(file, signature.MaxEnvelope+1))
 }
 
 // file judges every signature of one envelope.
 func (q *quorum) file(ctx context.Context, u *UnitFacts, file string, data []byte) ([]Approval, error) {
-	s, err := openEnvelope(data, typeApproval, namespaceApproval, file)
+	s, err := signature.Open(data, approvalPurpose, file)
 	if err != nil {
 		return []Approval{(Approval{File: file}).without(err)}, nil
 	}
 	var p Predicate
-	bad := strictJSON(s.payload, &p, file)
+	bad := signature.Decode(s.Payload, &p, signature.MaxEnvelope, file)
 	var judged []Approval
-	for i := range s.blobs {
+	for i := range s.Len() {
 		a, principal := q.signer(s, i, Approval{File: file, Expires: p.Expires})
 		switch {
 		case a.Code != "":
@@ -217,18 +218,18 @@ func (a Approval) uncounted(code, why string) Approval {
 }
 
 // signer finds whose key made the i'th signature, and whether it is good now.
-func (q *quorum) signer(s sealed, i int, a Approval) (Approval, *Principal) {
-	signature, err := s.signature(i, a.File)
+func (q *quorum) signer(s signature.Sealed, i int, a Approval) (Approval, *Principal) {
+	signed, err := s.Signature(i)
 	if err != nil {
 		return a.without(err), nil
 	}
-	a.Key = KeyID(signature.PublicKey)
-	principal, err := q.root.allowed(signature.PublicKey, RoleApprove, q.now, a.File)
+	a.Key = signed.KeyID()
+	principal, err := q.root.allowed(signed.Key(), RoleApprove, q.now, a.File)
 	if principal != nil {
 		a.Principal = principal.Name
 	}
 	if err == nil {
-		err = verifySignature(s.message, signature, a.File)
+		err = signed.Verify()
 	}
 	if err != nil {
 		return a.without(err), nil
@@ -239,7 +240,7 @@ func (q *quorum) signer(s sealed, i int, a Approval) (Approval, *Principal) {
 // allowed finds the principal whose key that is and refuses a key that is unknown, not for this role, not begun or revoked.
 func (r *Root) allowed(public ssh.PublicKey, role string, now time.Time, subject string) (*Principal, error) {
 	principal, key := r.keyOf(public)
-	id := KeyID(public)
+	id := signature.KeyID(public)
 	switch {
 	case key == nil:
 		return nil, &refusal.Error{Code: "E_SIG_UNKNOWN_KEY", Subject: subject, Got: "key " + id, Want: "a key of the trust root"}

@@ -34,6 +34,7 @@ import (
 	"context"
 	"crypto/sha1" // Git's object ids are SHA-1; content is bound by kmo1 roots besides
 	"encoding/hex"
+	"errors"
 	"fmt"
 	"io/fs"
 	"slices"
@@ -42,7 +43,10 @@ import (
 	"time"
 	"unicode/utf8"
 
+	"golang.org/x/crypto/ssh"
+
 	"github.com/kindos/kmo/policy/refusal"
+	"github.com/kindos/kmo/policy/trust/signature"
 )
 
 // Commit is a commit as Git has it. Nothing in it is trusted until Verify has said so.
@@ -323,7 +327,7 @@ func (j *judgement) after(from string, commits []Commit) map[string]bool {
 // writers adds whom a commit names as author and committer, and who signed it; signed says whether that was a key that may sign commits: a
 // host's, which signs reverts, says nothing of who wrote.
 func (j *judgement) writers(c Commit, who map[string]bool) (signed bool) {
-	p, signature, unsigned := openCommit(c.Raw, c.ID)
+	p, by, unsigned := openCommit(c.Raw, c.ID)
 	for _, email := range []string{p.Author.Email, p.Committer.Email} {
 		if name := j.root.principalOf(email); name != "" {
 			who[name] = true
@@ -332,12 +336,12 @@ func (j *judgement) writers(c Commit, who map[string]bool) (signed bool) {
 	if unsigned != nil {
 		return false
 	}
-	principal, _ := j.root.keyOf(signature.PublicKey)
-	if principal == nil || verifySignature(p.Payload, signature, c.ID) != nil {
+	principal, _ := j.root.keyOf(by.Key())
+	if principal == nil || by.Verify() != nil {
 		return false
 	}
 	who[principal.Name] = true
-	_, err := j.root.allowed(signature.PublicKey, RoleCommit, j.facts.Time, c.ID)
+	_, err := j.root.allowed(by.Key(), RoleCommit, j.facts.Time, c.ID)
 	return err == nil
 }
 
@@ -463,4 +467,28 @@ func (u *past) judge(log []Entry) {
 			u.facts.Back = log[n].Commit
 		}
 	}
+}
+
+// SignCommit signs an unsigned commit object, so that `git verify-commit` and Verify accept the result.
+func SignCommit(unsigned []byte, signer ssh.Signer) (signed []byte, err error) {
+	p, err := ParseCommit(unsigned)
+	if err != nil {
+		return nil, fmt.Errorf("signing a commit: %w", err)
+	}
+	if p.Signature != "" {
+		return nil, errors.New("signing a commit: it is signed already")
+	}
+	blob, err := signature.Sign(unsigned, signer, namespaceCommit)
+	if err != nil {
+		return nil, fmt.Errorf("signing a commit: %w", err)
+	}
+	header := "gpgsig " + strings.ReplaceAll(strings.TrimSuffix(signature.Armour(blob), "\n"), "\n", "\n ") + "\n"
+	end := bytes.Index(unsigned, []byte("\n\n")) + 1
+	return slices.Concat(unsigned[:end], []byte(header), unsigned[end:]), nil
+}
+
+// SignedBy says whether a commit carries a good signature of that very key, whoever's it is.
+func SignedBy(raw []byte, key ssh.PublicKey) bool {
+	_, signed, err := openCommit(raw, "commit")
+	return err == nil && bytes.Equal(signed.Key().Marshal(), key.Marshal()) && signed.Verify() == nil
 }

@@ -14,6 +14,7 @@ import (
 	"time"
 
 	"github.com/kindos/kmo/policy/refusal"
+	"github.com/kindos/kmo/policy/trust/signature"
 	"github.com/kindos/kmo/registry/merkle"
 )
 
@@ -113,8 +114,8 @@ func (v *Verifier) WaysOut(head Commit, facts Facts) (removals, reverts []Facts,
 	removal.To, removal.Need = merkle.Digest{}, root.Tiers[0].Need
 	for _, p := range root.eligible(RoleApprove) {
 		for _, key := range p.Keys {
-			if public, err := parsePublic(key.Public); err == nil && key.Revoked == nil && root.may(&p, &key, RoleApprove) {
-				removal.Counted = append(removal.Counted, Approval{Principal: p.Name, Key: KeyID(public)})
+			if public, err := signature.ParseKey(key.Public); err == nil && key.Revoked == nil && root.may(&p, &key, RoleApprove) {
+				removal.Counted = append(removal.Counted, Approval{Principal: p.Name, Key: signature.KeyID(public)})
 				break
 			}
 		}
@@ -143,7 +144,7 @@ func (r *Root) signed(change Facts, role string) (all []Facts) {
 	})
 	for _, p := range r.Principals {
 		for _, key := range p.Keys {
-			public, err := parsePublic(key.Public)
+			public, err := signature.ParseKey(key.Public)
 			if err != nil || key.Revoked != nil || !r.may(&p, &key, role) {
 				continue
 			}
@@ -157,7 +158,7 @@ func (r *Root) signed(change Facts, role string) (all []Facts) {
 			}
 			for _, by := range ways {
 				f := change
-				f.Signer, f.Key, f.Class, f.Author, f.Units = p.Name, KeyID(public), p.Class, by.author, slices.Clone(change.Units)
+				f.Signer, f.Key, f.Class, f.Author, f.Units = p.Name, signature.KeyID(public), p.Class, by.author, slices.Clone(change.Units)
 				sortUnits(&f, map[string]map[string]bool{unitPolicy: {by.wrote: true}})
 				if r.Tiers[0].ExcludeAuthor {
 					u := &f.Units[0]

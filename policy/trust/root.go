@@ -15,6 +15,7 @@ import (
 	"golang.org/x/crypto/ssh"
 
 	"github.com/kindos/kmo/policy/refusal"
+	"github.com/kindos/kmo/policy/trust/signature"
 	"github.com/kindos/kmo/registry/merkle"
 )
 
@@ -93,6 +94,15 @@ func PinOf(file []byte) Pin {
 	return Pin{SHA256: hex.EncodeToString(sum[:]), Root: merkle.BlobRoot(file)}
 }
 
+// What envelopes are for.
+var (
+	rootPurpose     = signature.Purpose{Type: "application/vnd.kmo.root.v1+json", Namespace: "kmo.root.v1"}
+	approvalPurpose = signature.Purpose{Type: "application/vnd.kmo.approval.v1+json", Namespace: "kmo.approval.v1"}
+)
+
+// namespaceCommit is that of Git's own signatures.
+const namespaceCommit = "git"
+
 // The roles this build acts on.
 const (
 	RoleRoot    = "root"
@@ -124,47 +134,33 @@ func SignRoot(root Root, signers ...ssh.Signer) ([]byte, error) {
 	if _, err := decodeRoot(payload); err != nil {
 		return nil, fmt.Errorf("signing a trust root: %w", err)
 	}
-	return seal(payload, typeRoot, namespaceRoot, signers...)
+	return signature.Seal(payload, rootPurpose, signers...)
 }
 
 // CosignRoot adds a signature to a root's file, over the same payload bytes. The command that rotates the root will call it, for the people who
 // sign on other machines.
 func CosignRoot(file []byte, signer ssh.Signer) ([]byte, error) {
-	s, err := openEnvelope(file, typeRoot, namespaceRoot, "trust root")
-	if err != nil {
-		return nil, err
-	}
-	more, err := seal(s.payload, typeRoot, namespaceRoot, signer)
-	if err != nil {
-		return nil, err
-	}
-	var old, added envelope
-	if err := errors.Join(json.Unmarshal(file, &old), json.Unmarshal(more, &added)); err != nil {
-		return nil, err
-	}
-	old.Signatures = append(old.Signatures, added.Signatures...)
-	out, err := json.MarshalIndent(old, "", "  ")
-	return append(out, '\n'), err
+	return signature.Cosign(file, rootPurpose, "trust root", signer)
 }
 
 // ParseRoot reads a root's file and checks that its own role root signed it by threshold. Whether it is the right root, the pin says.
 func ParseRoot(file []byte) (*Root, error) {
-	s, err := openEnvelope(file, typeRoot, namespaceRoot, "trust root")
+	s, err := signature.Open(file, rootPurpose, "trust root")
 	if err != nil {
 		return nil, err
 	}
-	root, err := decodeRoot(s.payload)
+	root, err := decodeRoot(s.Payload)
 	if err != nil {
 		return nil, err
 	}
 	signed := map[string]bool{}
-	for i := range s.blobs {
-		signature, err := s.signature(i, "trust root")
+	for i := range s.Len() {
+		by, err := s.Signature(i)
 		if err != nil {
 			continue
 		}
-		principal, key := root.keyOf(signature.PublicKey)
-		if key == nil || key.Revoked != nil || !root.may(principal, key, RoleRoot) || verifySignature(s.message, signature, "trust root") != nil {
+		principal, key := root.keyOf(by.Key())
+		if key == nil || key.Revoked != nil || !root.may(principal, key, RoleRoot) || by.Verify() != nil {
 			continue
 		}
 		signed[principal.Name] = true
@@ -177,7 +173,7 @@ func ParseRoot(file []byte) (*Root, error) {
 
 func decodeRoot(payload []byte) (*Root, error) {
 	var root Root
-	if err := strictJSON(payload, &root, "trust root"); err != nil {
+	if err := signature.Decode(payload, &root, signature.MaxEnvelope, "trust root"); err != nil {
 		return nil, err
 	}
 	var faults []error
@@ -242,18 +238,18 @@ func (r *Root) principalFaults() (faults []string) {
 			emails[folded] = p.Name
 		}
 		for _, k := range p.Keys {
-			public, err := parsePublic(k.Public)
+			public, err := signature.ParseKey(k.Public)
 			if err != nil {
 				faults = append(faults, fmt.Sprintf("a key of %s: %v", p.Name, err))
 				continue
 			}
-			if owner, taken := keys[KeyID(public)]; taken {
-				faults = append(faults, fmt.Sprintf("key %s belongs to %s and to %s", KeyID(public), owner, p.Name))
+			if owner, taken := keys[signature.KeyID(public)]; taken {
+				faults = append(faults, fmt.Sprintf("key %s belongs to %s and to %s", signature.KeyID(public), owner, p.Name))
 			}
-			keys[KeyID(public)] = p.Name
+			keys[signature.KeyID(public)] = p.Name
 			for _, use := range k.Uses {
 				if !slices.Contains([]string{RoleRoot, RoleCommit, RoleApprove, RoleRevert, RoleImage}, use) {
-					faults = append(faults, fmt.Sprintf("key %s of %s has use %q, want root, commit, approve, revert or image", KeyID(public), p.Name, refusal.Clip(use, 20)))
+					faults = append(faults, fmt.Sprintf("key %s of %s has use %q, want root, commit, approve, revert or image", signature.KeyID(public), p.Name, refusal.Clip(use, 20)))
 				}
 			}
 		}
@@ -386,7 +382,7 @@ func (r *Root) Owner(key ssh.PublicKey) string {
 func (r *Root) keyOf(public ssh.PublicKey) (*Principal, *Key) {
 	for i := range r.Principals {
 		for j := range r.Principals[i].Keys {
-			known, err := parsePublic(r.Principals[i].Keys[j].Public)
+			known, err := signature.ParseKey(r.Principals[i].Keys[j].Public)
 			if err == nil && string(known.Marshal()) == string(public.Marshal()) {
 				return &r.Principals[i], &r.Principals[i].Keys[j]
 			}
@@ -410,17 +406,6 @@ func (r *Root) eligible(role string) (members []Principal) {
 	return members
 }
 
-func parsePublic(line string) (ssh.PublicKey, error) {
-	key, comment, options, rest, err := ssh.ParseAuthorizedKey([]byte(line))
-	if err != nil {
-		return nil, fmt.Errorf("public key %q: %v", refusal.Clip(line, 60), err)
-	}
-	if comment != "" || len(options) > 0 || len(rest) > 0 {
-		return nil, fmt.Errorf("public key %q: want a type and a key, nothing else", refusal.Clip(line, 60))
-	}
-	return key, AllowedKey(key)
-}
-
 // rebad says whether there is a key whose signatures are revoked with it.
 func (r *Root) rebad() bool {
 	return slices.ContainsFunc(r.Principals, func(p Principal) bool {
@@ -430,22 +415,22 @@ func (r *Root) rebad() bool {
 
 // burns says why what a commit brings must not run: it is signed with such a key. "" says that it is not.
 func (r *Root) burns(c Commit) string {
-	p, signature, err := openCommit(c.Raw, c.ID)
+	_, signed, err := openCommit(c.Raw, c.ID)
 	if err != nil {
 		return ""
 	}
-	principal, key := r.keyOf(signature.PublicKey)
-	if key == nil || key.Revoked == nil || !key.Revoked.Rebad || verifySignature(p.Payload, signature, c.ID) != nil {
+	principal, key := r.keyOf(signed.Key())
+	if key == nil || key.Revoked == nil || !key.Revoked.Rebad || signed.Verify() != nil {
 		return ""
 	}
-	return fmt.Sprintf("signed with key %s of %s, which is revoked with all that it signed: %s", KeyID(signature.PublicKey), principal.Name, refusal.Clip(key.Revoked.Reason, 80))
+	return fmt.Sprintf("signed with key %s of %s, which is revoked with all that it signed: %s", signed.KeyID(), principal.Name, refusal.Clip(key.Revoked.Reason, 80))
 }
 
 // sealers are the keys whose statements of images count now. One whose signatures come from a security key makes none.
 func (r *Root) sealers(now time.Time) (keys []crypto.PublicKey) {
 	for _, p := range r.Principals {
 		for _, k := range p.Keys {
-			public, err := parsePublic(k.Public)
+			public, err := signature.ParseKey(k.Public)
 			if err != nil || k.Revoked != nil || now.Before(k.From) || !r.may(&p, &k, RoleImage) {
 				continue
 			}

@@ -6,6 +6,7 @@ import (
 	"testing"
 
 	"github.com/kindos/kmo/policy/refusal"
+	"github.com/kindos/kmo/policy/trust/signature"
 )
 
 // member finds a principal of the root to change.
@@ -132,7 +133,7 @@ func TestRootSignatures(t *testing.T) {
 	if PinOf(both) == PinOf(file) {
 		t.Error("two files with one pin")
 	}
-	var e envelope
+	var e signature.Envelope
 	if err := json.Unmarshal(both, &e); err != nil {
 		t.Fatal(err)
 	}

@@ -16,11 +16,14 @@ import (
 	"github.com/google/renameio/v2"
 
 	"github.com/kindos/kmo/policy/refusal"
+	"github.com/kindos/kmo/policy/trust/signature"
 	"github.com/kindos/kmo/registry/merkle"
 )
 
 // maxEntries is how many accepted commits a state remembers.
 const maxEntries = 64
+
+const maxState = 64 << 20 // bytes of its file
 
 // State is what a host remembers of trust. It only moves forward.
 type State struct {
@@ -77,7 +80,7 @@ func (f StateFile) Load() (State, error) {
 
 func (f StateFile) parse(file []byte) (State, error) {
 	var s State
-	if err := decodeStrict(file, &s, f.Path); err != nil {
+	if err := signature.Decode(file, &s, maxState, f.Path); err != nil {
 		return s, stateAlarm(f.Path, refusal.Of(err).Got, "a state that this program wrote")
 	}
 	if s.Version != 1 || s.Seq == 0 || s.Accepted.Commit == "" {

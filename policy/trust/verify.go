@@ -10,9 +10,8 @@ import (
 	"sync"
 	"time"
 
-	"github.com/hiddeco/sshsig"
-
 	"github.com/kindos/kmo/policy/refusal"
+	"github.com/kindos/kmo/policy/trust/signature"
 	"github.com/kindos/kmo/registry/merkle"
 )
 
@@ -89,7 +88,7 @@ func (v *Verifier) Verify(ctx context.Context, running, head Commit, h History) 
 	for _, tier := range j.root.Tiers {
 		j.facts.Statements = append(j.facts.Statements, tier.Statement)
 	}
-	for _, check := range []func(context.Context) error{j.signature, j.descent, j.change, j.apart, j.revert, j.burned, j.older, j.approvals} {
+	for _, check := range []func(context.Context) error{j.signer, j.descent, j.change, j.apart, j.revert, j.burned, j.older, j.approvals} {
 		if err := check(ctx); err != nil {
 			return Facts{}, err
 		}
@@ -169,37 +168,37 @@ func (v *Verifier) root(tree Tree) (*Root, error) {
 	return root, nil
 }
 
-// signature checks the head's own signature: by a key of the root, good now, for the role commit or revert.
-func (j *judgement) signature(context.Context) error {
+// signer checks the head's own signature: by a key of the root, good now, for the role commit or revert.
+func (j *judgement) signer(context.Context) error {
 	subject := "commit " + j.head.ID
 	if got := ObjectID(j.head.Raw); got != j.head.ID {
 		return &refusal.Error{Code: "E_OBJ_MALFORMED", Subject: subject, Got: "bytes whose object id is " + got, Want: j.head.ID}
 	}
-	parsed, signature, err := openCommit(j.head.Raw, subject)
+	parsed, signed, err := openCommit(j.head.Raw, subject)
 	if err != nil {
 		return err
 	}
 	j.parsed = parsed
 	role := RoleCommit
-	if principal, key := j.root.keyOf(signature.PublicKey); key != nil && len(j.parsed.Trailers(TrailerReverts)) > 0 && j.root.may(principal, key, RoleRevert) {
+	if principal, key := j.root.keyOf(signed.Key()); key != nil && len(j.parsed.Trailers(TrailerReverts)) > 0 && j.root.may(principal, key, RoleRevert) {
 		role = RoleRevert
 	}
-	principal, err := j.root.allowed(signature.PublicKey, role, j.facts.Time, subject)
+	principal, err := j.root.allowed(signed.Key(), role, j.facts.Time, subject)
 	if err != nil {
 		return err
 	}
-	if err := verifySignature(j.parsed.Payload, signature, subject); err != nil {
+	if err := signed.Verify(); err != nil {
 		return err
 	}
 	j.facts.Revert = role == RoleRevert
-	j.facts.Signer, j.facts.Class, j.facts.Key = principal.Name, principal.Class, KeyID(signature.PublicKey)
+	j.facts.Signer, j.facts.Class, j.facts.Key = principal.Name, principal.Class, signed.KeyID()
 	j.facts.Author = j.root.principalOf(j.parsed.Author.Email)
 	return nil
 }
 
-// openCommit reads a commit object and its signature, which verifySignature then checks against the payload. Where the object is good and the
+// openCommit reads a commit object and its signature, which is yet to be verified. Where the object is good and the
 // signature is not, what was parsed is returned beside the refusal.
-func openCommit(raw []byte, subject string) (Parsed, *sshsig.Signature, error) {
+func openCommit(raw []byte, subject string) (Parsed, *signature.Signature, error) {
 	p, err := ParseCommit(raw)
 	if err != nil {
 		refusal.Of(err).Subject = subject
@@ -208,12 +207,12 @@ func openCommit(raw []byte, subject string) (Parsed, *sshsig.Signature, error) {
 	if p.Signature == "" {
 		return p, nil, &refusal.Error{Code: "E_SIG_MISSING", Subject: subject, Got: "no signature", Want: "a commit signed with an SSH key of the trust root (git commit -S)"}
 	}
-	blob, err := unarmour(p.Signature, subject)
+	blob, err := signature.Unarmour(p.Signature, subject)
 	if err != nil {
 		return p, nil, err
 	}
-	signature, err := parseSignature(blob, namespaceCommit, subject)
-	return p, signature, err
+	signed, err := signature.Parse(p.Payload, blob, namespaceCommit, subject)
+	return p, signed, err
 }
 
 // descent checks that the head is the last accepted commit or comes after it, and after every floor.

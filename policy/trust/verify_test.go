@@ -7,13 +7,15 @@ import (
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
+
+	"github.com/kindos/kmo/policy/trust/signature"
 )
 
 func TestVerifyHead(t *testing.T) {
 	w := newWorld(t, nil)
 	first := w.commit("alice", "", "begin")
 	facts := w.accept(Commit{}, first)
-	if facts.Signer != "alice" || facts.Class != "human" || facts.Key != KeyID(w.keys["alice"].PublicKey()) || facts.Author != "alice" || facts.Base != "" || !facts.Other || facts.Policy {
+	if facts.Signer != "alice" || facts.Class != "human" || facts.Key != signature.KeyID(w.keys["alice"].PublicKey()) || facts.Author != "alice" || facts.Base != "" || !facts.Other || facts.Policy {
 		t.Errorf("facts of the first commit: %+v", facts)
 	}
 	if got := factsOf(t, facts, "relay"); got.Tier != 3 || got.TierBefore != -1 || got.Need != 0 || !got.From.IsZero() || got.To.IsZero() || got.Action != "upgrade" {

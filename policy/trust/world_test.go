@@ -22,6 +22,7 @@ import (
 	"golang.org/x/crypto/ssh"
 
 	"github.com/kindos/kmo/policy/refusal"
+	"github.com/kindos/kmo/policy/trust/signature"
 )
 
 var day0 = time.Date(2026, 11, 1, 12, 0, 0, 0, time.UTC)
@@ -103,7 +104,7 @@ func (w *world) key(name string, uses ...string) Key {
 	if err := os.WriteFile(w.keyFile(name), pem.EncodeToMemory(block), 0o600); err != nil {
 		w.t.Fatal(err)
 	}
-	if w.keys[name], err = LoadKey(w.keyFile(name), nil); err != nil {
+	if w.keys[name], err = signature.LoadKey(w.keyFile(name), nil); err != nil {
 		w.t.Fatal(err)
 	}
 	return Key{Public: publicLine(w.keys[name].PublicKey()), Uses: uses}
