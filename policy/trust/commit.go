@@ -397,7 +397,7 @@ type past struct {
 	facts    *UnitFacts
 	now, was []string
 	folder   string         // Git id of the folder that was looked at last
-	first    map[string]int // by image, the first entry of the log that has it
+	first    map[string]int // by image, the first entry of the log that has it; -1 where it came as a way back from before the log
 }
 
 // older finds the units that go back: an image comes that this host accepted before one that it replaces. A unit that is gone is replaced as it was last.
@@ -424,7 +424,7 @@ func (j *judgement) older(ctx context.Context) error {
 			return fmt.Errorf("an accepted commit: %w", err)
 		}
 		for _, u := range units {
-			if err := u.look(j.v.side(commit.Tree), n); err != nil {
+			if err := u.look(commit, j.v.side(commit.Tree), n); err != nil {
 				return err
 			}
 		}
@@ -436,7 +436,7 @@ func (j *judgement) older(ctx context.Context) error {
 }
 
 // look notes the images that are new in an entry.
-func (u *past) look(tree side, n int) error {
+func (u *past) look(commit Commit, tree side, n int) error {
 	folder := tree.object(unitPath(u.facts.Unit))
 	if folder == "" || folder == u.folder {
 		return nil
@@ -445,6 +445,9 @@ func (u *past) look(tree side, n int) error {
 	then, err := tree.unit(u.facts.Unit)
 	if refusal.Of(err) != nil { // a file that another version of kMO could read
 		return nil
+	}
+	if parsed, err := ParseCommit(commit.Raw); then.Rollback || err == nil && len(parsed.Trailers(TrailerReverts)) > 0 {
+		n = -1
 	}
 	for _, image := range then.Images {
 		if _, known := u.first[image]; !known {
@@ -458,13 +461,15 @@ func (u *past) look(tree side, n int) error {
 }
 
 func (u *past) judge(log []Entry) {
-	newest := 0
+	newest := -1
 	for _, image := range u.was {
-		newest = max(newest, u.first[image])
+		if n, known := u.first[image]; known {
+			newest = max(newest, n)
+		}
 	}
 	for _, image := range u.now {
 		if n, known := u.first[image]; known && n < newest && !slices.Contains(u.was, image) {
-			u.facts.Back = log[n].Commit
+			u.facts.Back = log[max(n, 0)].Commit
 		}
 	}
 }

@@ -257,3 +257,36 @@ func TestKT028Back(t *testing.T) {
 		t.Errorf("the same image: back to %q", u.Back)
 	}
 }
+
+// TestKT028LongAgo: what came back is older than what it replaced, though the log remembers nothing of its first time any more.
+func TestKT028LongAgo(t *testing.T) {
+	w := newWorld(t, nil)
+	step := func(text string) Commit {
+		w.files["units/relay/unit.yaml"] = "tier: 3\n" + text
+		w.files["README"] += "."
+		return w.commit("alice", "", "step: "+text)
+	}
+	good := step("images: a1\n")
+	w.accept(Commit{}, good)
+	bad := step("images: a2\n")
+	w.begin(good, bad) // and its gate fails
+	back := w.takeBack("host", good, bad, reverts(good, bad))
+	w.accept(bad, back)
+	w.git("reset", "-q", "--hard", back.ID)
+	state, err := w.v.State.Load()
+	if err != nil {
+		t.Fatal(err)
+	}
+	state.Log = state.Log[1:] // as it is when there were too many since
+	if err := w.v.State.save(state); err != nil {
+		t.Fatal(err)
+	}
+	if u := w.verify(back, step("images: a2\nv: 2\n"), "relay"); u.Back != "" {
+		t.Errorf("what was taken back comes again: back to %q", u.Back)
+	}
+	newer := step("images: a3\n")
+	w.accept(back, newer)
+	if u := w.verify(newer, step("images: a1\n"), "relay"); u.Back == "" {
+		t.Error("an image from before the log comes in place of a newer one, and is no way back")
+	}
+}
