@@ -66,13 +66,12 @@ func (b *Backend) ready(ctx context.Context) error {
 			return err
 		}
 	}
-	if err := b.sweepFolders(entries); err != nil {
-		return err
-	}
+	err = b.sweepFolders(entries)
 	for _, e := range entries {
-		if err := b.endLeft(ctx, e); err != nil {
-			return err
-		}
+		err = errors.Join(err, b.endLeft(ctx, e))
+	}
+	if err != nil {
+		return err
 	}
 	b.mu.Lock()
 	b.entries, b.settled = entries, true
