@@ -8,6 +8,7 @@
 //
 //	instance                      what tells this folder's containers from those of others on the same engine
 //	work/<workload>/record.json   restarts, which process the program is, how the last one ended, whether hooks are due
+//	work/<workload>/commands      the engine's ids of the commands that are executed in it: a later process ends those that an earlier one has left
 //	work/<workload>/files         the unit's files, mounted into the container
 //	images/<content root>         the id of the image that a content has become
 //	kept/<unit>/<path>            kept paths, which outlive their workloads

@@ -60,6 +60,7 @@ func TestConformance(t *testing.T) {
 				return conformance.Subject{
 					Open:     func(t *testing.T) backends.Backend { return open(t, name, dir) },
 					At:       func(t *testing.T, state string) backends.Backend { return open(t, name, state) },
+					Dies:     true,
 					Patience: time.Minute,
 					Table:    filepath.Join("testdata", "features", name),
 					Images:   map[backends.Format]backends.Image{backends.OCI: image},

@@ -96,7 +96,10 @@ func TestEndlessAnswers(t *testing.T) {
 	others := map[string]string{"/info": `{"ServerVersion":"1"}`, "/containers/json": "[]", "/images/json": "[]", "/exec": `{"Id":"1"}`}
 	apply := func(b *Backend) error { return b.Apply(t.Context(), unit("relay", image, "wait")) }
 	observe := func(b *Backend) error { _, err := b.Observe(t.Context()); return err }
-	exec := func(b *Backend) error { _, _, err := b.exec(t.Context(), "1", []string{"/app"}, &output{}); return err }
+	exec := func(b *Backend) error {
+		_, _, err := b.exec(t.Context(), b.fresh("relay"), "1", []string{"/app"}, &engine.Output{})
+		return err
+	}
 	for name, c := range map[string]struct {
 		path, start, more string
 		status            int
@@ -175,7 +178,7 @@ func TestEndlessExec(t *testing.T) {
 		}
 		cancel()
 	}()
-	if _, _, err := b.exec(ctx, "1", []string{"/app"}, &output{most: maxOutput}); !errors.Is(err, context.Canceled) {
+	if _, _, err := b.exec(ctx, b.fresh("relay"), "1", []string{"/app"}, &engine.Output{Most: maxOutput}); !errors.Is(err, context.Canceled) {
 		t.Errorf("a command that writes without end: %v, want its context's end", err)
 	}
 }

@@ -279,7 +279,7 @@ func (b *Backend) stop(ctx context.Context, e *entry, c *seen, hooks bool) (err 
 	w := e.asked()
 	if hooks && !c.paused {
 		for _, argv := range w.Hooks.Exit {
-			if err := b.hook(ctx, e.name, "exit", argv, b.inside(c.id, argv)); err != nil {
+			if err := b.hook(ctx, e.name, "exit", argv, b.inside(e, c.id, argv)); err != nil {
 				b.options.Logger.Warn("running an exit hook", "workload", e.name, "hook", argv, "err", err)
 			}
 			if ctx.Err() != nil {
@@ -404,8 +404,11 @@ func (b *Backend) postInit(ctx context.Context, e *entry) error {
 	if !pending {
 		return nil
 	}
+	if err := b.endLeft(ctx, e); err != nil {
+		return err
+	}
 	for _, argv := range e.asked().Hooks.PostInit {
-		if err := b.hook(ctx, e.name, "postInit", argv, b.inside(c, argv)); err != nil {
+		if err := b.hook(ctx, e.name, "postInit", argv, b.inside(e, c, argv)); err != nil {
 			e.fail(err)
 			return err
 		}
@@ -438,15 +441,6 @@ func (b *Backend) hook(ctx context.Context, name, moment string, argv []string, 
 		return nil
 	}
 	return fault
-}
-
-// inside is how a hook is run in a container that runs.
-func (b *Backend) inside(id string, argv []string) func(context.Context) (int, []byte, error) {
-	return func(ctx context.Context) (int, []byte, error) {
-		out := &output{most: maxWords, last: true}
-		status, _, err := b.exec(ctx, id, argv, out)
-		return status, out.text, err
-	}
 }
 
 // preInit runs a hook in a container of its own, which is removed. Its time begins when it has been started: a slow engine is no fault of the hook's.
@@ -486,14 +480,14 @@ func (b *Backend) await(ctx context.Context, id string) (int, []byte, error) {
 	ended := b.over(ctx, id, p)
 	undo, cancel := context.WithTimeout(context.WithoutCancel(ctx), clearTime)
 	defer cancel()
-	out := &output{most: maxWords, last: true}
-	_ = b.copyLog(undo, id, 0, out.add) // without them it has failed all the same
+	out := &engine.Output{Most: maxWords, Last: true}
+	_ = b.copyLog(undo, id, 0, out.Add) // without them it has failed all the same
 	c, err := b.inspect(undo, id)
 	if ended == nil && err == nil && c != nil && c.running {
 		err = fmt.Errorf("%s says that container %s runs, whose process %d has ended: how it ended cannot be told", b.options.Name, id, c.pid)
 	}
 	if ended != nil || err != nil || c == nil {
-		return 0, out.text, errors.Join(ended, err)
+		return 0, out.Text, errors.Join(ended, err)
 	}
-	return c.exit, out.text, nil
+	return c.exit, out.Text, nil
 }

@@ -22,6 +22,9 @@ import (
 // inNetwork marks the process that runs the tests, in a network of its own: the engines change firewall rules.
 const inNetwork = "KMO_TEST_NETWORK"
 
+// besideEngines marks the processes that a test starts: the engines are there.
+const besideEngines = "KMO_TEST_BESIDE_ENGINES"
+
 func TestMain(m *testing.M) {
 	if os.Getenv(childState) != "" {
 		child()
@@ -30,12 +33,22 @@ func TestMain(m *testing.M) {
 		os.Exit(elsewhere())
 	}
 	dir := os.Getenv(inNetwork)
+	engines = map[string]*daemon{Docker: dockerd(filepath.Join(dir, "d")), Podman: podman(filepath.Join(dir, "p"))}
+	if os.Getenv(besideEngines) != "" { // a test of these has started this process, to kill it
+		for _, d := range engines {
+			d.made, d.programs = true, nil
+		}
+		os.Exit(m.Run())
+	}
 	// Small enough to be filled, and gone with the namespace.
 	if err := unix.Mount("none", dir, "tmpfs", 0, "size=1g"); err != nil {
 		fmt.Fprintln(os.Stderr, "mounting the engines' disk:", err)
 		os.Exit(1)
 	}
-	engines = map[string]*daemon{Docker: dockerd(filepath.Join(dir, "d")), Podman: podman(filepath.Join(dir, "p"))}
+	if err := os.Setenv(besideEngines, "1"); err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		os.Exit(1)
+	}
 	code := m.Run()
 	for _, d := range engines {
 		if err := d.end(); err != nil {

@@ -187,28 +187,12 @@ func (b *Backend) Exec(ctx context.Context, name string, argv []string) (int, []
 	if !running {
 		return 0, nil, backends.ErrNotFound
 	}
-	return b.exec(ctx, id, argv, &output{most: maxOutput})
+	return b.exec(ctx, e, id, argv, &engine.Output{Most: maxOutput})
 }
 
-// output keeps the first or the last of what is written.
-type output struct {
-	most int
-	last bool
-	text []byte
-}
-
-func (o *output) add(piece []byte) error {
-	if o.last {
-		o.text = append(o.text, piece...)
-		o.text = o.text[max(len(o.text)-o.most, 0):]
-		return nil
-	}
-	o.text = append(o.text, piece[:min(len(piece), o.most-len(o.text))]...)
-	return nil
-}
-
-// exec runs a command in a container. When ctx ends it ends the command, and what that has started.
-func (b *Backend) exec(ctx context.Context, id string, argv []string, out *output) (int, []byte, error) {
+// exec runs a command in the container of a workload. When ctx ends it ends the command, and what that has started; when this process
+// ends before, the next one does.
+func (b *Backend) exec(ctx context.Context, e *entry, id string, argv []string, out *engine.Output) (status int, text []byte, err error) {
 	made, err := b.engine.ExecCreate(ctx, id, client.ExecCreateOptions{Cmd: argv, AttachStdout: true, AttachStderr: true})
 	if absent(err) || errdefs.IsConflict(err) {
 		return 0, nil, backends.ErrNotFound
@@ -216,6 +200,11 @@ func (b *Backend) exec(ctx context.Context, id string, argv []string, out *outpu
 	if err != nil {
 		return 0, nil, b.plain(ctx, err)
 	}
+	if err := e.executes(made.ID); err != nil {
+		return 0, nil, err
+	}
+	over := false
+	defer func() { e.executed(made.ID, over) }()
 	attach, attached := context.WithCancel(ctx)
 	stream, err := b.engine.ExecAttach(attach, made.ID, client.ExecAttachOptions{})
 	attached() // the handshake is over: what follows is a stream
@@ -224,9 +213,9 @@ func (b *Backend) exec(ctx context.Context, id string, argv []string, out *outpu
 	}
 	stop := context.AfterFunc(ctx, stream.Close)
 	defer stream.Close()
-	err = engine.Frames(stream.Reader, out.add)
+	err = engine.Frames(stream.Reader, out.Add)
 	if !stop() || ctx.Err() != nil { // it goes on, maybe
-		b.endExec(ctx, made.ID, id)
+		over = b.endExec(ctx, made.ID, id) == nil
 		return 0, nil, ctx.Err()
 	}
 	if err != nil {
@@ -236,12 +225,12 @@ func (b *Backend) exec(ctx context.Context, id string, argv []string, out *outpu
 		found, err := b.engine.ExecInspect(ctx, made.ID, client.ExecInspectOptions{})
 		if err != nil {
 			if ctx.Err() != nil {
-				b.endExec(ctx, made.ID, id)
+				over = b.endExec(ctx, made.ID, id) == nil
 			}
 			return 0, nil, b.plain(ctx, err)
 		}
-		if !found.Running {
-			return found.ExitCode, out.text, nil
+		if over = !found.Running; over {
+			return found.ExitCode, out.Text, nil
 		}
 		select { // it has closed its output, and goes on
 		case <-time.After(pause):
@@ -250,14 +239,27 @@ func (b *Backend) exec(ctx context.Context, id string, argv []string, out *outpu
 	}
 }
 
-// endExec ends a command whose caller waits no longer.
-func (b *Backend) endExec(ctx context.Context, exec, id string) {
+// inside is how a hook is run in a container that runs.
+func (b *Backend) inside(e *entry, id string, argv []string) func(context.Context) (int, []byte, error) {
+	return func(ctx context.Context) (int, []byte, error) {
+		out := &engine.Output{Most: maxWords, Last: true}
+		status, _, err := b.exec(ctx, e, id, argv, out)
+		return status, out.Text, err
+	}
+}
+
+// endExec ends a command that nobody waits for any longer. It is nil once the command is over.
+func (b *Backend) endExec(ctx context.Context, exec, id string) error {
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), clearTime)
 	defer cancel()
 	found, err := b.engine.ExecInspect(ctx, exec, client.ExecInspectOptions{})
+	if absent(err) {
+		return nil
+	}
 	if err == nil && found.Running {
 		program.KillSession(found.PID, id)
 	}
+	return b.plain(ctx, err)
 }
 
 // copyLog copies what a container has written, or its last lines.

@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io/fs"
 	"maps"
 	"os"
 	"path/filepath"
@@ -65,7 +66,11 @@ func (b *Backend) ready(ctx context.Context) error {
 			return err
 		}
 	}
-	if err := b.sweepFolders(entries); err != nil {
+	err = b.sweepFolders(entries)
+	for _, e := range entries {
+		err = errors.Join(err, b.endLeft(ctx, e))
+	}
+	if err != nil {
 		return err
 	}
 	b.mu.Lock()
@@ -106,6 +111,52 @@ func (b *Backend) recall(c container.Summary) (*entry, error) {
 	}
 	e.detail = e.record.Fault
 	return e, nil
+}
+
+// executes records a command that is about to be executed.
+func (e *entry) executes(exec string) error {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	if e.cleared {
+		return backends.ErrNotFound
+	}
+	dir := filepath.Join(e.dir, "commands")
+	if err := os.MkdirAll(dir, 0o700); err != nil {
+		return err
+	}
+	e.commands[exec] = true
+	return os.WriteFile(filepath.Join(dir, exec), nil, 0o600)
+}
+
+// executed forgets a command that nobody waits for. One that may go on stays on record.
+func (e *entry) executed(exec string, over bool) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	delete(e.commands, exec)
+	if over {
+		_ = os.Remove(filepath.Join(e.dir, "commands", exec)) // else it is asked after again
+	}
+}
+
+// endLeft ends the commands that went on when this process, or one before it, waited for them no longer.
+func (b *Backend) endLeft(ctx context.Context, e *entry) error {
+	found, err := os.ReadDir(filepath.Join(e.dir, "commands"))
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	for _, note := range found {
+		e.mu.Lock()
+		id, ours := e.id, e.commands[note.Name()]
+		e.mu.Unlock()
+		if ours {
+			continue
+		}
+		if err := b.endExec(ctx, note.Name(), id); err != nil {
+			return err
+		}
+		e.executed(note.Name(), true)
+	}
+	return nil
 }
 
 // sweepFolders removes what lies on this host of workloads that have no container.

@@ -56,6 +56,7 @@ type working struct {
 	starting  bool                      // somebody starts it
 	again     bool                      // somebody waits to start it again
 	ending    map[*program.Program]bool // somebody asks the engine how it ended; nil is one that cannot be seen
+	commands  map[string]bool           // that are being executed, by the engine's id
 	stuck     bool                      // it is not to be started again until it is applied
 	interrupt context.CancelFunc        // ends what is done under the turn of our own accord; nil when nothing is
 }
@@ -84,7 +85,7 @@ type end struct {
 
 func (b *Backend) fresh(name string) *entry {
 	e := &entry{name: name, dir: filepath.Join(b.options.State, "work", name), turn: make(chan struct{}, 1)}
-	e.ending = map[*program.Program]bool{}
+	e.ending, e.commands = map[*program.Program]bool{}, map[string]bool{}
 	e.turn <- struct{}{}
 	return e
 }

@@ -78,3 +78,21 @@ func (s *Stamps) New(piece []byte) (text []byte, ok bool) {
 	}
 	return text, true
 }
+
+// Output keeps the first or the last bytes of what is written.
+type Output struct {
+	Most int
+	Last bool
+	Text []byte
+}
+
+// Add takes the next bytes. It returns no error.
+func (o *Output) Add(piece []byte) error {
+	if o.Last {
+		o.Text = append(o.Text, piece...)
+		o.Text = o.Text[max(len(o.Text)-o.Most, 0):]
+		return nil
+	}
+	o.Text = append(o.Text, piece[:min(len(piece), o.Most-len(o.Text))]...)
+	return nil
+}
