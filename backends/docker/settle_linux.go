@@ -50,26 +50,7 @@ func (b *Backend) ready(ctx context.Context) error {
 	if settled {
 		return nil
 	}
-	found, err := b.containers(ctx)
-	if err != nil {
-		return err
-	}
-	entries := map[string]*entry{}
-	for _, c := range found {
-		e, err := b.recall(c)
-		if err == nil {
-			entries[e.name] = e
-			continue
-		}
-		b.options.Logger.Warn("removing a container that was not made to the end", "container", c.Names, "err", err)
-		if err := b.discard(ctx, c.ID); err != nil {
-			return err
-		}
-	}
-	err = b.sweepFolders(entries)
-	for _, e := range entries {
-		err = errors.Join(err, b.endLeft(ctx, e))
-	}
+	entries, err := b.left(ctx)
 	if err != nil {
 		return err
 	}
@@ -86,6 +67,31 @@ func (b *Backend) ready(ctx context.Context) error {
 	list := b.list()
 	b.working.Go(func() { b.resume(list) })
 	return nil
+}
+
+// left are the workloads of an earlier process, by name. Nothing else of it is left when it returns them.
+func (b *Backend) left(ctx context.Context) (map[string]*entry, error) {
+	found, err := b.containers(ctx)
+	if err != nil {
+		return nil, err
+	}
+	entries := map[string]*entry{}
+	for _, c := range found {
+		e, err := b.recall(c)
+		if err == nil {
+			entries[e.name] = e
+			continue
+		}
+		b.options.Logger.Warn("removing a container that was not made to the end", "container", c.Names, "err", err)
+		if err := b.discard(ctx, c.ID); err != nil {
+			return nil, err
+		}
+	}
+	err = b.sweepFolders(entries)
+	for _, e := range entries {
+		err = errors.Join(err, b.endLeft(ctx, e))
+	}
+	return entries, err
 }
 
 // recall makes the entry of a container of an earlier process.
