@@ -285,7 +285,30 @@ func TestImageVanished(t *testing.T) {
 	}
 }
 
-// A program that cannot be executed is the workload's fault; so is a folder that is not there.
+// A sandbox that does not start a program blames the workload for what it cannot execute, and for nothing else.
+func TestWhatIsBlamed(t *testing.T) {
+	const starting = "starting container: starting root container: starting sandbox: "
+	for text, want := range map[string]bool{
+		starting + "creating process: failed to load /none: no such file or directory":           true,
+		starting + "creating process: failed to load /app: exec format error; once more":         true,
+		starting + "creating process: failed to load /app: permission denied":                    true,
+		starting + "creating process: failed to load /app/x: not a directory":                    true,
+		starting + `error finding executable "none" in PATH [/bin]: no such file or directory`:   true,
+		starting + "creating process: failed to load /app: input/output error":                   false,
+		starting + "creating process: failed to load /app: cannot allocate memory":               false,
+		starting + "urpc method \"containerManager.StartRoot\" failed: EOF":                      false,
+		"loading container: file does not exist":                                                 false,
+		"context deadline exceeded\nsignal: killed":                                              false,
+		"starting container: opening /run/user/none.sock: no such file or directory":             false,
+		`cannot connect to control server: connecting to "none.sock": no such file or directory`: false,
+	} {
+		if got := unexecutable(text); got != want {
+			t.Errorf("%q: blames the workload: %v, want %v", text, got, want)
+		}
+	}
+}
+
+// A program that cannot be executed is the workload's fault.
 func TestNoSuchProgram(t *testing.T) {
 	b := fresh(t)
 	w := unit(content(t), "relay")

@@ -11,6 +11,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"regexp"
 	"strconv"
 	"strings"
 	"time"
@@ -110,10 +111,22 @@ func (s sandbox) create(dir string) (int, error) {
 	return strconv.Atoi(strings.TrimSpace(string(text)))
 }
 
-// start starts the program. That it does not start is the workload's fault: the sandbox is there.
+// start starts the program. That runsc cannot execute it is the workload's fault, every other error the host's: a sandbox that is gone, or slow.
 func (s sandbox) start(argv []string) error {
-	if err := s.do("start", s.id); err != nil {
+	err := s.do("start", s.id)
+	switch {
+	case err == nil:
+		return nil
+	case unexecutable(err.Error()):
 		return monitor.Blame{Step: "exec " + argv[0], Cause: err}
 	}
-	return nil
+	return fmt.Errorf("starting the program in its sandbox: %w", err)
+}
+
+// unexecutable says whether what runsc says means that it has found nothing to execute, or not what can be. It has no code for that. A file that
+// could not be read is no such thing: its file server may be gone.
+func unexecutable(text string) bool {
+	return regexp.MustCompile("(?:failed to load|error finding executable|failed to find initial working directory) .*: (?:no such file or directory|" +
+		"permission denied|exec format error|not a directory|is a directory|too many symbolic links encountered|too many levels of symbolic links|" +
+		"file name too long|argument list too long|invalid argument)(?:$|;)").MatchString(text)
 }
