@@ -25,7 +25,7 @@ import (
 
 // The bounds of compiling one module, and of how many are kept.
 const (
-	compileTime   = 2 * time.Minute // CPU and wall
+	compileTime   = 2 * time.Minute // CPU, which is the module's fault, and wall, which is not
 	compileMemory = 3 << 30         // bytes
 	keptModules   = 32
 	unfinished    = "new-"
@@ -35,6 +35,7 @@ const (
 type cache struct {
 	dir     string
 	program string        // compiles
+	wall    time.Duration // how long it may take for one module
 	turn    chan struct{} // holds one token: whoever has it may compile, as that takes all processors and some hundred MiB
 
 	mu   sync.Mutex
@@ -65,7 +66,7 @@ func openCache(dir, program string) (*cache, error) {
 			return nil, err
 		}
 	}
-	c := &cache{dir: dir, program: program, turn: make(chan struct{}, 1), sums: map[string]string{}, seen: map[string]string{}}
+	c := &cache{dir: dir, program: program, wall: compileTime, turn: make(chan struct{}, 1), sums: map[string]string{}, seen: map[string]string{}}
 	c.turn <- struct{}{}
 	return c, nil
 }
@@ -228,7 +229,7 @@ func (c *cache) compile(ctx context.Context, module *os.File, dir string, user i
 	if ctx.Err() != nil {
 		return ctx.Err()
 	}
-	limited, cancel := context.WithTimeout(ctx, compileTime)
+	limited, cancel := context.WithTimeout(ctx, c.wall)
 	defer cancel()
 	said := &bytes.Buffer{}
 	command := exec.CommandContext(limited, fmt.Sprintf("/proc/self/fd/%d", program.Fd()), GuestArg, compileArg)
@@ -240,11 +241,12 @@ func (c *cache) compile(ctx context.Context, module *os.File, dir string, user i
 		return err
 	}
 	if err := command.Run(); err != nil {
-		var exit *exec.ExitError
 		switch {
 		case ctx.Err() != nil:
 			return ctx.Err()
-		case errors.As(err, &exit): // by itself, or for its bounds
+		case limited.Err() != nil:
+			return fmt.Errorf("compiling: not done within %v, of which the processor worked %v; want a host that is less busy", c.wall, worked(command))
+		case command.ProcessState != nil && (command.ProcessState.Exited() || worked(command) >= compileTime-time.Second): // or ended by its bound
 			return &moduleError{fmt.Sprintf("compiling: %v: %s", err, refusal.Clip(strings.TrimSpace(said.String()), 1000))}
 		}
 		return fmt.Errorf("compiling: %v", err)
@@ -263,6 +265,14 @@ func (c *cache) compile(ctx context.Context, module *os.File, dir string, user i
 		return err
 	}
 	return nil // or a process that was about to end was quicker, with the same result
+}
+
+// worked is how long the processors have worked for a command that has ended.
+func worked(command *exec.Cmd) time.Duration {
+	if command.ProcessState == nil {
+		return 0
+	}
+	return command.ProcessState.UserTime() + command.ProcessState.SystemTime()
 }
 
 // publish takes the folder from the user who filled it, lets everybody read it, and has it on the disk before it gets its name.

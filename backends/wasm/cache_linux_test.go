@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"strings"
 	"sync"
 	"testing"
 	"time"
@@ -62,6 +63,26 @@ func TestCompilesOneAtATime(t *testing.T) {
 	}
 	if most > 1 || len(seen) > 2 {
 		t.Errorf("2 modules were compiled %d times, %d at once", len(seen), most)
+	}
+}
+
+// A compiler that is not done in time on a busy host blames no module; one that had the processors for so long does.
+func TestSlowCompilerBlamesNobody(t *testing.T) {
+	c, err := openCache(filepath.Join(t.TempDir(), "modules"), binaries.runner)
+	if err != nil {
+		t.Fatal(err)
+	}
+	c.wall = 50 * time.Millisecond
+	endless, held, err := os.Pipe() // a module that is never read to its end
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer endless.Close()
+	defer held.Close()
+	err = c.compile(t.Context(), endless, filepath.Join(c.dir, "module"), 65532)
+	var fault *moduleError
+	if err == nil || errors.As(err, &fault) || !strings.Contains(err.Error(), "not done within 50ms") {
+		t.Errorf("error %#v, want one of the host's that says how long it took", err)
 	}
 }
 
