@@ -10,9 +10,12 @@
 //
 // The state folder:
 //
-//	apps/<key>/app       an unpacked image, whose content root is measured again before each start, once a minute at most
-//	apps/<key>/about     what it was made from, and that root
-//	programs/            package process's
+//	apps/<key>/<n>/app       an unpacked image, whose content root is measured again before each start, once a minute at most
+//	apps/<key>/<n>/about     what it was made from, and that root
+//	programs/                package process's
+//
+// One that has changed is not repaired: programs may run from it. The next copy is made beside it, and what nobody runs from goes when a
+// workload is removed.
 package appimage
 
 import (
@@ -22,6 +25,7 @@ import (
 	"os"
 	"path/filepath"
 	"runtime"
+	"strconv"
 	"time"
 
 	"github.com/kindos/kmo/backends"
@@ -116,15 +120,21 @@ func (b *Backend) Remove(ctx context.Context, name string) error {
 	if err := b.Keeper.Remove(ctx, name); err != nil {
 		return err
 	}
-	return b.apps.keep(ctx, func() (map[string]bool, error) { return b.used(ctx) })
+	return b.apps.keep(ctx, func() ([]use, error) { return b.used(ctx) })
 }
 
-// used is the content of every workload.
-func (b *Backend) used(ctx context.Context) (map[string]bool, error) {
+// used is what every workload runs from, as its program sees it where it has a root of its own.
+func (b *Backend) used(ctx context.Context) ([]use, error) {
 	list, err := b.Observe(ctx)
-	used := map[string]bool{}
+	var used []use
 	for _, s := range list {
-		used[s.Content] = true
+		u := use{content: s.Content}
+		if b.Mounts() && s.State == backends.Running { // before, its root may still be this host's
+			if found, err := os.Stat(filepath.Join("/proc", strconv.Itoa(s.PID), "root", appDir)); err == nil {
+				u.folder = found
+			}
+		}
+		used = append(used, u)
 	}
 	return used, err
 }

@@ -239,12 +239,15 @@ func TestDamagedAppIsMadeAnew(t *testing.T) {
 	image := pack(t, folder(t, map[string]string{"AppRun": "#!/bin/sh\necho genuine\nexec sleep 1000\n"}))
 	state := t.TempDir()
 	b := open(t, state)
-	w := workload(image)
-	if err := b.Apply(t.Context(), w); err != nil {
-		t.Fatal(err)
+	w, other := workload(image), workload(image)
+	other.Name = "relay-00000002"
+	for _, one := range []backends.Workload{w, other} {
+		if err := b.Apply(t.Context(), one); err != nil {
+			t.Fatal(err)
+		}
+		until(t, b, one.Name, "genuine\n")
 	}
-	until(t, b, w.Name, "genuine\n")
-	found, _ := filepath.Glob(filepath.Join(state, "apps", "*", "app", "AppRun"))
+	found, _ := filepath.Glob(filepath.Join(state, "apps", "*", "*", "app", "AppRun"))
 	if len(found) != 1 {
 		t.Fatalf("unpacked is %q", found)
 	}
@@ -257,16 +260,36 @@ func TestDamagedAppIsMadeAnew(t *testing.T) {
 	b = open(t, state)
 	defer b.Close()
 	list, err := b.Observe(t.Context())
-	if err != nil || len(list) != 1 {
+	if err != nil || len(list) != 2 {
 		t.Fatal(list, err)
 	}
-	if err := syscall.Kill(list[0].PID, syscall.SIGKILL); err != nil {
-		t.Fatal(err)
+	kill := func(name string) {
+		for _, s := range list {
+			if s.Name == name {
+				if err := syscall.Kill(s.PID, syscall.SIGKILL); err != nil {
+					t.Fatal(err)
+				}
+			}
+		}
+		until(t, b, name, "genuine\ngenuine\n")
 	}
-	until(t, b, w.Name, "genuine\ngenuine\n")
-	if err := b.Remove(t.Context(), w.Name); err != nil {
-		t.Fatal(err)
+	remove := func(name string, copies int) {
+		if err := b.Remove(t.Context(), name); err != nil {
+			t.Fatal(err)
+		}
+		if left, _ := filepath.Glob(filepath.Join(state, "apps", "*", "*")); len(left) != copies {
+			t.Errorf("%s is removed, and copies are %q; want %d", name, left, copies)
+		}
 	}
+	kill(w.Name)
+	remove(w.Name, 2)
+	code, said, err := b.Exec(t.Context(), other.Name, []string{"/bin/cat", appRun})
+	if err != nil || code != 0 || !strings.Contains(string(said), "forged") {
+		t.Errorf("the other program sees %d, %q, %v; want the copy that it was started from", code, said, err)
+	}
+	kill(other.Name)
+	remove("none", 1)
+	remove(other.Name, 0)
 	if left, _ := filepath.Glob(filepath.Join(state, "apps", "*")); len(left) > 0 {
 		t.Errorf("unpacked images that nobody uses are left: %q", left)
 	}
