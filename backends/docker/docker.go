@@ -6,7 +6,7 @@
 // What a workload is lies in the labels of its container, and what labels cannot hold, because it changes, in the state folder, which is
 // trusted, mode 0700, this user's own:
 //
-//	instance                      what tells this folder's containers from those of others on the same engine
+//	instance                      what tells this folder's containers from those of others on the same engine; lost, it is not made anew beside what it named
 //	work/<workload>/record.json   restarts, which process the program is, how the last one ended, whether hooks are due
 //	work/<workload>/commands      the engine's ids of the commands that are executed in it: a later process ends those that an earlier one has left
 //	work/<workload>/files         the unit's files, mounted into the container

@@ -2,12 +2,9 @@ package docker
 
 import (
 	"context"
-	"crypto/rand"
-	"encoding/hex"
 	"errors"
 	"fmt"
 	"io"
-	"io/fs"
 	"log/slog"
 	"os"
 	"path/filepath"
@@ -119,7 +116,7 @@ func (b *Backend) own() (err error) {
 	if b.lock, err = process.Lock(state); err != nil {
 		return err
 	}
-	if b.plan.Instance, err = instance(filepath.Join(state, "instance")); err != nil {
+	if b.plan.Instance, err = backends.Instance(state, "work", "images"); err != nil {
 		return errors.Join(err, b.disown())
 	}
 	return nil
@@ -144,34 +141,6 @@ func (b *Backend) Close() error {
 	b.working.Wait()
 	b.plan.Secrets.Close()
 	return errors.Join(b.engine.Close(), b.disown())
-}
-
-// instance reads what tells this folder's containers from others', or makes it up.
-func instance(path string) (string, error) {
-	text, err := os.ReadFile(path)
-	if err == nil && len(text) == 16 {
-		return string(text), nil
-	}
-	if err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return "", err
-	}
-	var id [8]byte
-	_, _ = rand.Read(id[:]) // never fails
-	name := hex.EncodeToString(id[:])
-	return name, durable(path, []byte(name))
-}
-
-// durable replaces a file as a whole: whoever is killed, or loses power, leaves the old or the new one.
-func durable(path string, text []byte) error {
-	next, err := os.OpenFile(path+".next", os.O_CREATE|os.O_WRONLY|os.O_TRUNC, 0o600)
-	if err != nil {
-		return err
-	}
-	_, err = next.Write(text)
-	if err := errors.Join(err, next.Sync(), next.Close()); err != nil {
-		return err
-	}
-	return os.Rename(path+".next", path)
 }
 
 // plain says what an error of the engine means where it matters: that it is down, or that the caller's context has ended.

@@ -155,6 +155,19 @@ func (b *Backend) provide(ctx context.Context, w backends.Workload, id string, m
 	return durable(b.shortcut(w.Image.ContentRoot), []byte(id))
 }
 
+// durable replaces a file as a whole: whoever is killed, or loses power, leaves the old or the new one.
+func durable(path string, text []byte) error {
+	next, err := os.OpenFile(path+".next", os.O_CREATE|os.O_WRONLY|os.O_TRUNC, 0o600)
+	if err != nil {
+		return err
+	}
+	_, err = next.Write(text)
+	if err := errors.Join(err, next.Sync(), next.Close()); err != nil {
+		return err
+	}
+	return os.Rename(path+".next", path)
+}
+
 // has says whether the engine has an image, by id. The id covers the diff id; that the engine says the same is looked at all the same.
 func (b *Backend) has(ctx context.Context, id string, measured *layer.Image) (bool, error) {
 	found, err := b.engine.ImageInspect(ctx, id)

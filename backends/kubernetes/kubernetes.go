@@ -24,17 +24,12 @@ package kubernetes
 
 import (
 	"context"
-	"crypto/rand"
 	"embed" // the manifest
-	"encoding/hex"
 	"errors"
 	"fmt"
-	"io/fs"
 	"log/slog"
 	"net"
 	"net/http"
-	"os"
-	"path/filepath"
 	"regexp"
 	"slices"
 	"strconv"
@@ -42,7 +37,6 @@ import (
 	"sync"
 	"time"
 
-	"github.com/google/renameio/v2"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 
 	"github.com/kindos/kmo/backends"
@@ -88,7 +82,7 @@ func Open(o Options) (*Backend, error) {
 	if !regexp.MustCompile(`^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$`).MatchString(o.Namespace) {
 		return nil, fmt.Errorf("kubernetes: namespace %q; want a name of lower-case letters, digits and dashes, 63 at most", o.Namespace)
 	}
-	instance, err := whichInstance(o.State)
+	instance, err := backends.Instance(o.State)
 	if err != nil {
 		return nil, fmt.Errorf("kubernetes: state: %w", err)
 	}
@@ -104,51 +98,6 @@ func Open(o Options) (*Backend, error) {
 func (b *Backend) Close() error {
 	b.cancel()
 	b.loose.Wait()
-	return nil
-}
-
-// whichInstance is the name that the objects of a state folder have in common.
-func whichInstance(state string) (string, error) {
-	if state == "" {
-		return "", errors.New("no folder is named")
-	}
-	if err := os.MkdirAll(state, 0o700); err != nil {
-		return "", err
-	}
-	path := filepath.Join(state, "instance")
-	for range 2 { // another process may have been quicker
-		text, err := os.ReadFile(path)
-		name := strings.TrimSpace(string(text))
-		switch {
-		case err == nil && regexp.MustCompile(`^[0-9a-f]{16}$`).MatchString(name):
-			return name, nil
-		case err == nil:
-			return "", fmt.Errorf("%s holds %q; want 16 hex digits, which the objects on the cluster have as %s", path, name, labelInstance)
-		case !errors.Is(err, fs.ErrNotExist):
-			return "", err
-		}
-		var random [8]byte
-		rand.Read(random[:])
-		if err := makeOnce(path, hex.EncodeToString(random[:])+"\n"); err != nil {
-			return "", err
-		}
-	}
-	return "", fmt.Errorf("%s vanishes", path)
-}
-
-// makeOnce makes a file with all of its content, durably, unless there is one.
-func makeOnce(path, content string) error {
-	t, err := renameio.TempFile("", path)
-	if err != nil {
-		return err
-	}
-	defer t.Cleanup() //nolint:errcheck // it is only in the way
-	if _, err := t.WriteString(content); err != nil {
-		return err
-	}
-	if err := errors.Join(t.Sync(), os.Link(t.Name(), path)); err != nil && !errors.Is(err, fs.ErrExist) {
-		return err
-	}
 	return nil
 }
 
