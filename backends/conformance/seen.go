@@ -31,6 +31,7 @@ func seenChecks() []check {
 		{"a chosen port is told and stays the same", chosenPort},
 		{"a fixed port is the one asked for", fixedPort},
 		{"a mapped port is published", mappedPort},
+		{"a network of its own has who resolves names", resolverTold},
 		{"what two workloads listen on inside is each one's own", samePort},
 		{"a low port is listened on", lowPort},
 		{"a port of the host's network is the program's own", hostNetwork},
@@ -223,6 +224,18 @@ func mappedPort(b *bench) {
 	w = b.apply(w)
 	if s := b.answers(w.Name); !strings.HasSuffix(s.Addresses[0].Address, fmt.Sprint(":", outside)) {
 		b.Errorf("address is %s, want port %d", s.Addresses[0].Address, outside)
+	}
+}
+
+// resolverTold: what the image was built with is not asked, which knows nothing of this host.
+func resolverTold(b *bench) {
+	if !b.has(backends.OwnNetwork) {
+		return // the host's is not the backend's to say
+	}
+	w := b.apply(b.unit("relay", "cat /etc/resolv.conf", "wait"))
+	b.line(w.Name, "waiting")
+	if got := b.line(w.Name, "cat /etc/resolv.conf:"); !strings.Contains(got, "nameserver ") {
+		b.Errorf("/etc/resolv.conf is %s, want a line with a name server", got)
 	}
 }
 

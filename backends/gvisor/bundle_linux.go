@@ -8,7 +8,6 @@ import (
 	"path"
 	"path/filepath"
 	"slices"
-	"strings"
 
 	securejoin "github.com/cyphar/filepath-securejoin"
 	specs "github.com/opencontainers/runtime-spec/specs-go"
@@ -20,9 +19,6 @@ import (
 	"github.com/kindos/kmo/backends/process/stage"
 )
 
-// resolver is where slirp4netns answers for the resolver of this host.
-const resolver = "nameserver " + netns.Resolver + "\n"
-
 // lay mounts the root of a task, and returns what runsc is to make of it.
 func lay(t monitor.Task) (specs.Spec, error) {
 	w := t.Workload
@@ -31,8 +27,8 @@ func lay(t monitor.Task) (specs.Spec, error) {
 		return specs.Spec{}, err
 	}
 	root := t.Root(w, scratch)
-	if !onHost(w) && wantsResolver(w) {
-		root.Files = append(root.Files, stage.File{To: resolvConf, Mode: 0o444, Content: []byte(resolver)})
+	if !onHost(w) {
+		root.Files = append(root.Files, monitor.Resolver(w, netns.Resolver)...)
 	}
 	at, binds, err := root.Lay()
 	if err != nil {
@@ -73,24 +69,6 @@ func sharedFolders(root string, writable bool) (list []specs.Mount, err error) {
 		}
 	}
 	return list, nil
-}
-
-const resolvConf = "/etc/resolv.conf"
-
-// wantsResolver says whether neither the unit nor the image says who resolves names.
-func wantsResolver(w backends.Workload) bool {
-	within := func(outer string) bool { return resolvConf == outer || strings.HasPrefix(resolvConf, outer+"/") }
-	if slices.ContainsFunc(w.Files, func(f backends.File) bool { return within(f.To) }) ||
-		slices.ContainsFunc(w.Mounts, func(m backends.Mount) bool { return within(m.To) }) ||
-		slices.ContainsFunc(w.Doors, func(d backends.Door) bool { return within(d.To) }) || slices.ContainsFunc(w.Overlay.Keep, within) || w.Image.Content == "" {
-		return false
-	}
-	at, err := securejoin.SecureJoin(w.Image.Content, resolvConf)
-	if err != nil {
-		return false
-	}
-	found, err := os.Stat(at)
-	return errors.Is(err, os.ErrNotExist) || err == nil && found.Mode().IsRegular() && found.Size() == 0
 }
 
 // onHost says whether a workload's network is this host's.

@@ -31,8 +31,7 @@
 //
 // A workload has a network of its own: gVisor's TCP, and slirp4netns, a process of the workload's, between it and this host's sockets.
 // It reaches what this host reaches, but not what listens on this host's loopback; names are asked of this host's resolver by
-// 10.0.2.3, which /etc/resolv.conf says where the image and the unit have none. Its own address is 10.0.2.100. Ports are published by slirp4netns, on every address of
-// version 4 if the unit says Host, otherwise on the loopback. A connection to a published port is taken before the program listens: ask for
+// 10.0.2.3, as [monitor.Resolver] says. Its own address is 10.0.2.100. Ports are published by slirp4netns, on every address of version 4 if the unit says Host, otherwise on the loopback. A connection to a published port is taken before the program listens: ask for
 // an answer, not for a connection. With `host: [network]` its sockets are this host's.
 //
 // # Limits

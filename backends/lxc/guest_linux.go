@@ -16,7 +16,6 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"github.com/kindos/kmo/backends"
 	"github.com/kindos/kmo/backends/process"
 	"github.com/kindos/kmo/backends/process/monitor"
 	"github.com/kindos/kmo/backends/process/netns"
@@ -174,7 +173,7 @@ func build(m *monitor.Monitor, first int, c *config, connected bool) error {
 	w := m.Workload
 	root := m.Root(w, rootDir)
 	if connected {
-		root.Files = append(root.Files, resolver(w)...)
+		root.Files = append(root.Files, monitor.Resolver(w, netns.Resolver)...)
 	}
 	if first != 0 {
 		u, err := stage.NewUsers(first, w.Run.User)
@@ -208,32 +207,6 @@ func build(m *monitor.Monitor, first int, c *config, connected bool) error {
 		c.halt = haltSignal(target)
 	}
 	return nil
-}
-
-// resolver is the file that says who knows names, unless the unit or a link of the image says otherwise.
-func resolver(w backends.Workload) []stage.File {
-	const to = "/etc/resolv.conf"
-	taken := slices.Clone(w.Overlay.Keep)
-	for _, f := range w.Files {
-		taken = append(taken, f.To)
-	}
-	for _, m := range w.Mounts {
-		taken = append(taken, m.To)
-	}
-	for _, d := range w.Doors {
-		taken = append(taken, d.To)
-	}
-	for _, path := range taken {
-		if strings.HasPrefix(to+"/", path+"/") || strings.HasPrefix(path+"/", to+"/") {
-			return nil
-		}
-	}
-	for _, path := range []string{"/etc", to} {
-		if found, err := os.Lstat(w.Image.Content + path); err == nil && found.Mode()&fs.ModeSymlink != 0 {
-			return nil
-		}
-	}
-	return []stage.File{{To: to, Mode: 0o644, Content: []byte("nameserver " + netns.Resolver + "\n")}}
 }
 
 // executable looks a program up as the kernel will, in the root, and says what is wrong with it.

@@ -157,6 +157,7 @@ func raise(ctx context.Context, m *monitor.Monitor, o orders, v machine.VMM, net
 	}
 	if !o.Firecracker {
 		setup.Address, setup.Gateway = machine.GuestAddress, machine.Gateway
+		setup.Stage.Root.Files = append(setup.Stage.Root.Files, monitor.Resolver(m.Workload, netns.Resolver)...)
 	}
 	c := machine.Config{
 		Dir: m.Dir, Kernel: o.Boot.Kernel, Initrd: o.Boot.Initrd, Disk: o.Base, CPUs: processors(m.Workload.Resources.CPU),

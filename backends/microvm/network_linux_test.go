@@ -33,7 +33,6 @@ func TestNetwork(t *testing.T) {
 	}
 	w := workload("relay", "serve http", "serve public", "wait")
 	w.Run.Ports = []backends.Port{{Name: "http", Port: 80}, {Name: "public", Port: 8080, Host: free}}
-	w.Files = []backends.File{{To: "/etc/resolv.conf", Mode: 0o444, Content: []byte("nameserver 10.0.2.3\n")}}
 	if err := b.Apply(t.Context(), w); err != nil {
 		t.Fatal(err)
 	}
