@@ -1,6 +1,7 @@
 package kubernetes
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -219,10 +220,8 @@ func (f *found) preInit() (hook int, failed string) {
 		return -1, ""
 	}
 	for i, c := range pod.Status.InitContainerStatuses {
-		for _, end := range []*terminated{c.State.Terminated, c.LastState.Terminated} {
-			if end != nil && end.ExitCode != 0 {
-				return i, strings.TrimSuffix(fmt.Sprintf("exit status %d: %s", end.ExitCode, end.Message), ": ")
-			}
+		if end := cmp.Or(c.State.Terminated, c.LastState.Terminated); end != nil && end.ExitCode != 0 { // one that passed when it was tried again has passed
+			return i, strings.TrimSuffix(fmt.Sprintf("exit status %d: %s", end.ExitCode, end.Message), ": ")
 		}
 		if c.State.Running != nil {
 			return i, ""
