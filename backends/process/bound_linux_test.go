@@ -49,7 +49,11 @@ func TestFilesAreBounded(t *testing.T) {
 	w := workload("greedy", "grow", "room", "large /x", "wait")
 	w.Format, w.Image.Content = backends.OCI, oci(t)
 	w.Overlay.Size = 20 << 20 // more than the log may have
+	w.Resources.Devices = []backends.Device{{Name: "terminal", Nodes: []string{"/dev/tty"}}}
 	apply(t, k, w)
+	if s := status(t, k, w.Name); logUnbounded(s) {
+		t.Errorf("unapplied is %q, want nothing of the log, for a device is no file that grows", s.Unapplied)
+	}
 	for step, want := range map[string]string{
 		"grow": "error: file too large", "room": "error: operation not supported", "large /x": "error: truncate /x: file too large",
 	} {

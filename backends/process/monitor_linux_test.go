@@ -114,7 +114,7 @@ func TestMonitor(t *testing.T) {
 	if s.State != backends.Running || s.PID == 0 || len(s.Addresses) != 1 || strings.HasSuffix(s.Addresses[0].Address, ":80") {
 		t.Errorf("it is %+v", s)
 	}
-	if got := strings.Join(s.Unapplied, "\n"); !strings.Contains(got, "log bound without the agent: what runs this workload writes the log") || strings.Contains(got, "mounts may be written") {
+	if got := strings.Join(s.Unapplied, "\n"); !strings.Contains(got, "log bound without the agent: what runs this workload writes the log") || strings.Contains(got, "may be written") {
 		t.Errorf("unapplied: %q", got)
 	}
 	until(t, "the program has begun", func() (string, bool) { text := logOf(k, w.Name); return text, strings.Contains(text, "begun\n") })

@@ -41,8 +41,8 @@
 // The keeper trims a log of more than Options.LogSize. Without a keeper the kernel bounds it: no file that a program writes may
 // be larger than 16 logs, or its overlay if that is larger. A write beyond answers EFBIG, and SIGXFSZ is ignored from the start
 // on, so that a program which can do without its log goes on. The bound holds for every file, memfds and shared memory too, and
-// room cannot be had beyond a file's end. A program with kept paths or writable mounts has no such bound, as what it keeps may
-// be of any size; its Status says so in Unapplied. Nor has what a monitor runs, unless that writes the log itself (Program.WritesLog).
+// room cannot be had beyond a file's end. A program with kept paths, writable mounts or doors has no such bound, as what it writes there
+// may be of any size; its Status says so in Unapplied. Nor has what a monitor runs, unless that writes the log itself (Program.WritesLog).
 // What a hook writes comes by the keeper, which drops what the log has no room for.
 //
 // No program is started while anybody listens on one of its ports, on whatever address. A port that the unit leaves open is chosen

@@ -182,14 +182,15 @@ func (k *Keeper) unapplied(w backends.Workload, p *Program, o stage.Orders) []st
 	case p.Monitor && !p.WritesLog:
 		list = append(list, "log bound without the agent: what runs this workload writes the log, which is bounded only while the agent runs")
 	case !p.Monitor && o.Confine.FileSize == 0:
-		list = append(list, "log bound without the agent: where kept paths or mounts may be written, a log is bounded only while the agent runs")
+		list = append(list, "log bound without the agent: where kept paths, mounts or doors may be written, a log is bounded only while the agent runs")
 	}
 	return list
 }
 
-// boundFiles bounds every file, and so the log, of a program that writes nowhere but in its overlay of so many bytes and to devices.
-func (k *Keeper) boundFiles(o *stage.Orders, overlay int64) {
-	if len(o.Confine.Write) == len(stage.Devices()) {
+// boundFiles bounds every file, and so the log, of a program that writes nowhere but in its overlay of so many bytes and to devices. Elsewhere says that
+// it may: in a folder of this host's that is bound into its root.
+func (k *Keeper) boundFiles(o *stage.Orders, elsewhere bool, overlay int64) {
+	if !elsewhere {
 		o.Confine.FileSize = max(logTimes*k.options.LogSize, overlay)
 	}
 }

@@ -177,7 +177,7 @@ func (k *Keeper) orders(w backends.Workload, p Program, dir string) (o stage.Ord
 	}
 	if !k.support.Mounts {
 		bare(&o, p)
-		k.boundFiles(&o, 0)
+		k.boundFiles(&o, slices.ContainsFunc(p.Binds, func(b Bind) bool { return b.Writable }), 0)
 		for _, argv := range w.Hooks.PreInit {
 			preInit = append(preInit, append([]string{outside(p, argv[0])}, argv[1:]...))
 		}
@@ -195,7 +195,7 @@ func (k *Keeper) orders(w backends.Workload, p Program, dir string) (o stage.Ord
 			o.Confine.Write = append(o.Confine.Write, b.To)
 		}
 	}
-	k.boundFiles(&o, root.Size)
+	k.boundFiles(&o, slices.ContainsFunc(root.Binds, func(b stage.Bind) bool { return b.Writable }), root.Size)
 	if root.Size > 0 {
 		o.Confine.Write = append(o.Confine.Write, "/")
 	}
