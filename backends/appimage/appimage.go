@@ -154,7 +154,7 @@ func (b *Backend) plan(ctx context.Context, w backends.Workload, place process.P
 	if err != nil {
 		return process.Program{}, err
 	}
-	p := process.Program{Argv: append([]string{appRun}, process.Argv(w)...), Env: process.Env(w), Dir: w.Run.Dir}
+	p := process.Program{Argv: append([]string{appRun}, w.Argv()...), Env: w.Env(), Dir: w.Run.Dir}
 	p.Binds = []process.Bind{{From: dir, To: appDir}}
 	p.Env["APPDIR"] = appDir
 	if place.Bare {

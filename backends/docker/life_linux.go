@@ -17,7 +17,6 @@ import (
 	"github.com/kindos/kmo/backends/docker/engine"
 	"github.com/kindos/kmo/backends/docker/plan"
 	"github.com/kindos/kmo/backends/docker/program"
-	"github.com/kindos/kmo/backends/process"
 )
 
 const (
@@ -182,7 +181,7 @@ func (b *Backend) start(ctx context.Context, e *entry, c *seen) (err error) {
 	}
 	b.step("start")
 	if _, err := b.engine.ContainerStart(ctx, c.id, client.ContainerStartOptions{}); err != nil {
-		return b.startFault(ctx, w.Name, process.Argv(w), err)
+		return b.startFault(ctx, w.Name, w.Argv(), err)
 	}
 	b.step("started")
 	found, err := b.inspect(ctx, c.id)

@@ -13,7 +13,6 @@ import (
 	specs "github.com/opencontainers/runtime-spec/specs-go"
 
 	"github.com/kindos/kmo/backends"
-	"github.com/kindos/kmo/backends/process"
 	"github.com/kindos/kmo/backends/process/monitor"
 	"github.com/kindos/kmo/backends/process/netns"
 	"github.com/kindos/kmo/backends/process/stage"
@@ -80,7 +79,7 @@ func describe(w backends.Workload, at string, root *stage.Root) specs.Spec {
 	return specs.Spec{
 		Version: "1.0.2", Hostname: root.Hostname, Linux: &specs.Linux{},
 		Root:    &specs.Root{Path: at, Readonly: root.Size == 0},
-		Process: run(w, process.Argv(w), &likely),
+		Process: run(w, w.Argv(), &likely),
 	}
 }
 
@@ -97,7 +96,7 @@ func run(w backends.Workload, argv []string, likely *int) *specs.Process {
 	if p.Cwd == "" {
 		p.Cwd = "/"
 	}
-	env := process.Env(w)
+	env := w.Env()
 	for _, name := range slices.Sorted(maps.Keys(env)) {
 		p.Env = append(p.Env, name+"="+env[name])
 	}

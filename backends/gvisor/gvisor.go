@@ -226,7 +226,7 @@ func (b *Backend) plan(ctx context.Context, w backends.Workload, place process.P
 	if err != nil {
 		return process.Program{}, err
 	}
-	if len(process.Argv(w)) == 0 {
+	if len(w.Argv()) == 0 {
 		return process.Program{}, &backends.StartError{Workload: w.Name, Stage: "exec", Cause: "neither the image nor the unit names a command"}
 	}
 	how, err := json.Marshal(r)

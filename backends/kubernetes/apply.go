@@ -61,7 +61,7 @@ func (b *Backend) Apply(ctx context.Context, w backends.Workload) error {
 		return b.answer(err)
 	}
 	able := fingerprint(v)
-	if err := errors.Join(able.Admit(w), pinned(w.Image), placeable(w)); err != nil {
+	if err := errors.Join(able.Check(w, b.options.State, "/proc", "/sys", "/dev"), pinned(w.Image), placeable(w)); err != nil {
 		return err
 	}
 	if !label(w.Name) || !label(w.Unit) {

@@ -20,6 +20,7 @@ import (
 	"net/http/httptest"
 
 	"github.com/kindos/kmo/backends"
+	"github.com/kindos/kmo/policy/refusal"
 )
 
 // plainly wants an error that says waiting: none that a person who changes the workload could mend.
@@ -55,6 +56,24 @@ func TestRefused(t *testing.T) {
 		var lacking *backends.FeatureError
 		if err := b.Apply(t.Context(), w); !errors.As(err, &lacking) || lacking.Feature != ask.feature {
 			t.Errorf("%s: %v; want that %s is lacking", name, err, ask.feature)
+		}
+		if left := control.objects(t, b.namespace); len(left) > 0 {
+			t.Errorf("%s: refused, and left %q", name, left)
+		}
+	}
+	for name, spoil := range map[string]func(w *backends.Workload){
+		"a user below 0": func(w *backends.Workload) { w.Run.User = -1 },
+		"a file in a file": func(w *backends.Workload) {
+			w.Files = []backends.File{{To: "/x", Mode: 0o444}, {To: "/x/y", Mode: 0o444}}
+		},
+		"a file among processes":  func(w *backends.Workload) { w.Files = []backends.File{{To: "/proc/x", Mode: 0o444}} },
+		"a path with a way round": func(w *backends.Workload) { w.Files = []backends.File{{To: "/x/../y", Mode: 0o444}} },
+	} {
+		w := workload("relay", "5")
+		spoil(&w)
+		var refused *refusal.Error
+		if err := b.Apply(t.Context(), w); !errors.As(err, &refused) {
+			t.Errorf("%s: %v; want a *refusal.Error", name, err)
 		}
 		if left := control.objects(t, b.namespace); len(left) > 0 {
 			t.Errorf("%s: refused, and left %q", name, left)

@@ -226,9 +226,7 @@ func containerSpec(w backends.Workload, numbers []int) object {
 	for _, name := range slices.Sorted(maps.Keys(values)) {
 		env = append(env, object{"name": name, "value": dollars(values[name])})
 	}
-	if env != nil {
-		c["env"] = env
-	}
+	c["env"] = env
 	if dir := cmp.Or(w.Run.Dir, w.Image.Config.Dir); dir != "" {
 		c["workingDir"] = dir
 	}
@@ -257,31 +255,22 @@ func containerSpec(w backends.Workload, numbers []int) object {
 	return c
 }
 
-// variables are what the image says, above it what the unit asks for, and the ports.
+// variables are the environment, with the ports' numbers inside.
 func variables(w backends.Workload, numbers []int) map[string]string {
-	values := map[string]string{}
-	for _, pair := range w.Image.Config.Env {
-		if name, value, is := strings.Cut(pair, "="); is {
-			values[name] = value
-		}
+	w.Run.Ports = slices.Clone(w.Run.Ports)
+	for i := range w.Run.Ports {
+		w.Run.Ports[i].Port = numbers[i]
 	}
-	maps.Copy(values, w.Run.Env)
-	for i, port := range w.Run.Ports {
-		values[port.Variable()] = strconv.Itoa(numbers[i])
-	}
-	return values
+	return w.Env()
 }
 
-// argv is what the program is started with: what the unit asks for above what the image says.
+// argv is what the program is started with. Where nobody has said what the image's entrypoint is, the cluster knows.
 func argv(c object, w backends.Workload) {
-	args := w.Run.Args
-	if args == nil {
-		args = w.Image.Config.Cmd
+	entrypoint := w.Image.Config.Entrypoint
+	if len(entrypoint) > 0 {
+		c["command"] = literal(entrypoint)
 	}
-	if len(w.Image.Config.Entrypoint) > 0 {
-		c["command"] = literal(w.Image.Config.Entrypoint)
-	}
-	if len(args) > 0 {
+	if args := w.Argv()[len(entrypoint):]; len(args) > 0 {
 		c["args"] = literal(args)
 	}
 }

@@ -69,7 +69,7 @@ func (c config) text() string {
 			set("idmap", fmt.Sprint(kind, " ", e[0], " ", e[1], " ", e[2]))
 		}
 	}
-	env := process.Env(w)
+	env := w.Env()
 	for _, name := range slices.Sorted(maps.Keys(env)) {
 		set("environment", name+"="+env[name])
 	}
@@ -97,7 +97,7 @@ func argv(w backends.Workload) []string {
 	if system(w) {
 		return []string{initPath}
 	}
-	return process.Argv(w)
+	return w.Argv()
 }
 
 const initPath = "/sbin/init"

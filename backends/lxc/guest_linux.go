@@ -75,7 +75,7 @@ func keep(ctx context.Context, m *monitor.Monitor, first int) (monitor.End, erro
 		return monitor.End{}, err
 	}
 	program := argv(m.Workload)
-	if err := executable(c.root, folder(m.Workload), program[0], process.Env(m.Workload)["PATH"]); err != nil {
+	if err := executable(c.root, folder(m.Workload), program[0], m.Workload.Env()["PATH"]); err != nil {
 		return monitor.End{}, monitor.Blame{Step: "exec " + program[0], Cause: err}
 	}
 	if err := os.WriteFile(filepath.Join(m.Dir, configFile), []byte(c.text()), 0o600); err != nil {
@@ -257,7 +257,7 @@ func command(ctx context.Context, place string, argv []string) (int, error) {
 	if initOf(at.Dir) != 0 {
 		return attach(ctx, at.Dir, task.Workload, argv)
 	}
-	if err := executable(rootDir+"/merged", folder(task.Workload), argv[0], process.Env(task.Workload)["PATH"]); err != nil {
+	if err := executable(rootDir+"/merged", folder(task.Workload), argv[0], task.Workload.Env()["PATH"]); err != nil {
 		return 0, fmt.Errorf("exec %s: %v", argv[0], err)
 	}
 	run, err := start(at.Dir, "hook-"+strconv.Itoa(os.Getpid()), argv)

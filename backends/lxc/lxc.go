@@ -280,10 +280,10 @@ func admit(w backends.Workload) error {
 	if stat, err := os.Stat(w.Image.Content); w.Image.Content == "" || err != nil || !stat.IsDir() {
 		return errors.New(w.Name + ": its content " + strconv.Quote(w.Image.Content) + " is no folder")
 	}
-	if len(process.Argv(w)) == 0 && !system(w) {
+	if len(w.Argv()) == 0 && !system(w) {
 		return fault("exec", "neither the image nor the unit names a command")
 	}
-	for name, value := range process.Env(w) {
+	for name, value := range w.Env() {
 		if strings.ContainsAny(name+value, "\n\x00") || strings.TrimSpace(name) != name || strings.ContainsAny(name, "=\"'") {
 			return fault("writing its configuration", "the variable "+strconv.Quote(name)+" has a line break in its value or a quote in its name; LXC has no words for that")
 		}
@@ -295,7 +295,7 @@ func admit(w backends.Workload) error {
 }
 
 // system says whether a workload is a system container: nothing names what is to be run, so its init is.
-func system(w backends.Workload) bool { return w.Format == backends.LXC && len(process.Argv(w)) == 0 }
+func system(w backends.Workload) bool { return w.Format == backends.LXC && len(w.Argv()) == 0 }
 
 // firstUser is where the users of a workload begin on this host: above those of people and services, below 2³¹, at a place that depends on
 // its name, or the next at which nobody else's do.

@@ -188,7 +188,7 @@ func (b *Backend) plan(ctx context.Context, w backends.Workload, place process.P
 	if found, err := os.Stat(w.Image.Content); err != nil || !found.IsDir() {
 		return p, fmt.Errorf("%s: its image's content is not at %q: %v; want a folder", w.Name, w.Image.Content, err)
 	}
-	if len(process.Argv(w)) == 0 {
+	if len(w.Argv()) == 0 {
 		return p, &backends.StartError{Workload: w.Name, Stage: "exec", Cause: "neither the image nor the unit names a command"}
 	}
 	t := find(b.options)

@@ -14,7 +14,6 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/kindos/kmo/backends/microvm/channel"
-	"github.com/kindos/kmo/backends/process"
 	"github.com/kindos/kmo/backends/process/monitor"
 	"github.com/kindos/kmo/backends/process/stage"
 )
@@ -34,8 +33,8 @@ func processors(cpu int64) int {
 // stageOrders are what the guest's stage is told: the same that the keeper of package process tells one on the host.
 func stageOrders(m *monitor.Monitor) stage.Orders {
 	w := m.Workload
-	o := stage.Orders{Argv: process.Argv(w), Dir: cmp.Or(w.Run.Dir, w.Image.Config.Dir, "/"), Confine: stage.Confine{User: w.Run.User, Execute: []string{"/"}}}
-	env := process.Env(w)
+	o := stage.Orders{Argv: w.Argv(), Dir: cmp.Or(w.Run.Dir, w.Image.Config.Dir, "/"), Confine: stage.Confine{User: w.Run.User, Execute: []string{"/"}}}
+	env := w.Env()
 	for _, name := range slices.Sorted(maps.Keys(env)) {
 		o.Env = append(o.Env, name+"="+env[name])
 	}

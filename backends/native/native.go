@@ -72,7 +72,7 @@ func (b *Backend) formats() []backends.Format {
 
 // plan says what of a workload is run, and how.
 func plan(_ context.Context, w backends.Workload, _ process.Place) (process.Program, error) {
-	p := process.Program{Argv: process.Argv(w), Env: process.Env(w), Dir: w.Run.Dir}
+	p := process.Program{Argv: w.Argv(), Env: w.Env(), Dir: w.Run.Dir}
 	if p.Dir == "" {
 		p.Dir = w.Image.Config.Dir
 	}

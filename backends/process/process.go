@@ -64,10 +64,6 @@ package process
 import (
 	"context"
 	"log/slog"
-	"maps"
-	"slices"
-	"strconv"
-	"strings"
 	"time"
 
 	"github.com/kindos/kmo/backends"
@@ -136,28 +132,4 @@ type Program struct {
 type Bind struct {
 	From, To string
 	Writable bool
-}
-
-// Argv is the command of an image and a workload together: the entrypoint, then the workload's arguments or else the image's.
-func Argv(w backends.Workload) []string {
-	rest := w.Image.Config.Cmd
-	if len(w.Run.Args) > 0 {
-		rest = w.Run.Args
-	}
-	return append(slices.Clone(w.Image.Config.Entrypoint), rest...)
-}
-
-// Env is the environment of an image and a workload together, with its ports. Nothing of this process's is in it.
-func Env(w backends.Workload) map[string]string {
-	env := map[string]string{"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"}
-	for _, pair := range w.Image.Config.Env {
-		if name, value, ok := strings.Cut(pair, "="); ok {
-			env[name] = value
-		}
-	}
-	maps.Copy(env, w.Run.Env)
-	for _, p := range w.Run.Ports {
-		env[p.Variable()] = strconv.Itoa(p.Port)
-	}
-	return env
 }

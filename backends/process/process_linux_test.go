@@ -87,7 +87,7 @@ func options(state string) Options {
 }
 
 func plan(_ context.Context, w backends.Workload, _ Place) (Program, error) {
-	p := Program{Argv: Argv(w), Env: Env(w), Dir: w.Run.Dir}
+	p := Program{Argv: w.Argv(), Env: w.Env(), Dir: w.Run.Dir}
 	if w.Format == backends.OCI {
 		p.Root = w.Image.Content
 	} else {

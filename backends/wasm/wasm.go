@@ -307,7 +307,7 @@ func (b *Backend) plan(ctx context.Context, w backends.Workload, place process.P
 	if err != nil {
 		return process.Program{}, startError(w, "compiling "+w.Image.Content, err)
 	}
-	guest := plan{Module: w.Image.Content, Code: code.dir, Sum: code.sum, Env: process.Env(w), Announce: true}
+	guest := plan{Module: w.Image.Content, Code: code.dir, Sum: code.sum, Env: w.Env(), Announce: true}
 	base := ""
 	if !place.Bare {
 		base = b.base
@@ -320,7 +320,7 @@ func (b *Backend) plan(ctx context.Context, w backends.Workload, place process.P
 	if err != nil {
 		return process.Program{}, startError(w, "exec", err)
 	}
-	argv := process.Argv(w)
+	argv := w.Argv()
 	if len(w.Image.Config.Entrypoint) == 0 {
 		argv = append([]string{w.Unit}, argv...)
 	}

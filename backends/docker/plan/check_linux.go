@@ -8,7 +8,6 @@ import (
 
 	"github.com/kindos/kmo/backends"
 	"github.com/kindos/kmo/backends/docker/engine"
-	"github.com/kindos/kmo/backends/process"
 )
 
 // Check refuses what cannot be done, before anything is.
@@ -19,7 +18,7 @@ func (p *Plan) Check(able backends.Fingerprint, w backends.Workload) error {
 	if err := p.checkRights(w); err != nil {
 		return err
 	}
-	if len(process.Argv(w)) == 0 {
+	if len(w.Argv()) == 0 {
 		return &backends.StartError{Workload: w.Name, Stage: "exec", Cause: "neither the image nor the unit names a command"}
 	}
 	return nil

@@ -17,7 +17,6 @@ import (
 	"github.com/moby/moby/client"
 
 	"github.com/kindos/kmo/backends"
-	"github.com/kindos/kmo/backends/process"
 	"github.com/kindos/kmo/backends/process/secret"
 	"github.com/kindos/kmo/backends/process/stage"
 )
@@ -76,7 +75,7 @@ func resolved(w backends.Workload, ports []int) backends.Workload {
 func (p *Plan) Options(w backends.Workload, image string, ports []int, argv []string) (client.ContainerCreateOptions, error) {
 	role, name := RoleHook, p.Container(w.Name)+"-hook"
 	if argv == nil {
-		role, name, argv = RoleWorkload, p.Container(w.Name), process.Argv(w)
+		role, name, argv = RoleWorkload, p.Container(w.Name), w.Argv()
 	}
 	labels, err := p.labels(w, ports, role)
 	if err != nil {
@@ -92,7 +91,7 @@ func (p *Plan) Options(w backends.Workload, image string, ports []int, argv []st
 	if config.WorkingDir == "" {
 		config.WorkingDir = w.Image.Config.Dir
 	}
-	env := process.Env(w)
+	env := w.Env()
 	for _, name := range slices.Sorted(maps.Keys(env)) {
 		config.Env = append(config.Env, name+"="+env[name])
 	}
