@@ -52,7 +52,6 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
-	"strings"
 	"sync"
 	"time"
 
@@ -150,8 +149,7 @@ func (b *Backend) Fingerprint(ctx context.Context) (backends.Fingerprint, error)
 // missing is what the keeper lacks where that counts for a sandbox, and what a sandbox lacks.
 func (b *Backend) missing() []string {
 	list := slices.DeleteFunc(b.Missing(), func(line string) bool {
-		word, _, _ := strings.Cut(line, ":")
-		return slices.Contains([]string{"landlock", "seccomp", "network", "low-ports", "process groups"}, word)
+		return len(backends.Concerning([]string{line}, "landlock", "seccomp", "network", "low-ports", "process groups")) > 0
 	})
 	return append(list,
 		"devices: a sandbox has none of this host's",

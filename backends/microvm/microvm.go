@@ -138,8 +138,11 @@ func (b *Backend) Fingerprint(ctx context.Context) (backends.Fingerprint, error)
 	}, nil
 }
 
-// missing is what neither this host nor a machine lets be applied.
-func (b *Backend) missing() (list []string) {
+// missing is what the keeper lacks where that counts for a machine, and what a machine lacks.
+func (b *Backend) missing() []string {
+	list := slices.DeleteFunc(b.Missing(), func(line string) bool {
+		return len(backends.Concerning([]string{line}, "landlock", "seccomp", "network", "low-ports", "process groups", "overlay")) > 0
+	})
 	t := find(b.options)
 	has := func(f backends.Feature) bool { return slices.Contains(b.Features(), f) }
 	for _, one := range []struct {
@@ -149,7 +152,6 @@ func (b *Backend) missing() (list []string) {
 		{!t.kvm, "kvm: this host's processor does not run a guest's kernel; it is emulated, and ten times slower"},
 		{!has(backends.Keep), "keep: a kept path is a folder that several copies of a unit see, for which QEMU and virtiofsd are needed"},
 		{!has(backends.Mounts), "mounts: for a folder of this host QEMU and virtiofsd are needed"},
-		{!has(backends.Secrets), "secrets: neither /run/kmo nor /dev/shm/kmo is on storage that is memory, and this user's own"},
 		{!machine.Separates(machine.Group + 1), "vmm-user: the user namespace that kmo is in has no user for a machine's program, which is kmo's then"},
 		{!t.firecracker && look(netns.Slirp) == "", "network: none beyond published ports: " + netns.ErrNoWayOut.Error()},
 		{t.firecracker, "network: none beyond published ports, by Firecracker"},
@@ -160,9 +162,6 @@ func (b *Backend) missing() (list []string) {
 		{true, "host-network: a machine has a network of its own"},
 		{true, "host-namespace: a machine has a kernel of its own"},
 		{true, "privileged: a machine has nothing of the host to give"},
-		{!has(backends.LimitMemory), "limit-memory: no memory cgroup takes a bound on this host"},
-		{!has(backends.LimitCPU), "limit-cpu: no cpu cgroup takes a bound on this host"},
-		{!has(backends.LimitPIDs), "limit-pids: no pids cgroup takes a bound on this host"},
 	} {
 		if one.lacks {
 			list = append(list, one.words)

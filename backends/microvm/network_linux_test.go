@@ -87,6 +87,11 @@ func TestSaysWhatIsNotApplied(t *testing.T) {
 	if !says(content) || says(network) || says("vmm-user") {
 		t.Errorf("it says %q", b.missing())
 	}
+	for _, line := range backends.Concerning(b.Missing(), "secrets", "limit-memory", "limit-cpu", "limit-pids") {
+		if !says(line) {
+			t.Errorf("it says %q, and not what its keeper does: %q", b.missing(), line)
+		}
+	}
 	t.Setenv("PATH", t.TempDir())
 	if !says(network) {
 		t.Errorf("without slirp4netns it says %q", b.missing())

@@ -6,6 +6,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"slices"
+	"strings"
 	"syscall"
 	"testing"
 
@@ -43,6 +44,9 @@ func asNobody(t *testing.T) {
 	k := start(t, state)
 	if k.Mounts() || len(k.Missing()) < 4 || !slices.Equal(k.Features(), []backends.Feature{backends.Exec, backends.Hooking, backends.HostNetwork}) {
 		t.Errorf("mounts %t, missing %q, features %q", k.Mounts(), k.Missing(), k.Features())
+	}
+	if said := strings.Join(k.Missing(), "\n"); !strings.Contains(said, "limit-memory: a keeper that is not root") || strings.Contains(said, "takes a bound on this host") {
+		t.Errorf("it says %q, want nothing of cgroups that nobody has looked at", said)
 	}
 	w := workload("nobody", "read /etc/passwd", "write "+filepath.Join(state, "x"), "mount", "setsid", "ptrace", "status CapEff", "status NoNewPrivs",
 		"status Seccomp", "env", "socket 1", "socket 2", "pair stream", "pair datagram", "child setsid", "child nobody-mark", "wait nobody-mark")

@@ -225,12 +225,17 @@ func (k *Keeper) Missing() []string {
 		{!k.options.Publishes && unprivilegedPorts() > 1, fmt.Sprintf("low-ports: numbers below %d need a capability, and a program here has none", unprivilegedPorts())},
 		{k.secrets.Has() && secret.Swaps(), secret.SwapWords},
 		{k.support.Mounts && !k.secrets.Has(), "secrets: neither /run/kmo nor /dev/shm/kmo is on storage that is memory, and this user's own"},
-		{!k.groups.Has("memory"), "limit-memory: no memory cgroup takes a bound on this host"},
-		{!k.groups.Has("cpu"), "limit-cpu: no cpu cgroup takes a bound on this host"},
-		{!k.groups.Has("pids"), "limit-pids: no pids cgroup takes a bound on this host"},
 	} {
 		if one.lacks {
 			list = append(list, one.words)
+		}
+	}
+	for _, kind := range []string{"memory", "cpu", "pids"} {
+		switch {
+		case !k.support.Mounts:
+			list = append(list, "limit-"+kind+": a keeper that is not root, with the right to mount, makes no cgroups")
+		case !k.groups.Has(kind):
+			list = append(list, "limit-"+kind+": no "+kind+" cgroup takes a bound on this host")
 		}
 	}
 	return list
