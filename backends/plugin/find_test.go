@@ -205,7 +205,7 @@ func swapped(t *testing.T, found Found, text []byte) {
 		t.Fatal(err)
 	}
 	plant(t, filepath.Dir(found.Path), "list", "#!/bin/sh\necho swapped\n")
-	run := exec.Cmd{Args: []string{found.Path}}
+	run := exec.Cmd{Args: []string{found.Path}, Env: []string{"KMO_STATE=" + t.TempDir()}}
 	runFile(&run, file)
 	output, _ := run.CombinedOutput()
 	if !strings.Contains(string(output), "This binary is a plugin") {
