@@ -319,6 +319,9 @@ func (h *host) openBackends(ctx context.Context) error {
 			return err
 		}
 		for i := range found {
+			if slices.Contains(h.config.Backends, template.Name(found[i].Name)) { // they would have one state folder
+				return fmt.Errorf("plugin %s: the built-in backend %s has its name; want another name for it, or the built-in out of backends", found[i].Path, found[i].Name)
+			}
 			state := filepath.Join(h.dir, "backends", found[i].Name)
 			if err := os.MkdirAll(state, 0o700); err != nil {
 				return err
