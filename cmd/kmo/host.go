@@ -59,7 +59,7 @@ type host struct {
 	audit      *audit.Log
 	journal    reconciler.FileJournal
 	backends   map[string]backends.Backend
-	plugins    []*plugin.Client
+	release    []func() error // of plugins, and then of what the doors lie in
 	reconciler *reconciler.Reconciler
 	preview    preview
 	agent      bool
@@ -338,7 +338,7 @@ func (h *host) openBackends(ctx context.Context) error {
 		if err != nil {
 			h.logger.Warn("a backend that does not start: this host waits for it, and tries again", "backend", options.Name, "err", err)
 		}
-		h.plugins = append(h.plugins, client)
+		h.release = append(h.release, client.Close)
 		h.backends[options.Name] = client
 	}
 	return nil
@@ -397,6 +397,8 @@ func (h *host) openReconciler(context.Context) error {
 	if err != nil {
 		return err
 	}
+	doors, release := thishost.Doors(h.dir)
+	facts.Doors, h.release = doors, append(h.release, func() error { release(); return nil })
 	make := func() *reconciler.Reconciler {
 		return &reconciler.Reconciler{Host: facts, State: h.dir, Source: h.source, Trust: verifier, Images: fetches, Backends: h.backends,
 			Journal: h.journal, Audit: h.audit, Rules: rules, Logger: h.logger, Every: time.Duration(h.config.Check)}
@@ -452,8 +454,8 @@ func hostFacts(config Config, file, dir string) (template.Host, error) {
 // close lets go of everything; workloads go on running.
 func (h *host) close() error {
 	var errs []error
-	for _, client := range h.plugins {
-		errs = append(errs, client.Close())
+	for _, release := range h.release {
+		errs = append(errs, release())
 	}
 	if h.source != nil {
 		errs = append(errs, h.source.Close())

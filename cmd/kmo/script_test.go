@@ -30,7 +30,6 @@ import (
 	"github.com/kindos/kmo/backends/plugin"
 	"github.com/kindos/kmo/cmd/kmo/thishost"
 	"github.com/kindos/kmo/reconciler"
-	"github.com/kindos/kmo/reconciler/template"
 	"github.com/kindos/kmo/registry"
 )
 
@@ -192,10 +191,9 @@ func clear(b built, state string) error {
 			errs = append(errs, fmt.Errorf("cgroups are left: %v, %v", left, err))
 		}
 	}
-	var host template.Host
-	if err := thishost.Measure(&host, state); err == nil {
-		errs = append(errs, os.RemoveAll(host.Doors)) // the units of a script that failed are still linked
-	}
+	doors, release := thishost.Doors(state)
+	errs = append(errs, os.RemoveAll(doors)) // the units of a script that failed are still linked
+	release()
 	mounts, err := os.ReadFile("/proc/self/mountinfo")
 	if err != nil || strings.Contains(string(mounts), state) {
 		errs = append(errs, fmt.Errorf("mounts are left, %v", err))

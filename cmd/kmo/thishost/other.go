@@ -16,3 +16,6 @@ func Supported() error {
 
 // Measure is Supported.
 func Measure(*template.Host, string) error { return Supported() }
+
+// Doors is none.
+func Doors(string) (folder string, release func()) { return "", func() {} }

@@ -19,8 +19,8 @@ import (
 // Supported says that hosts run on this system.
 func Supported() error { return nil }
 
-// Measure fills in the host's memory (bytes), processes, processor's features, disk (bytes, of the file system with the state folder dir), and where
-// its doors are.
+// Measure fills in the host's memory (bytes), processes, processor's features and disk (bytes, of the file system with the state folder dir). It makes
+// nothing.
 func Measure(facts *template.Host, dir string) error {
 	var memory unix.Sysinfo_t
 	if err := unix.Sysinfo(&memory); err != nil {
@@ -47,7 +47,14 @@ func Measure(facts *template.Host, dir string) error {
 			break // all cores are alike
 		}
 	}
-	facts.Doors = secret.Open("", fmt.Sprintf("doors-%.4x", sha256.Sum256([]byte(dir)))).Dir()
 	facts.Disk = int64(disk.Blocks) * disk.Bsize
 	return nil
+}
+
+// Doors is the folder on storage that is memory below which the doors of the agent with the state folder dir are, or "" where this host has no such
+// storage. It need not be there. What it lies in, /run/kmo or /dev/shm/kmo, is made so that nobody else makes it; release removes that if this call
+// has made it and it is empty.
+func Doors(dir string) (folder string, release func()) {
+	store := secret.Open("", fmt.Sprintf("doors-%.4x", sha256.Sum256([]byte(dir))))
+	return store.Dir(), store.Close
 }
