@@ -30,7 +30,7 @@ import (
 // Backend runs containers. It is a backends.Backend and a backends.Execer, and its methods may be called concurrently.
 type Backend struct {
 	options  Options
-	door     engine.Door
+	endpoint engine.Endpoint
 	engine   *client.Client
 	plan     plan.Plan
 	lock     *os.File     // held on the state folder: one process at a time; nil if it only looks
@@ -84,7 +84,7 @@ func Open(o Options) (*Backend, error) {
 	}
 	o.State = state
 	b := &Backend{
-		options: o, plan: plan.Plan{Engine: o.Name, State: state}, door: engine.Door{Name: o.Name, Socket: o.Socket}, step: func(string) {}, hookTime: hookTime, dropTime: clearTime,
+		options: o, plan: plan.Plan{Engine: o.Name, State: state}, endpoint: engine.Endpoint{Name: o.Name, Socket: o.Socket}, step: func(string) {}, hookTime: hookTime, dropTime: clearTime,
 		life: life{wake: make(chan struct{}, 1), starts: make(chan struct{}, 4)}, images: newImages(), settling: make(chan struct{}, 1), measuring: make(chan struct{}, 1),
 		known: known{entries: map[string]*entry{}, ports: map[int]string{}},
 	}
@@ -93,7 +93,7 @@ func Open(o Options) (*Backend, error) {
 			return nil, err
 		}
 	}
-	if b.engine, err = b.door.Client(func(server string) { b.server.Store(&server) }); err != nil {
+	if b.engine, err = b.endpoint.Client(func(server string) { b.server.Store(&server) }); err != nil {
 		return nil, errors.Join(err, b.disown())
 	}
 	b.plan.Secrets = secret.Open(o.Memory, o.Name+"-"+b.plan.Instance)
@@ -156,7 +156,7 @@ func (b *Backend) plain(ctx context.Context, err error) error {
 	case errors.As(err, &down):
 		return down
 	case client.IsErrConnectionFailed(err), errors.Is(err, unix.ECONNRESET), errors.Is(err, unix.EPIPE), errors.Is(err, io.EOF):
-		return b.door.Down(ctx, err)
+		return b.endpoint.Down(ctx, err)
 	}
 	return err
 }
@@ -288,7 +288,7 @@ func (b *Backend) Fingerprint(ctx context.Context) (backends.Fingerprint, error)
 		server = *heard
 	}
 	if want := map[string]string{Docker: "Docker/", Podman: "Libpod/"}[b.options.Name]; !strings.HasPrefix(server, want) {
-		return backends.Fingerprint{}, fmt.Errorf("%s: what answers at %s is %.100q; want %s", b.options.Name, strings.Join(b.door.Sockets(), ", "), server, want)
+		return backends.Fingerprint{}, fmt.Errorf("%s: what answers at %s is %.100q; want %s", b.options.Name, strings.Join(b.endpoint.Sockets(), ", "), server, want)
 	}
 	able := backends.Fingerprint{
 		Backend: b.options.Name, Version: info.ServerVersion, Isolation: backends.IsolationContainer,
@@ -400,7 +400,7 @@ func (b *Backend) unprivileged(mapped bool) string {
 	if b.options.Name == Podman {
 		return ""
 	}
-	lacking, err := b.door.Lacking(b.ctx)
+	lacking, err := b.endpoint.Lacking(b.ctx)
 	if err != nil {
 		return "which capabilities the engine itself has cannot be told: " + err.Error()
 	}

@@ -238,7 +238,7 @@ func up(t testing.TB, name string) *daemon {
 	if err := d.start(); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := (engine.Door{Name: name, Socket: d.socket}).Client(nil); err != nil {
+	if _, err := (engine.Endpoint{Name: name, Socket: d.socket}).Client(nil); err != nil {
 		t.Fatal(err)
 	}
 	return d

@@ -120,7 +120,7 @@ func keep(m *monitor.Monitor, o orders) (monitor.End, error) {
 	terminated := make(chan os.Signal, 1)
 	signal.Notify(terminated, unix.SIGTERM)
 	if err := h.conn.Send(channel.Run, 0, nil); err != nil {
-		return monitor.End{}, h.blame(err)
+		return monitor.End{}, h.lost(err)
 	}
 	if _, err := h.expect(ctx, channel.Started); err != nil {
 		return monitor.End{}, err
@@ -203,7 +203,7 @@ func raise(ctx context.Context, m *monitor.Monitor, o orders, v machine.VMM, net
 	}
 	go h.serve(control)
 	if err := h.conn.Say(channel.Build, 0, setup); err != nil {
-		return nil, h.blame(err)
+		return nil, h.lost(err)
 	}
 	_, err = h.expect(ctx, channel.Built)
 	return h, err
@@ -271,29 +271,29 @@ func (h *host) expect(ctx context.Context, want channel.Kind) (channel.Frame, er
 	case f, ok := <-h.said:
 		switch {
 		case !ok:
-			return f, h.blame(errors.New("it ended by itself"))
+			return f, h.lost(errors.New("it ended by itself"))
 		case f.Kind == want:
 			return f, nil
 		case f.Kind == channel.Fault:
 			var fault stage.Failure
 			if err := f.Decode(&fault); err != nil {
-				return f, h.blame(err)
+				return f, h.lost(err)
 			}
 			if fault.Blames {
 				return f, monitor.Blame{Step: fault.Step, Cause: errors.New(fault.Cause)}
 			}
 			return f, fmt.Errorf("in the machine: %s: %s", fault.Step, fault.Cause)
 		}
-		return f, h.blame(fmt.Errorf("the guest said %q, want %q", f.Kind, want))
+		return f, h.lost(fmt.Errorf("the guest said %q, want %q", f.Kind, want))
 	case err := <-h.gone:
-		return channel.Frame{}, h.blame(err)
+		return channel.Frame{}, h.lost(err)
 	case <-ctx.Done():
-		return channel.Frame{}, h.blame(fmt.Errorf("the guest has not said %q within %v", want, bootTime))
+		return channel.Frame{}, h.lost(fmt.Errorf("the guest has not said %q within %v", want, bootTime))
 	}
 }
 
-// blame ends the machine and tells of it, with the last words on its console.
-func (h *host) blame(err error) error {
+// lost ends the machine and tells of it, with the last words on its console.
+func (h *host) lost(err error) error {
 	if words := h.machine.Stop(); words != "" {
 		return fmt.Errorf("the machine: %v: %s", err, words)
 	}

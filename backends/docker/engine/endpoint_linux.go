@@ -17,33 +17,33 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Door is where an engine is asked.
-type Door struct {
+// Endpoint is where an engine is asked.
+type Endpoint struct {
 	Name   string // docker or podman
 	Socket string // "" is where it usually is
 }
 
 // Client asks the engine. It need not be there yet. Each answer tells heard, if that is not nil, what program gave it: "Libpod/4.3.1 (linux)".
 // One that is longer than MaxAnswer is an error.
-func (d Door) Client(heard func(server string)) (*client.Client, error) {
+func (e Endpoint) Client(heard func(server string)) (*client.Client, error) {
 	listen := func(r *http.Response) {
 		if server := r.Header.Get("Server"); server != "" && heard != nil {
 			heard(server)
 		}
 	}
-	return client.New(client.WithHost("unix:///engine"), client.WithDialContext(d.line), client.WithHTTPRequestHook(d.bound), client.WithHTTPResponseHook(listen))
+	return client.New(client.WithHost("unix:///engine"), client.WithDialContext(e.line), client.WithHTTPRequestHook(e.bound), client.WithHTTPResponseHook(listen))
 }
 
 // Sockets are where the engine may be, likeliest first.
-func (d Door) Sockets() []string {
+func (e Endpoint) Sockets() []string {
 	user := os.Getenv("XDG_RUNTIME_DIR")
 	mine := os.Geteuid() != 0 && user != ""
 	switch {
-	case d.Socket != "":
-		return []string{d.Socket}
-	case d.Name == "docker" && mine:
+	case e.Socket != "":
+		return []string{e.Socket}
+	case e.Name == "docker" && mine:
 		return []string{filepath.Join(user, "docker.sock"), "/var/run/docker.sock"}
-	case d.Name == "docker":
+	case e.Name == "docker":
 		return []string{"/var/run/docker.sock"}
 	case mine:
 		return []string{filepath.Join(user, "podman", "podman.sock")}
@@ -51,49 +51,49 @@ func (d Door) Sockets() []string {
 	return []string{"/run/podman/podman.sock"}
 }
 
-func (d Door) dial(ctx context.Context, _, _ string) (net.Conn, error) {
+func (e Endpoint) dial(ctx context.Context, _, _ string) (net.Conn, error) {
 	var all error
-	for _, socket := range d.Sockets() {
+	for _, socket := range e.Sockets() {
 		conn, err := (&net.Dialer{}).DialContext(ctx, "unix", socket)
 		if err == nil {
 			return conn, nil
 		}
 		all = errors.Join(all, err)
 	}
-	return nil, &DownError{Door: d, Cause: all}
+	return nil, &DownError{Endpoint: e, Cause: all}
 }
 
 // Down says why the engine does not answer: the client's own words speak of no socket.
-func (d Door) Down(ctx context.Context, err error) error {
-	conn, dialErr := d.dial(ctx, "", "")
+func (e Endpoint) Down(ctx context.Context, err error) error {
+	conn, dialErr := e.dial(ctx, "", "")
 	if dialErr == nil {
 		_ = conn.Close()
-		return &DownError{Door: d, Cause: fmt.Errorf("it was away just now: %w", err)}
+		return &DownError{Endpoint: e, Cause: fmt.Errorf("it was away just now: %w", err)}
 	}
 	return dialErr
 }
 
 // DownError says that the engine does not answer.
 type DownError struct {
-	Door  Door
-	Cause error
+	Endpoint Endpoint
+	Cause    error
 }
 
 // Error says where it was looked for, and what would help.
 func (e *DownError) Error() string {
 	how := "install Docker Engine (docker.io) and start dockerd"
-	if e.Door.Name == "podman" {
-		how = "install podman and start its service: podman system service --time=0 unix://" + e.Door.Sockets()[0]
+	if e.Endpoint.Name == "podman" {
+		how = "install podman and start its service: podman system service --time=0 unix://" + e.Endpoint.Sockets()[0]
 	}
-	return fmt.Sprintf("%s does not answer: %v; %s", e.Door.Name, e.Cause, how)
+	return fmt.Sprintf("%s does not answer: %v; %s", e.Endpoint.Name, e.Cause, how)
 }
 
 // Unwrap returns the cause.
 func (e *DownError) Unwrap() error { return e.Cause }
 
 // Lacking names the capabilities of this kernel that the engine itself does not have, and so cannot give.
-func (d Door) Lacking(ctx context.Context) (names []string, err error) {
-	pid, err := d.peer(ctx)
+func (e Endpoint) Lacking(ctx context.Context) (names []string, err error) {
+	pid, err := e.peer(ctx)
 	if err != nil {
 		return nil, err
 	}
@@ -121,8 +121,8 @@ func (d Door) Lacking(ctx context.Context) (names []string, err error) {
 }
 
 // peer is the process that listens on the engine's socket.
-func (d Door) peer(ctx context.Context) (int, error) {
-	conn, err := d.dial(ctx, "", "")
+func (e Endpoint) peer(ctx context.Context) (int, error) {
+	conn, err := e.dial(ctx, "", "")
 	if err != nil {
 		return 0, err
 	}
