@@ -161,7 +161,8 @@ func load(at string) (known about, err error) {
 	if err != nil {
 		return known, err
 	}
-	return known, json.Unmarshal(text, &known)
+	err = json.Unmarshal(text, &known)
+	return known, err
 }
 
 // want keeps the unpacked image of a content, until it is called with -1, from being removed.

@@ -84,7 +84,8 @@ func command(where string, argv []string) (int, error) {
 			_, _ = out.Write(f.Body)
 		case channel.Ended:
 			var end channel.End
-			return end.Code, errors.Join(f.Decode(&end))
+			err := f.Decode(&end)
+			return end.Code, err
 		case channel.Fault:
 			var fault stage.Failure
 			if err := f.Decode(&fault); err != nil {

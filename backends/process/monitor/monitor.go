@@ -103,7 +103,8 @@ func (p Place) Read() (t Task, err error) {
 	if err != nil {
 		return t, err
 	}
-	return t, json.Unmarshal(text, &t)
+	err = json.Unmarshal(text, &t)
+	return t, err
 }
 
 // Output is this process's standard output. Where that is the log, what goes beyond Place.Log is lost until somebody trims it.
@@ -153,7 +154,8 @@ func (p Place) Half() bool {
 // Ended reads how a monitor's workload ended, if it has said so.
 func (p Place) Ended() (end End, ok bool) {
 	text, err := os.ReadFile(filepath.Join(p.Dir, endFile))
-	return end, err == nil && json.Unmarshal(text, &end) == nil
+	ok = err == nil && json.Unmarshal(text, &end) == nil
+	return end, ok
 }
 
 // Blame makes an error the workload's fault, at a step such as "exec /app". Every other error of a monitor is the host's.
