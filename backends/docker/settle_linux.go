@@ -364,7 +364,7 @@ func (b *Backend) choosePorts(w backends.Workload, taken []int) (ports []int, er
 	defer b.mu.Unlock()
 	for _, p := range w.Run.Ports {
 		port := plan.NamedPort(&w, p)
-		if port != 0 && errors.Is(process.FreePort(port), unix.EADDRINUSE) && b.ports[port] != w.Name {
+		if port != 0 && errors.Is(process.FreePort(port), unix.EADDRINUSE) {
 			return nil, takenError(w.Name, p.Name, port)
 		}
 		if port == 0 {

@@ -186,8 +186,8 @@ func (e *entry) save() error {
 func (e *entry) begin(w backends.Workload, ports []int, image string) error {
 	e.mu.Lock()
 	defer e.mu.Unlock()
+	w.Files = slices.Clone(w.Files)
 	for i := range w.Files {
-		w.Files = slices.Clone(w.Files)
 		w.Files[i].Content = nil // they lie where the container has them from
 	}
 	e.workload, e.ports, e.image, e.id, e.record = w, ports, image, "", record{}

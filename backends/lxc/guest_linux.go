@@ -39,18 +39,19 @@ func Guest(args []string) int {
 		fmt.Fprintf(os.Stderr, "kmo: arguments %q: this command is kmo's own\n", args)
 		return 2
 	}
-	first, err := strconv.Atoi(args[1])
-	if err != nil {
-		fmt.Fprintln(os.Stderr, "kmo:", err)
-		return 2
-	}
 	// Before anything is built, so that whoever stops it at any time stops it.
 	ctx, done := signal.NotifyContext(context.Background(), unix.SIGTERM)
 	defer done()
+	var status int
+	var err error
 	if args[0] == runArg {
-		return monitor.Run(args[2], func(m *monitor.Monitor) (monitor.End, error) { return keep(ctx, m, first) })
+		var first int
+		if first, err = strconv.Atoi(args[1]); err == nil {
+			return monitor.Run(args[2], func(m *monitor.Monitor) (monitor.End, error) { return keep(ctx, m, first) })
+		}
+	} else {
+		status, err = command(ctx, args[1], args[2:])
 	}
-	status, err := command(ctx, args[2], args[3:])
 	if err != nil {
 		fmt.Fprintln(os.Stderr, "kmo:", err)
 		return 127

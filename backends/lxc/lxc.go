@@ -264,7 +264,7 @@ func (b *Backend) plan(_ context.Context, w backends.Workload, place process.Pla
 		Argv: []string{GuestArg, runArg, strconv.Itoa(first), at},
 		Env:  map[string]string{"PATH": filepath.Dir(start) + ":/usr/sbin:/usr/bin:/sbin:/bin"},
 		Command: func(argv []string) []string {
-			return append([]string{GuestArg, execArg, strconv.Itoa(first), at}, argv...)
+			return append([]string{GuestArg, execArg, at}, argv...)
 		},
 	}, nil
 }

@@ -89,14 +89,14 @@ func (f *Firecracker) Create(ctx context.Context, c Config) error {
 	if err := f.launch(); err != nil {
 		return err
 	}
-	for f.ask(ctx, request{http.MethodGet, "/", nil}, nil) != nil {
+	for f.ask(ctx, request{http.MethodGet, "/", nil}) != nil {
 		if !f.lives() || ctx.Err() != nil {
 			return errors.Join(ctx.Err(), fmt.Errorf("%s does not answer: %s", f.Program, f.Stop()))
 		}
 		time.Sleep(5 * time.Millisecond) // its socket appears when it listens
 	}
 	for _, r := range f.requests(c) {
-		if err := f.ask(ctx, r, nil); err != nil {
+		if err := f.ask(ctx, r); err != nil {
 			return err
 		}
 	}
@@ -132,7 +132,7 @@ func (f *Firecracker) lives() bool {
 }
 
 // ask makes one call. What is no success is an error with what Firecracker says.
-func (f *Firecracker) ask(ctx context.Context, r request, into any) error {
+func (f *Firecracker) ask(ctx context.Context, r request) error {
 	body, err := json.Marshal(r.body)
 	if err != nil {
 		return err
@@ -162,15 +162,13 @@ func (f *Firecracker) ask(ctx context.Context, r request, into any) error {
 		}
 		_ = json.Unmarshal(said, &fault) // what is no JSON has no message
 		return fmt.Errorf("%s %s: %s: %s", r.method, r.path, answer.Status, fault.Message)
-	case into == nil:
-		return nil
 	}
-	return json.Unmarshal(said, into)
+	return nil
 }
 
 // Start lets the processor run.
 func (f *Firecracker) Start(ctx context.Context) error {
-	return f.ask(ctx, request{http.MethodPut, "/actions", map[string]any{"action_type": "InstanceStart"}}, nil)
+	return f.ask(ctx, request{http.MethodPut, "/actions", map[string]any{"action_type": "InstanceStart"}})
 }
 
 // Connect waits until the guest calls, and publishes the ports from then on.
@@ -259,21 +257,6 @@ func splice(a, b net.Conn) {
 	go func() { carry(a, b); close(done) }()
 	carry(b, a)
 	<-done
-}
-
-// State asks Firecracker.
-func (f *Firecracker) State(ctx context.Context) (State, error) {
-	var answer struct{ State string }
-	if err := f.ask(ctx, request{http.MethodGet, "/", nil}, &answer); err != nil {
-		return "", err
-	}
-	switch answer.State {
-	case "Not started":
-		return Created, nil
-	case "Running":
-		return Running, nil
-	}
-	return Stopped, nil
 }
 
 // Stop kills what Create has started.

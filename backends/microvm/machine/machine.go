@@ -20,21 +20,9 @@ type VMM interface {
 	Start(context.Context) error
 	// Connect returns the stream to the guest, which ends with the machine. It may wait until the guest has called.
 	Connect(context.Context) (io.ReadWriteCloser, error)
-	// State asks the program.
-	State(context.Context) (State, error)
 	// Stop ends the machine at once, and the program. It returns the last that the program and the guest's kernel said.
 	Stop() string
 }
-
-// State is what a machine is doing.
-type State string
-
-// The states.
-const (
-	Created State = "created" // its processor has not run yet
-	Running State = "running"
-	Stopped State = "stopped"
-)
 
 // Config is a machine.
 type Config struct {

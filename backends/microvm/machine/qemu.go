@@ -99,7 +99,7 @@ func (q *QEMU) Create(ctx context.Context, c Config) error {
 		return err
 	}
 	q.said = bufio.NewReader(q.control)
-	if _, err := q.ask(ctx, "qmp_capabilities"); err != nil {
+	if err := q.ask(ctx, "qmp_capabilities"); err != nil {
 		return fmt.Errorf("%s: %v: %s", q.Program, err, q.Stop())
 	}
 	return nil
@@ -188,31 +188,11 @@ func (q *QEMU) fallen(program string, err error) {
 
 // Start lets the processor run.
 func (q *QEMU) Start(ctx context.Context) error {
-	_, err := q.ask(ctx, "cont")
-	return err
+	return q.ask(ctx, "cont")
 }
 
 // Connect returns the machine's end of the virtio-serial port. What is written before the guest has opened it waits there.
 func (q *QEMU) Connect(context.Context) (io.ReadWriteCloser, error) { return q.channel, nil }
-
-// State asks QEMU.
-func (q *QEMU) State(ctx context.Context) (State, error) {
-	answer, err := q.ask(ctx, "query-status")
-	if err != nil {
-		return "", err
-	}
-	var status struct{ Status string }
-	if err := json.Unmarshal(answer, &status); err != nil {
-		return "", err
-	}
-	switch status.Status {
-	case "prelaunch":
-		return Created, nil
-	case "running":
-		return Running, nil
-	}
-	return Stopped, nil
-}
 
 // Stop kills what Create has started.
 func (q *QEMU) Stop() string {
@@ -227,29 +207,29 @@ func (q *QEMU) Stop() string {
 	return q.words.String()
 }
 
-// ask runs a command of QMP and returns its answer. Events on the way are of no interest.
-func (q *QEMU) ask(ctx context.Context, command string) (json.RawMessage, error) {
+// ask runs a command of QMP. Events on the way are of no interest.
+func (q *QEMU) ask(ctx context.Context, command string) error {
 	defer context.AfterFunc(ctx, func() { _ = q.control.SetDeadline(time.Now()) })()
 	if _, err := fmt.Fprintf(q.control, `{"execute":%q}`+"\n", command); err != nil {
-		return nil, fmt.Errorf("%s: %v", command, err)
+		return fmt.Errorf("%s: %v", command, err)
 	}
 	for {
 		line, err := q.said.ReadBytes('\n')
 		if err != nil {
-			return nil, errors.Join(ctx.Err(), fmt.Errorf("%s: %v", command, err))
+			return errors.Join(ctx.Err(), fmt.Errorf("%s: %v", command, err))
 		}
 		var answer struct {
 			Return json.RawMessage
 			Error  *struct{ Desc string }
 		}
 		if err := json.Unmarshal(line, &answer); err != nil {
-			return nil, fmt.Errorf("%s: %v", command, err)
+			return fmt.Errorf("%s: %v", command, err)
 		}
 		switch {
 		case answer.Error != nil:
-			return nil, fmt.Errorf("%s: %s", command, answer.Error.Desc)
+			return fmt.Errorf("%s: %s", command, answer.Error.Desc)
 		case answer.Return != nil:
-			return answer.Return, nil
+			return nil
 		}
 	}
 }
