@@ -5,7 +5,7 @@
 // body, four bytes, big-endian; and the body, at most [MaxToGuest] bytes towards the guest and [MaxToHost] from it. The order:
 //
 //	guest  Hello                       its kernel has booted
-//	host   Setup{Setup}                what is to be built
+//	host   Build{Setup}                what is to be built
 //	guest  Built or Fault{stage.Failure}
 //	host   Exec…                       the preInit hooks, and later everything else that is run inside
 //	host   Run                         start the program
@@ -15,7 +15,8 @@
 //	host   Signal{number}              to the program or a command
 //	guest  Ended{End}                  a command has; or the program has, and all that was written is where it belongs
 //
-// The host trusts nothing that it reads: a kind or id it does not know is of no consequence, and a frame too large ends the machine.
+// The host trusts nothing that it reads: an id it does not know is of no consequence; what it does not wait for of the program ends the
+// machine, and so does a frame too large.
 package channel
 
 import (
@@ -65,7 +66,7 @@ const (
 type Setup struct {
 	Stage     stage.Orders       `json:"stage"`     // the program; Root.Content and the binds are paths of the guest's
 	Resources backends.Resources `json:"resources"` // the program's bounds that the guest's kernel keeps
-	Disk      string             `json:"disk"`      // serial number of the base's disk, to be mounted at [Base]
+	Disk      string             `json:"disk"`      // the guest's device of the base's disk, to be mounted at [Base]
 	Shared    bool               `json:"shared"`    // a file system of the host's is to be mounted at [Shares]
 	Address   string             `json:"address"`   // of eth0, with its prefix length; "" is none
 	Gateway   string             `json:"gateway"`
