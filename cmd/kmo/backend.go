@@ -338,10 +338,11 @@ func backendFit() *cobra.Command {
 		Use:   "fit UNIT",
 		Short: "Say by which variant and backend a unit of a site folder would run on this host, and why not by the others",
 		Long: `Say by which variant and which built-in backend a unit of a site folder would run on this host, and why not by the others. Where the unit is
-to be placed (place.on) is not looked at, nor what the rules say: for that there is 'kmo plan'.
+to be placed (place.on) is not looked at, nor what the rules say: for that there is 'kmo plan'. The agent's file is not read: where its engines say
+that a runtime is elsewhere, --engine has to say it here too.
 
 Exit statuses: 0 it would run, 1 error, 2 usage, 3 it would not, or the folder is refused.`,
-		Example: "  kmo backend fit relay\n  kmo backend fit relay --site ../north-sea -o json",
+		Example: "  kmo backend fit relay\n  kmo backend fit relay --site ../north-sea -o json\n  kmo backend fit relay --engine docker=/run/user/1000/docker.sock",
 		Args:    oneArg("a unit"),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			root, err := os.OpenRoot(folder)
