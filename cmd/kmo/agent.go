@@ -11,6 +11,7 @@ import (
 	"net/http"
 	"os"
 	"path/filepath"
+	"runtime/debug"
 	"strings"
 	"sync"
 	"time"
@@ -115,7 +116,11 @@ func (h *host) loop(ctx context.Context) error {
 		case err != nil:
 			h.logger.Error("reconcile", "err", err)
 		}
-		h.rest(ctx, pushed, time.Now().Add(delay.after(rec, err)))
+		wait := delay.after(rec, err)
+		if wait > 0 {
+			debug.FreeOSMemory() // what a look needed is not kept through the rest
+		}
+		h.rest(ctx, pushed, time.Now().Add(wait))
 	}
 }
 
