@@ -453,5 +453,6 @@ func decisionOf(ctx context.Context, flags *hostFlags, which string) (s Shown, e
 			return s, err
 		}
 	}
-	return s, c.get(ctx, "GET", "/log/record", url.Values{"index": {index}}, &s)
+	err = c.get(ctx, "GET", "/log/record", url.Values{"index": {index}}, &s)
+	return s, err
 }

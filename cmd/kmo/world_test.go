@@ -188,7 +188,8 @@ func (w *world) status() (Status, error) {
 		text, _ := io.ReadAll(response.Body)
 		return s, fmt.Errorf("status: %s: %s", response.Status, text)
 	}
-	return s, json.NewDecoder(response.Body).Decode(&s)
+	err = json.NewDecoder(response.Body).Decode(&s)
+	return s, err
 }
 
 // get asks a unit's first port.
