@@ -18,6 +18,7 @@ import (
 
 	"github.com/spf13/cobra"
 
+	"github.com/kindos/kmo/cmd/kmo/cli"
 	"github.com/kindos/kmo/reconciler"
 	"github.com/kindos/kmo/reconciler/template"
 )
@@ -208,7 +209,7 @@ func (h *host) reconcileNow(ctx context.Context) (reconciler.Record, error) {
 func slogLevel(name string) (slog.Level, error) {
 	var level slog.Level
 	if err := level.UnmarshalText([]byte(name)); err != nil {
-		return level, usageError{fmt.Errorf("log level %q: want debug, info, warn or error", name)}
+		return level, cli.Usagef("log level %q: want debug, info, warn or error", name)
 	}
 	return level, nil
 }

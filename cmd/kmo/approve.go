@@ -18,6 +18,7 @@ import (
 	"github.com/spf13/cobra"
 	"golang.org/x/crypto/ssh"
 
+	"github.com/kindos/kmo/cmd/kmo/cli"
 	"github.com/kindos/kmo/policy/refusal"
 	"github.com/kindos/kmo/policy/trust"
 	"github.com/kindos/kmo/policy/trust/signature"
@@ -73,7 +74,7 @@ const longest = 366 * 24 * time.Hour
 
 func (a *approving) run(cmd *cobra.Command) (err error) {
 	if a.valid <= 0 || a.valid > longest {
-		return usageError{fmt.Errorf("--valid %v: want more than nothing and at most %v", a.valid, longest)}
+		return cli.Usagef("--valid %v: want more than nothing and at most %v", a.valid, longest)
 	}
 	source, done, err := a.open(cmd.Context())
 	if err != nil {
@@ -102,7 +103,7 @@ func (a *approving) run(cmd *cobra.Command) (err error) {
 	default:
 		return errors.New("nothing to approve: no changed unit needs it")
 	}
-	key, hangUp, err := signer(a.key)
+	key, hangUp, err := cli.Signer(a.key)
 	if err != nil {
 		return err
 	}

@@ -19,6 +19,7 @@ import (
 
 	"github.com/spf13/cobra"
 
+	"github.com/kindos/kmo/cmd/kmo/cli"
 	"github.com/kindos/kmo/cmd/kmo/vsa"
 	"github.com/kindos/kmo/policy/audit"
 	"github.com/kindos/kmo/policy/refusal"
@@ -26,7 +27,7 @@ import (
 )
 
 func auditCommand() *cobra.Command {
-	return group("audit", "The log of what this host decided: look at it, verify it, prove what is in it",
+	return cli.Group("audit", "The log of what this host decided: look at it, verify it, prove what is in it",
 		auditListCommand(), auditShowCommand(), auditVerifyCommand(), auditProveCommand(), auditCheckCommand(), auditExportCommand())
 }
 
@@ -152,7 +153,7 @@ func headline(record audit.Record) string {
 }
 
 func auditListCommand() *cobra.Command {
-	out, flags := &output{}, &hostFlags{log: true}
+	out, flags := &cli.Output{}, &hostFlags{log: true}
 	var last int
 	var kind, commit string
 	cmd := &cobra.Command{
@@ -167,10 +168,10 @@ Exit statuses: 0 good, 1 error, 2 usage, 3 refused (the log is not as it was wri
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			commit = strings.ToLower(commit)
 			if last < 0 {
-				return usageError{fmt.Errorf("-n %d: want 0 (all) or more records", last)}
+				return cli.Usagef("-n %d: want 0 (all) or more records", last)
 			}
 			if commit != "" && !abbreviated(commit) {
-				return usageError{fmt.Errorf("--commit %q: want at least four hex digits of a commit's id", commit)}
+				return cli.Usagef("--commit %q: want at least four hex digits of a commit's id", commit)
 			}
 			c, err := dial(cmd.Context(), flags)
 			if err != nil {
@@ -185,7 +186,7 @@ Exit statuses: 0 good, 1 error, 2 usage, 3 refused (the log is not as it was wri
 			}); err != nil {
 				return err
 			}
-			return out.print(cmd.OutOrStdout(), all, func(w io.Writer) {
+			return out.Print(cmd.OutOrStdout(), all, func(w io.Writer) {
 				table := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
 				_, _ = fmt.Fprintln(table, "INDEX\tTIME\tKIND\tCOMMIT\tWHAT")
 				for _, one := range all {
@@ -196,7 +197,7 @@ Exit statuses: 0 good, 1 error, 2 usage, 3 refused (the log is not as it was wri
 		},
 	}
 	flags.add(cmd)
-	out.add(cmd)
+	out.Add(cmd)
 	cmd.Flags().IntVarP(&last, "last", "n", 50, "how many of the last records; 0 is all")
 	cmd.Flags().StringVar(&kind, "kind", "", "only records of this kind")
 	cmd.Flags().StringVar(&commit, "commit", "", "only records that speak of this commit")
@@ -215,7 +216,7 @@ Exit statuses: 0 good, 1 error (there is no such record), 2 usage, 3 refused (th
 		Args:    indexArg,
 	}, &hostFlags{}, "GET", "/log/record", func(args []string) url.Values { return url.Values{"index": args, "replay": {"true"}} }, printShown, func(s Shown) error {
 		if strings.HasPrefix(s.Replayed, differs) {
-			return status(exitRefused)
+			return cli.Status(cli.ExitRefused)
 		}
 		return nil
 	})
@@ -223,11 +224,11 @@ Exit statuses: 0 good, 1 error (there is no such record), 2 usage, 3 refused (th
 
 // indexArg is the rule of commands that take a record's index.
 func indexArg(cmd *cobra.Command, args []string) error {
-	if err := oneArg("the index of a record")(cmd, args); err != nil {
+	if err := cli.OneArg("the index of a record")(cmd, args); err != nil {
 		return err
 	}
 	if n, err := strconv.ParseInt(args[0], 10, 64); err != nil || n < 0 {
-		return usageError{fmt.Errorf("record %q: want its index, as 'kmo audit list' shows it", refusal.Clip(args[0], 60))}
+		return cli.Usagef("record %q: want its index, as 'kmo audit list' shows it", refusal.Clip(args[0], 60))
 	}
 	return nil
 }
@@ -275,7 +276,7 @@ Exit statuses: 0 good, 1 error, or the journal cannot be read, 2 usage, 3 refuse
 		Args:    cobra.NoArgs,
 	}, &hostFlags{log: true}, "GET", "/log", query, printVerified, func(v Verified) error {
 		if v.Trouble != "" {
-			return status(exitError)
+			return cli.Status(cli.ExitError)
 		}
 		return nil
 	})
@@ -346,7 +347,7 @@ Exit statuses: 0 made, 1 error (there is no such record), 2 usage, 3 refused (th
 }
 
 func auditCheckCommand() *cobra.Command {
-	out, key := &output{}, ""
+	out, key := &cli.Output{}, ""
 	cmd := &cobra.Command{
 		Use:   "check PROOF",
 		Short: "Check a proof of another host's log, on any machine",
@@ -356,10 +357,10 @@ not fit is refused with its place in the file.
 
 Exit statuses: 0 the record is in the log, 1 error, 2 usage, 3 refused (the proof shows nothing).`,
 		Example: "  kmo audit check 12.tlog-proof --key edge-1.north-sea/kmo-audit+0377ade0+AWdw…",
-		Args:    oneArg("the file of a proof"),
+		Args:    cli.OneArg("the file of a proof"),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			if key == "" {
-				return usageError{errors.New("audit check needs --key KEY, which 'kmo audit verify' prints where the log is")}
+				return cli.Usagef("audit check needs --key KEY, which 'kmo audit verify' prints where the log is")
 			}
 			file, err := readNamed(args[0], cmd.InOrStdin())
 			if err != nil {
@@ -369,13 +370,13 @@ Exit statuses: 0 the record is in the log, 1 error, 2 usage, 3 refused (the proo
 			if err != nil {
 				return err
 			}
-			return out.print(forPeople(cmd.OutOrStdout()), proven, func(w io.Writer) {
+			return out.Print(forPeople(cmd.OutOrStdout()), proven, func(w io.Writer) {
 				_, _ = fmt.Fprintf(w, "record %d is in %s, which had %d records when it signed this\n", proven.Record.Index, proven.Log, proven.Size)
 				printWhole(w, proven.Record)
 			})
 		},
 	}
-	out.add(cmd)
+	out.Add(cmd)
 	cmd.Flags().StringVar(&key, "key", "", "the log's key")
 	return cmd
 }
@@ -392,10 +393,10 @@ number of fewer than seven digits is an index.
 
 Exit statuses: 0 good, 1 error (there is no such decision), 2 usage, 3 refused (the record is no decision, or the log is not as it was written).`,
 		Example: "  kmo audit export 3f9a2c1d --as vsa >relay.vsa.json\n  kmo audit export 12 --as vsa --key ~/.ssh/id_ed25519",
-		Args:    oneArg("a commit or the index of a record"),
+		Args:    cli.OneArg("a commit or the index of a record"),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			if as != "vsa" {
-				return usageError{fmt.Errorf("--as %q: want vsa", as)}
+				return cli.Usagef("--as %q: want vsa", as)
 			}
 			shown, err := decisionOf(cmd.Context(), flags, strings.ToLower(args[0]))
 			if err != nil {
@@ -412,7 +413,7 @@ Exit statuses: 0 good, 1 error (there is no such decision), 2 usage, 3 refused (
 				}
 				key = config.Key
 			}
-			signer, err := sealingKey(key)
+			signer, err := cli.PrivateKey(key)
 			if err != nil {
 				return err
 			}
@@ -440,7 +441,7 @@ func decisionOf(ctx context.Context, flags *hostFlags, which string) (s Shown, e
 	index := which
 	if strings.Trim(which, "0123456789") != "" || len(which) >= 7 { // one commit in 27 begins with seven digits; no log is that long
 		if !abbreviated(which) {
-			return s, usageError{fmt.Errorf("%q: want the index of a record, or at least four hex digits of a commit's id", refusal.Clip(which, 60))}
+			return s, cli.Usagef("%q: want the index of a record, or at least four hex digits of a commit's id", refusal.Clip(which, 60))
 		}
 		n, err := c.records(ctx, url.Values{"last": {"1"}, "kind": {"decision"}, "commit": {which}}, func(r audit.Record) error {
 			index = strconv.FormatInt(r.Index, 10)

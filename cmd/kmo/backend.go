@@ -27,6 +27,7 @@ import (
 	"github.com/kindos/kmo/backends/native"
 	"github.com/kindos/kmo/backends/plugin"
 	"github.com/kindos/kmo/backends/wasm"
+	"github.com/kindos/kmo/cmd/kmo/cli"
 	"github.com/kindos/kmo/reconciler/template"
 )
 
@@ -92,7 +93,7 @@ func findBuiltIn(name string) (builtIn, error) {
 	all := builtIns()
 	i := slices.IndexFunc(all, func(b builtIn) bool { return b.name == name })
 	if i < 0 {
-		return builtIn{}, usageError{fmt.Errorf("no built-in backend %q; there are %s", name, strings.Join(builtInNames(), ", "))}
+		return builtIn{}, cli.Usagef("no built-in backend %q; there are %s", name, strings.Join(builtInNames(), ", "))
 	}
 	return all[i], nil
 }
@@ -107,9 +108,9 @@ func checkEngines(engines map[string]string) error {
 		case err != nil:
 			faults = append(faults, err)
 		case b.at == "":
-			faults = append(faults, usageError{fmt.Errorf("engine of %s: %s; it has no runtime that can be named", name, path)})
+			faults = append(faults, cli.Usagef("engine of %s: %s; it has no runtime that can be named", name, path))
 		case !filepath.IsAbs(path):
-			faults = append(faults, usageError{fmt.Errorf("engine of %s: %q; want the absolute path of %s", name, path, b.at)})
+			faults = append(faults, cli.Usagef("engine of %s: %q; want the absolute path of %s", name, path, b.at))
 		}
 	}
 	return errors.Join(faults...)
@@ -127,7 +128,7 @@ func passed(name string) (env []string) {
 }
 
 func backendCommand() *cobra.Command {
-	return group("backend", "What this host can run things with", backendList(), backendCheck(), backendFit(), backendManifest(), backendServe())
+	return cli.Group("backend", "What this host can run things with", backendList(), backendCheck(), backendFit(), backendManifest(), backendServe())
 }
 
 func backendManifest() *cobra.Command {
@@ -136,7 +137,7 @@ func backendManifest() *cobra.Command {
 		Short:   "Print the account and the rights that the kubernetes backend needs in a cluster, for one site's namespace",
 		Long:    "Print the account and the least rights that the kubernetes backend needs in a cluster, for one site's namespace.\n\nExit statuses: 0 good, 1 error, 2 usage.",
 		Example: "  kmo backend manifest north-sea | kubectl apply -f -",
-		Args:    oneArg("a namespace"),
+		Args:    cli.OneArg("a namespace"),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			_, err := io.WriteString(cmd.OutOrStdout(), kubernetes.Manifest(args[0]))
 			return err
@@ -150,7 +151,7 @@ func backendServe() *cobra.Command {
 		Use:    "serve NAME",
 		Short:  "Be the plugin process of a built-in backend; the agent starts this",
 		Hidden: true,
-		Args:   oneArg("a built-in backend"),
+		Args:   cli.OneArg("a built-in backend"),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			b, err := findBuiltIn(args[0])
 			if err != nil {
@@ -229,7 +230,7 @@ func asked(ctx context.Context, b backends.Backend) (backends.Fingerprint, error
 }
 
 func backendList() *cobra.Command {
-	out, engines := &output{}, map[string]string{}
+	out, engines := &cli.Output{}, map[string]string{}
 	list := &cobra.Command{
 		Use:   "list",
 		Short: "List the built-in backends and what they can run on this host",
@@ -244,10 +245,10 @@ Exit statuses: 0 good, 1 error, 2 usage.`,
 			if err != nil {
 				return err
 			}
-			return out.print(cmd.OutOrStdout(), all, func(w io.Writer) { printBackends(w, all) })
+			return out.Print(cmd.OutOrStdout(), all, func(w io.Writer) { printBackends(w, all) })
 		},
 	}
-	out.add(list)
+	out.Add(list)
 	addEngines(list, &engines)
 	return list
 }
@@ -274,7 +275,7 @@ func printBackends(w io.Writer, all []found) {
 }
 
 func backendCheck() *cobra.Command {
-	out, engines := &output{}, map[string]string{}
+	out, engines := &cli.Output{}, map[string]string{}
 	check := &cobra.Command{
 		Use:   "check NAME",
 		Short: "Say all that a built-in backend can do on this host, and what it cannot and why",
@@ -283,7 +284,7 @@ its backend lacks is refused when it is planned, or runs by its next variant.
 
 Exit statuses: 0 it can run something, 1 it cannot, or an error, 2 usage.`,
 		Example: "  kmo backend check native",
-		Args:    oneArg("a built-in backend"),
+		Args:    cli.OneArg("a built-in backend"),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			b, err := findBuiltIn(args[0])
 			if err != nil {
@@ -293,16 +294,16 @@ Exit statuses: 0 it can run something, 1 it cannot, or an error, 2 usage.`,
 			if err != nil {
 				return err
 			}
-			if err := out.print(cmd.OutOrStdout(), all[0], func(w io.Writer) { printBackend(w, all[0]) }); err != nil {
+			if err := out.Print(cmd.OutOrStdout(), all[0], func(w io.Writer) { printBackend(w, all[0]) }); err != nil {
 				return err
 			}
 			if all[0].Trouble != "" {
-				return status(exitError)
+				return cli.Status(cli.ExitError)
 			}
 			return nil
 		},
 	}
-	out.add(check)
+	out.Add(check)
 	addEngines(check, &engines)
 	return check
 }
@@ -333,7 +334,7 @@ func printBackend(w io.Writer, f found) {
 
 func backendFit() *cobra.Command {
 	var folder string
-	out, engines := &output{}, map[string]string{}
+	out, engines := &cli.Output{}, map[string]string{}
 	fit := &cobra.Command{
 		Use:   "fit UNIT",
 		Short: "Say by which variant and backend a unit of a site folder would run on this host, and why not by the others",
@@ -343,7 +344,7 @@ that a runtime is elsewhere, --engine has to say it here too.
 
 Exit statuses: 0 it would run, 1 error, 2 usage, 3 it would not, or the folder is refused.`,
 		Example: "  kmo backend fit relay\n  kmo backend fit relay --site ../north-sea -o json\n  kmo backend fit relay --engine docker=/run/user/1000/docker.sock",
-		Args:    oneArg("a unit"),
+		Args:    cli.OneArg("a unit"),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			root, err := os.OpenRoot(folder)
 			if err != nil {
@@ -362,17 +363,17 @@ Exit statuses: 0 it would run, 1 error, 2 usage, 3 it would not, or the folder i
 			if err != nil {
 				return err
 			}
-			if err := out.print(cmd.OutOrStdout(), fits, func(w io.Writer) { printFits(w, fits) }); err != nil {
+			if err := out.Print(cmd.OutOrStdout(), fits, func(w io.Writer) { printFits(w, fits) }); err != nil {
 				return err
 			}
 			if !slices.ContainsFunc(fits, func(f template.Fit) bool { return f.Why == "" }) {
-				return status(exitRefused)
+				return cli.Status(cli.ExitRefused)
 			}
 			return nil
 		},
 	}
 	fit.Flags().StringVar(&folder, "site", ".", "the site's folder")
-	out.add(fit)
+	out.Add(fit)
 	addEngines(fit, &engines)
 	return fit
 }

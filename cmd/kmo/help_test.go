@@ -5,6 +5,8 @@ import (
 	"testing"
 
 	"github.com/spf13/cobra"
+
+	"github.com/kindos/kmo/cmd/kmo/cli"
 )
 
 // TestHelp: whoever reads a command's help finds what it does, examples that name it, and its exit statuses.
@@ -31,7 +33,7 @@ func TestHelp(t *testing.T) {
 			}
 			var out, said strings.Builder
 			code := run(t.Context(), append(strings.Fields(cmd.CommandPath())[1:], "--help"), strings.NewReader(""), &out, &said)
-			if code != exitGood || said.String() != "" || !strings.Contains(out.String(), "Exit statuses:") || !strings.Contains(out.String(), "Examples:") {
+			if code != cli.ExitGood || said.String() != "" || !strings.Contains(out.String(), "Exit statuses:") || !strings.Contains(out.String(), "Examples:") {
 				t.Errorf("--help: status %d, stderr %q, stdout:\n%s", code, &said, &out)
 			}
 			for _, line := range strings.Split(out.String(), "\n") {

@@ -15,13 +15,13 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/kindos/kmo/backends"
-	"github.com/kindos/kmo/policy/trust/signature"
+	"github.com/kindos/kmo/cmd/kmo/cli"
 	"github.com/kindos/kmo/registry"
 	"github.com/kindos/kmo/registry/merkle"
 )
 
 func imageCommand() *cobra.Command {
-	return group("image", "Push, seal, verify and digest what units run", imageDigestCommand(), imagePushCommand(), imageSealCommand(), imageVerifyCommand())
+	return cli.Group("image", "Push, seal, verify and digest what units run", imageDigestCommand(), imagePushCommand(), imageSealCommand(), imageVerifyCommand())
 }
 
 // withStore calls f with a store that is gone afterwards.
@@ -35,28 +35,28 @@ func withStore(f func(*registry.Store) error) (err error) {
 }
 
 func imageDigestCommand() *cobra.Command {
-	out := &output{}
+	out := &cli.Output{}
 	cmd := &cobra.Command{
 		Use:     "digest FILE",
 		Short:   "Print a file's sha256 and its kmo1 blob root",
 		Long:    "Print a file's sha256 and its kmo1 blob root.\n\nExit statuses: 0 good, 1 error, 2 usage.",
 		Example: "  kmo image digest relay.wasm",
-		Args:    oneArg("a file"),
+		Args:    cli.OneArg("a file"),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			sum, root, err := registry.DigestFile(args[0])
 			if err != nil {
 				return err
 			}
 			value := map[string]string{"sha256": sum, "kmo1": root.String()}
-			return out.print(cmd.OutOrStdout(), value, func(w io.Writer) { _, _ = fmt.Fprintf(w, "sha256:%s\n%s\n", sum, root) })
+			return out.Print(cmd.OutOrStdout(), value, func(w io.Writer) { _, _ = fmt.Fprintf(w, "sha256:%s\n%s\n", sum, root) })
 		},
 	}
-	out.add(cmd)
+	out.Add(cmd)
 	return cmd
 }
 
 func imagePushCommand() *cobra.Command {
-	out := &output{}
+	out := &cli.Output{}
 	var as string
 	cmd := &cobra.Command{
 		Use:   "push FILE PLACE",
@@ -73,7 +73,7 @@ Exit statuses: 0 pushed, 1 error, 2 usage, 3 refused.`,
 		},
 		RunE: func(cmd *cobra.Command, args []string) error {
 			if !slices.Contains([]string{"native", "wasm", "appimage", "image"}, as) {
-				return usageError{fmt.Errorf("--as %s: want native, wasm, appimage or image", as)}
+				return cli.Usagef("--as %s: want native, wasm, appimage or image", as)
 			}
 			place, err := registry.ParsePlace(args[1])
 			if err != nil {
@@ -89,18 +89,18 @@ Exit statuses: 0 pushed, 1 error, 2 usage, 3 refused.`,
 		},
 	}
 	cmd.Flags().StringVar(&as, "as", "native", "what it is: native, wasm, appimage, or image (a static program, as the /app of an image)")
-	out.add(cmd)
+	out.Add(cmd)
 	return cmd
 }
 
 // printPinned prints an image as a variant of unit.yaml names it.
-func printPinned(cmd *cobra.Command, out *output, as string, ref registry.Reference, root merkle.Digest) error {
+func printPinned(cmd *cobra.Command, out *cli.Output, as string, ref registry.Reference, root merkle.Digest) error {
 	value := map[string]string{as: ref.String(), "merkle": root.String()}
-	return out.print(cmd.OutOrStdout(), value, func(w io.Writer) { _, _ = fmt.Fprintf(w, "%s: %s\nmerkle: %s\n", as, ref, root) })
+	return out.Print(cmd.OutOrStdout(), value, func(w io.Writer) { _, _ = fmt.Fprintf(w, "%s: %s\nmerkle: %s\n", as, ref, root) })
 }
 
 func imageSealCommand() *cobra.Command {
-	out := &output{}
+	out := &cli.Output{}
 	var key string
 	cmd := &cobra.Command{
 		Use:   "seal IMAGE",
@@ -110,13 +110,13 @@ lines of unit.yaml that pin both. IMAGE is named by digest.
 
 Exit statuses: 0 sealed, 1 error, 2 usage, 3 refused.`,
 		Example: "  kmo image seal reg.example/relay@sha256:… --key ~/.ssh/id_ed25519",
-		Args:    oneArg("an image by digest"),
+		Args:    cli.OneArg("an image by digest"),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			ref, err := registry.ParseReference(args[0])
 			if err != nil {
 				return err
 			}
-			signer, err := sealingKey(key)
+			signer, err := cli.PrivateKey(key)
 			if err != nil {
 				return err
 			}
@@ -130,20 +130,12 @@ Exit statuses: 0 sealed, 1 error, 2 usage, 3 refused.`,
 		},
 	}
 	cmd.Flags().StringVar(&key, "key", "", "the private key file that signs")
-	out.add(cmd)
+	out.Add(cmd)
 	return cmd
 }
 
-// sealingKey reads a private key file. A statement is signed with the key itself, which an ssh-agent never gives out.
-func sealingKey(path string) (crypto.Signer, error) {
-	if path == "" {
-		return nil, usageError{errors.New("image seal needs --key FILE")}
-	}
-	return signature.LoadPrivateKey(path, askPassphrase(path))
-}
-
 func imageVerifyCommand() *cobra.Command {
-	out := &output{}
+	out := &cli.Output{}
 	var root, as string
 	cmd := &cobra.Command{
 		Use:   "verify IMAGE",
@@ -153,7 +145,7 @@ prints the root that its bytes have.
 
 Exit statuses: 0 good, 1 error, 2 usage, 3 refused.`,
 		Example: "  kmo image verify reg.example/relay@sha256:… --root kmo1:sha3-256:…",
-		Args:    oneArg("an image by digest"),
+		Args:    cli.OneArg("an image by digest"),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			ref, err := registry.ParseReference(args[0])
 			if err != nil {
@@ -164,7 +156,7 @@ Exit statuses: 0 good, 1 error, 2 usage, 3 refused.`,
 				if root == "" {
 					want, err = store.Root(cmd.Context(), ref)
 				} else if want, err = merkle.Parse(root); err != nil {
-					return usageError{err}
+					return cli.Usage{Err: err}
 				}
 				if err != nil {
 					return err
@@ -179,7 +171,7 @@ Exit statuses: 0 good, 1 error, 2 usage, 3 refused.`,
 	}
 	cmd.Flags().StringVar(&root, "root", "", "the kmo1 root it must have")
 	cmd.Flags().StringVar(&as, "as", "image", "what it is: image, native, wasm, appimage or lxc")
-	out.add(cmd)
+	out.Add(cmd)
 	return cmd
 }
 

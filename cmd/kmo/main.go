@@ -18,28 +18,12 @@ import (
 	"github.com/kindos/kmo/backends/microvm"
 	"github.com/kindos/kmo/backends/process"
 	"github.com/kindos/kmo/backends/wasm"
+	"github.com/kindos/kmo/cmd/kmo/cli"
 	"github.com/kindos/kmo/policy/refusal"
 )
 
 // version is set by the linker.
 var version = "development"
-
-// The exit statuses.
-const (
-	exitGood     = 0
-	exitError    = 1
-	exitUsage    = 2
-	exitRefused  = 3
-	exitReverted = 4 // reverted or stuck
-)
-
-// status is an error that is only an exit status: everything has been said.
-type status int
-
-func (s status) Error() string { return fmt.Sprintf("exit status %d", int(s)) }
-
-// usageError is a mistake in the command's words.
-type usageError struct{ error }
 
 func main() {
 	if len(os.Args) > 1 { // this binary again, as part of a workload: nothing of the command line below applies
@@ -71,16 +55,16 @@ func run(ctx context.Context, args []string, stdin io.Reader, stdout, stderr io.
 	root.SetOut(stdout)
 	root.SetErr(stderr)
 	cmd, err := root.ExecuteContextC(ctx)
-	var exit status
-	var usage usageError
+	var exit cli.Status
+	var usage cli.Usage
 	switch {
 	case err == nil:
-		return exitGood
+		return cli.ExitGood
 	case errors.As(err, &exit):
 		return int(exit)
 	case errors.As(err, &usage):
 		_, _ = fmt.Fprintf(stderr, "kmo: %v\nSee '%s --help'.\n", err, cmd.CommandPath())
-		return exitUsage
+		return cli.ExitUsage
 	}
 	return complain(stderr, err)
 }
@@ -91,10 +75,10 @@ func complain(stderr io.Writer, err error) int {
 		_, _ = fmt.Fprintf(stderr, "kmo: refused: %v\n", one)
 	}
 	if refusal.Of(err) != nil {
-		return exitRefused
+		return cli.ExitRefused
 	}
 	_, _ = fmt.Fprintf(stderr, "kmo: %v\n", err)
-	return exitError
+	return cli.ExitError
 }
 
 const longHelp = `kMO deploys what a Git branch says on this host, if the change is signed, approved, allowed and authentic. When the result is not
@@ -113,7 +97,7 @@ func rootCommand() *cobra.Command {
 		Args:          cobra.NoArgs,
 		RunE:          func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
 	}
-	root.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return usageError{err} })
+	root.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return cli.Usage{Err: err} })
 	root.AddCommand(
 		demoCommand(), agentCommand(), reconcileCommand(), planCommand(), statusCommand(), logsCommand(), explainCommand(),
 		approveCommand(), siteCommand(), keyCommand(), imageCommand(), policyCommand(), auditCommand(), backendCommand(), versionCommand(), completionCommand(),
@@ -132,7 +116,7 @@ func strictly(cmd *cobra.Command) {
 			return unknownCommand(cmd, args[0])
 		}
 		if err := rule(cmd, args); err != nil {
-			return usageError{err}
+			return cli.Usage{Err: err}
 		}
 		return nil
 	}
@@ -145,16 +129,9 @@ func strictly(cmd *cobra.Command) {
 func unknownCommand(cmd *cobra.Command, word string) error {
 	cmd.SuggestionsMinimumDistance = 2
 	if near := cmd.SuggestionsFor(word); len(near) > 0 {
-		return usageError{fmt.Errorf("%s has no command %q; did you mean %s?", cmd.CommandPath(), word, strings.Join(near, " or "))}
+		return cli.Usagef("%s has no command %q; did you mean %s?", cmd.CommandPath(), word, strings.Join(near, " or "))
 	}
-	return usageError{fmt.Errorf("%s has no command %q", cmd.CommandPath(), word)}
-}
-
-// group is a command that only has others below it.
-func group(name, short string, below ...*cobra.Command) *cobra.Command {
-	cmd := &cobra.Command{Use: name, Short: short, Args: cobra.NoArgs, RunE: func(cmd *cobra.Command, _ []string) error { return cmd.Help() }}
-	cmd.AddCommand(below...)
-	return cmd
+	return cli.Usagef("%s has no command %q", cmd.CommandPath(), word)
 }
 
 func helpCommand() *cobra.Command {
@@ -167,7 +144,7 @@ func helpCommand() *cobra.Command {
 		RunE: func(cmd *cobra.Command, args []string) error {
 			found, rest, err := cmd.Root().Find(args)
 			if err != nil {
-				return usageError{err}
+				return cli.Usage{Err: err}
 			}
 			if len(rest) > 0 {
 				return unknownCommand(found, rest[0])

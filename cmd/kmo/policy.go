@@ -18,13 +18,14 @@ import (
 	"github.com/fsnotify/fsnotify"
 	"github.com/spf13/cobra"
 
+	"github.com/kindos/kmo/cmd/kmo/cli"
 	"github.com/kindos/kmo/policy"
 	"github.com/kindos/kmo/policy/refusal"
 	"github.com/kindos/kmo/rego"
 )
 
 func policyCommand() *cobra.Command {
-	return group("policy", "The rules that judge a change: write, test and try them", policyInitCommand(), policyCheckCommand(), policyTestCommand(),
+	return cli.Group("policy", "The rules that judge a change: write, test and try them", policyInitCommand(), policyCheckCommand(), policyTestCommand(),
 		policyEvalCommand(), policyTryCommand(), policyFormatCommand(), policyListCommand(), policyDocsCommand(), policySchemaCommand())
 }
 
@@ -140,7 +141,7 @@ func rulesHere(named string) (layers []fs.FS, folder string, err error) {
 
 // testRun is what `kmo policy test` does.
 type testRun struct {
-	output
+	cli.Output
 	match           string
 	coverage, watch bool
 	folder          string
@@ -167,19 +168,19 @@ Exit statuses: 0 all pass, 1 error (as when no test is called so), 2 usage, 3 re
 		RunE: func(cmd *cobra.Command, args []string) error {
 			t.folder = ruleFolder(args)
 			if _, err := regexp.Compile(t.match); err != nil {
-				return usageError{fmt.Errorf("--run: %w", err)}
+				return cli.Usagef("--run: %w", err)
 			}
 			if !t.watch {
 				return t.run(cmd.Context(), cmd.OutOrStdout())
 			}
 			return watchFolder(cmd.Context(), t.folder, func() {
-				if err := t.run(cmd.Context(), cmd.OutOrStdout()); err != nil && !errors.As(err, new(status)) {
+				if err := t.run(cmd.Context(), cmd.OutOrStdout()); err != nil && !errors.As(err, new(cli.Status)) {
 					complain(cmd.ErrOrStderr(), err)
 				}
 			})
 		},
 	}
-	t.add(cmd)
+	t.Add(cmd)
 	cmd.Flags().StringVar(&t.match, "run", "", "only tests whose name (data.site_test.test_…) this regular expression matches")
 	cmd.Flags().BoolVar(&t.coverage, "coverage", false, "say how many of the rules' lines the tests reach, and which they do not")
 	cmd.Flags().BoolVarP(&t.watch, "watch", "w", false, "run again at each save, until interrupted")
@@ -220,11 +221,11 @@ func (t *testRun) run(ctx context.Context, w io.Writer) error {
 			test.Why[j] = placedText(t.folder, why)
 		}
 	}
-	if err := t.print(w, report, report.text); err != nil {
+	if err := t.Print(w, report, report.text); err != nil {
 		return err
 	}
 	if failed {
-		return status(exitRefused)
+		return cli.Status(cli.ExitRefused)
 	}
 	return nil
 }
@@ -327,7 +328,7 @@ Exit statuses: 0 good, 1 error, 2 usage, 3 refused (a file is no Rego; with --ch
 				_, _ = fmt.Fprintln(cmd.OutOrStdout(), path)
 			}
 			if err == nil && check && len(files) > 0 {
-				return status(exitRefused)
+				return cli.Status(cli.ExitRefused)
 			}
 			return placed(folder, err)
 		},
@@ -337,7 +338,7 @@ Exit statuses: 0 good, 1 error, 2 usage, 3 refused (a file is no Rego; with --ch
 }
 
 func policyListCommand() *cobra.Command {
-	out := &output{}
+	out := &cli.Output{}
 	cmd := &cobra.Command{
 		Use:     "list",
 		Short:   "List the tripwires that no site can switch off",
@@ -349,7 +350,7 @@ func policyListCommand() *cobra.Command {
 			if err != nil {
 				return err
 			}
-			return out.print(cmd.OutOrStdout(), all, func(w io.Writer) {
+			return out.Print(cmd.OutOrStdout(), all, func(w io.Writer) {
 				table := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
 				_, _ = fmt.Fprintln(table, "ID\tWAIVABLE\tTITLE")
 				for _, one := range all {
@@ -359,7 +360,7 @@ func policyListCommand() *cobra.Command {
 			})
 		},
 	}
-	out.add(cmd)
+	out.Add(cmd)
 	return cmd
 }
 

@@ -28,6 +28,7 @@ import (
 
 	"github.com/kindos/kmo/backends"
 	"github.com/kindos/kmo/backends/plugin"
+	"github.com/kindos/kmo/cmd/kmo/cli"
 	"github.com/kindos/kmo/cmd/kmo/thishost"
 	"github.com/kindos/kmo/reconciler"
 	"github.com/kindos/kmo/registry"
@@ -124,8 +125,8 @@ func TestDemoAbandoned(t *testing.T) {
 			if err := abandon(cmd, out, folder); err != nil {
 				t.Fatal(err)
 			}
-			if err := cmd.Wait(); err == nil || cmd.ProcessState.ExitCode() != exitError {
-				t.Errorf("it ended with %v, want status %d", err, exitError)
+			if err := cmd.Wait(); err == nil || cmd.ProcessState.ExitCode() != cli.ExitError {
+				t.Errorf("it ended with %v, want status %d", err, cli.ExitError)
 			}
 			if left, err := os.ReadDir(folder); err != nil || len(left) > 0 {
 				t.Errorf("%v is left, %v", left, err)

@@ -21,41 +21,18 @@ import (
 	"github.com/spf13/cobra"
 	"golang.org/x/term"
 
+	"github.com/kindos/kmo/cmd/kmo/cli"
 	"github.com/kindos/kmo/policy/refusal"
 	"github.com/kindos/kmo/policy/trust"
 	"github.com/kindos/kmo/reconciler"
 	"github.com/kindos/kmo/registry/merkle"
 )
 
-// output is how a command prints its answer.
-type output struct{ format string }
-
-func (o *output) add(cmd *cobra.Command) {
-	cmd.Flags().StringVarP(&o.format, "output", "o", "text", "text or json")
-	cmd.PreRunE = func(*cobra.Command, []string) error {
-		if o.format != "text" && o.format != "json" {
-			return usageError{fmt.Errorf("output %q: want text or json", o.format)}
-		}
-		return nil
-	}
-}
-
-// print writes value as JSON, or with text for people.
-func (o *output) print(w io.Writer, value any, text func(io.Writer)) error {
-	if o.format == "json" {
-		encoder := json.NewEncoder(w)
-		encoder.SetIndent("", "  ")
-		return encoder.Encode(value)
-	}
-	text(w)
-	return nil
-}
-
 // ask makes a command that gets one value of a host and prints it; the value's own outcome may become the exit status.
 func ask[T any](cmd *cobra.Command, flags *hostFlags, method, path string, query func(args []string) url.Values, text func(io.Writer, T), outcome func(T) error) *cobra.Command {
-	out := &output{}
+	out := &cli.Output{}
 	flags.add(cmd)
-	out.add(cmd)
+	out.Add(cmd)
 	cmd.RunE = func(cmd *cobra.Command, args []string) error {
 		c, err := dial(cmd.Context(), flags)
 		if err != nil {
@@ -66,7 +43,7 @@ func ask[T any](cmd *cobra.Command, flags *hostFlags, method, path string, query
 		if err := c.get(cmd.Context(), method, path, query(args), &value); err != nil {
 			return err
 		}
-		if err := out.print(cmd.OutOrStdout(), value, func(w io.Writer) { text(w, value) }); err != nil {
+		if err := out.Print(cmd.OutOrStdout(), value, func(w io.Writer) { text(w, value) }); err != nil {
 			return err
 		}
 		return outcome(value)
@@ -91,17 +68,17 @@ func noQuery([]string) url.Values { return nil }
 // exitOf is an outcome as an exit status. While a commit is being tried nothing is good yet; a head that is refused waits for a person then, too.
 func exitOf(rec reconciler.Record) error {
 	if rec.Trying != "" && rec.Outcome != reconciler.Refused {
-		return status(exitError)
+		return cli.Status(cli.ExitError)
 	}
 	switch rec.Outcome {
 	case reconciler.Converged:
 		return nil
 	case reconciler.Refused:
-		return status(exitRefused)
+		return cli.Status(cli.ExitRefused)
 	case reconciler.Reverted, reconciler.Stuck:
-		return status(exitReverted)
+		return cli.Status(cli.ExitReverted)
 	}
-	return status(exitError)
+	return cli.Status(cli.ExitError)
 }
 
 // short is a commit's id for people.
@@ -147,7 +124,7 @@ Exit statuses: 0 converged, 1 error, waiting or still trying, 2 usage, 3 refused
 	}
 	cmd = ask(cmd, flags, "GET", "/status", noQuery, printStatus, func(s Status) error {
 		if s.Error != "" {
-			return status(exitError)
+			return cli.Status(cli.ExitError)
 		}
 		return exitOf(s.Record)
 	})
@@ -157,12 +134,12 @@ Exit statuses: 0 converged, 1 error, waiting or still trying, 2 usage, 3 refused
 			return once(cmd, args)
 		}
 		if cmd.Flag("output").Value.String() == "json" {
-			return usageError{errors.New("--watch draws for people; want it or -o json")}
+			return cli.Usagef("--watch draws for people; want it or -o json")
 		}
 		return redraw(cmd, func(out io.Writer) {
 			cmd.SetOut(out)
 			if err := once(cmd, args); err != nil {
-				if exit := status(0); !errors.As(err, &exit) {
+				if exit := cli.Status(0); !errors.As(err, &exit) {
 					_, _ = fmt.Fprintln(out, "kmo:", err)
 				}
 			}
@@ -239,10 +216,10 @@ func logsCommand() *cobra.Command {
 
 Exit statuses: 0 good, 1 error (there is no such workload), 2 usage.`,
 		Example: "  kmo logs camera-relay\n  kmo logs camera-relay --tail 20 --follow",
-		Args:    oneArg("the name of a unit or a workload"),
+		Args:    cli.OneArg("the name of a unit or a workload"),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			if tail < 0 {
-				return usageError{fmt.Errorf("--tail %d: want 0 (all) or more lines", tail)}
+				return cli.Usagef("--tail %d: want 0 (all) or more lines", tail)
 			}
 			c, err := dial(cmd.Context(), flags)
 			if err != nil {
@@ -293,16 +270,6 @@ func (p plainText) Write(text []byte) (int, error) {
 	return len(text), nil
 }
 
-// oneArg is the rule of commands that take one argument; what says what it is.
-func oneArg(what string) cobra.PositionalArgs {
-	return func(cmd *cobra.Command, args []string) error {
-		if len(args) != 1 {
-			return usageError{fmt.Errorf("%s takes one argument, %s; got %d", cmd.Name(), what, len(args))}
-		}
-		return nil
-	}
-}
-
 func versionCommand() *cobra.Command {
 	return &cobra.Command{
 		Use:     "version",
@@ -330,12 +297,12 @@ func completionCommand() *cobra.Command {
 		Short:     "Print what a shell needs to complete kmo's words",
 		Long:      "Print what a shell needs to complete kmo's words: " + strings.Join(shells, ", ") + ".\n\nExit statuses: 0 good, 2 usage.",
 		Example:   "  kmo completion bash > /etc/bash_completion.d/kmo\n  source <(kmo completion zsh)",
-		Args:      oneArg("a shell: " + strings.Join(shells, ", ")),
+		Args:      cli.OneArg("a shell: " + strings.Join(shells, ", ")),
 		ValidArgs: shells,
 		RunE: func(cmd *cobra.Command, args []string) error {
 			one, ok := write[args[0]]
 			if !ok {
-				return usageError{fmt.Errorf("shell %q: want %s", args[0], strings.Join(shells, ", "))}
+				return cli.Usagef("shell %q: want %s", args[0], strings.Join(shells, ", "))
 			}
 			return one(cmd.Root(), cmd.OutOrStdout())
 		},
@@ -359,7 +326,7 @@ Exit statuses: 0 it would run, 1 error, 2 usage, 3 it would be refused.`,
 		Args:    cobra.MaximumNArgs(1),
 	}, &hostFlags{}, "GET", "/plan", revisionQuery, printPlan, func(p reconciler.Preview) error {
 		if p.Stage != "" {
-			return status(exitRefused)
+			return cli.Status(cli.ExitRefused)
 		}
 		return nil
 	})

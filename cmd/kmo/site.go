@@ -15,15 +15,15 @@ import (
 
 	"github.com/spf13/cobra"
 	"golang.org/x/crypto/ssh"
-	"golang.org/x/term"
 
+	"github.com/kindos/kmo/cmd/kmo/cli"
 	"github.com/kindos/kmo/policy/trust"
 	"github.com/kindos/kmo/policy/trust/signature"
 	"github.com/kindos/kmo/reconciler/template"
 )
 
 func keyCommand() *cobra.Command {
-	return group("key", "Make and show signing keys", &cobra.Command{
+	return cli.Group("key", "Make and show signing keys", &cobra.Command{
 		Use:   "new FILE",
 		Short: "Make an Ed25519 SSH key: FILE and FILE.pub",
 		Long: `Make an Ed25519 SSH key without a passphrase: FILE, mode 0600, and FILE.pub. It is for hosts and tests; people use ssh-keygen, an
@@ -31,7 +31,7 @@ ssh-agent or a security key, and every command here takes those.
 
 Exit statuses: 0 made, 1 error (a file that is there is never overwritten), 2 usage.`,
 		Example: "  kmo key new /etc/kmo/host.key",
-		Args:    oneArg("the file to make"),
+		Args:    cli.OneArg("the file to make"),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			id, err := newKey(args[0])
 			if err == nil {
@@ -44,9 +44,9 @@ Exit statuses: 0 made, 1 error (a file that is there is never overwritten), 2 us
 		Short:   "Print the id of a public or private key",
 		Long:    "Print the id by which kMO knows a key: its OpenSSH fingerprint.\n\nExit statuses: 0 good, 1 error, 2 usage, 3 refused (a kind of key that nothing accepts).",
 		Example: "  kmo key show ~/.ssh/id_ed25519.pub",
-		Args:    oneArg("a key file"),
+		Args:    cli.OneArg("a key file"),
 		RunE: func(cmd *cobra.Command, args []string) error {
-			public, err := publicKey(args[0])
+			public, err := cli.PublicKey(args[0])
 			if err == nil {
 				_, err = fmt.Fprintf(cmd.OutOrStdout(), "%s %s\n", signature.KeyID(public), public.Type())
 			}
@@ -69,78 +69,14 @@ func newKey(path string) (string, error) {
 	if err != nil {
 		return "", err
 	}
-	if err := writeNew(path, pem.EncodeToMemory(block), 0o600); err != nil {
+	if err := cli.WriteNew(path, pem.EncodeToMemory(block), 0o600); err != nil {
 		return "", err
 	}
-	return signature.KeyID(line), writeNew(path+".pub", ssh.MarshalAuthorizedKey(line), 0o644)
-}
-
-// writeNew writes a file that must not be there yet.
-func writeNew(path string, data []byte, mode fs.FileMode) error {
-	file, err := os.OpenFile(path, os.O_CREATE|os.O_EXCL|os.O_WRONLY, mode)
-	if err != nil {
-		return err
-	}
-	_, err = file.Write(data)
-	return errors.Join(err, file.Close())
-}
-
-// publicKey reads a public key from its own file or from its private key's.
-func publicKey(path string) (ssh.PublicKey, error) {
-	text, err := os.ReadFile(path)
-	if err != nil {
-		return nil, err
-	}
-	if public, _, _, _, err := ssh.ParseAuthorizedKey(text); err == nil {
-		return public, signature.AllowedKey(public)
-	}
-	signer, err := signature.LoadKey(path, askPassphrase(path))
-	if err != nil {
-		return nil, err
-	}
-	return signer.PublicKey(), nil
-}
-
-// askPassphrase asks on the terminal.
-func askPassphrase(path string) func() ([]byte, error) {
-	return func() ([]byte, error) {
-		terminal, err := os.OpenFile("/dev/tty", os.O_RDWR, 0)
-		if err != nil {
-			return nil, errors.New("there is no terminal to ask on; use ssh-agent")
-		}
-		defer func() { _ = terminal.Close() }()
-		_, _ = fmt.Fprintf(terminal, "Passphrase for %s: ", path)
-		defer func() { _, _ = fmt.Fprintln(terminal) }()
-		return term.ReadPassword(int(terminal.Fd()))
-	}
-}
-
-// signer is the key that signs: a private key file, or with a public key file or none, the ssh-agent's.
-func signer(path string) (ssh.Signer, func() error, error) {
-	nothing := func() error { return nil }
-	id := ""
-	if path != "" {
-		text, err := os.ReadFile(path)
-		if err != nil {
-			return nil, nothing, err
-		}
-		public, _, _, _, err := ssh.ParseAuthorizedKey(text)
-		if err != nil {
-			signer, err := signature.LoadKey(path, askPassphrase(path))
-			return signer, nothing, err
-		}
-		id = signature.KeyID(public)
-	}
-	agent, err := signature.DialAgent("")
-	if err != nil {
-		return nil, nothing, err
-	}
-	signer, err := agent.Signer(id)
-	return signer, agent.Close, err
+	return signature.KeyID(line), cli.WriteNew(path+".pub", ssh.MarshalAuthorizedKey(line), 0o644)
 }
 
 func siteCommand() *cobra.Command {
-	return group("site", "Make and check a site's repository", siteInitCommand(), siteCheckCommand(), sitePinCommand())
+	return cli.Group("site", "Make and check a site's repository", siteInitCommand(), siteCheckCommand(), sitePinCommand())
 }
 
 // founding is what `kmo site init` is told.
@@ -163,7 +99,7 @@ Exit statuses: 0 written, 1 error (a file that is there is never overwritten), 2
 		Example: `  git init site
   kmo site init site --name north-sea --zone canary --zone edge-a --sign ~/.ssh/id_ed25519 \
       --person alice=alice@example.org=$HOME/.ssh/id_ed25519.pub --host edge-1=/etc/kmo/host.key.pub`,
-		Args: oneArg("the site's folder"),
+		Args: cli.OneArg("the site's folder"),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			if err := f.write(cmd.OutOrStdout(), args[0]); err != nil {
 				return err
@@ -185,13 +121,13 @@ Exit statuses: 0 written, 1 error (a file that is there is never overwritten), 2
 
 func (f *founding) write(w io.Writer, folder string) error {
 	if f.name == "" || len(f.people) == 0 {
-		return usageError{errors.New("site init needs --name and at least one --person")}
+		return cli.Usagef("site init needs --name and at least one --person")
 	}
 	root, err := f.root()
 	if err != nil {
 		return err
 	}
-	key, done, err := signer(f.sign)
+	key, done, err := cli.Signer(f.sign)
 	if err != nil {
 		return err
 	}
@@ -214,10 +150,10 @@ func (f *founding) write(w io.Writer, folder string) error {
 	if err := os.MkdirAll(filepath.Join(folder, "trust"), 0o755); err != nil {
 		return err
 	}
-	if err := writeNew(filepath.Join(folder, "site.yaml"), []byte(config), 0o644); err != nil {
+	if err := cli.WriteNew(filepath.Join(folder, "site.yaml"), []byte(config), 0o644); err != nil {
 		return err
 	}
-	if err := writeNew(filepath.Join(folder, trust.RootPath(1)), file, 0o644); err != nil {
+	if err := cli.WriteNew(filepath.Join(folder, trust.RootPath(1)), file, 0o644); err != nil {
 		return err
 	}
 	return printPin(w, file)
@@ -230,15 +166,15 @@ func (f *founding) root() (trust.Root, error) {
 	for _, text := range f.people {
 		parts := strings.SplitN(text, "=", 3)
 		if len(parts) != 3 {
-			return root, usageError{fmt.Errorf("--person %q: want NAME=EMAIL=PUBLIC-KEY-FILE", text)}
+			return root, cli.Usagef("--person %q: want NAME=EMAIL=PUBLIC-KEY-FILE", text)
 		}
-		public, err := publicKey(parts[2])
+		public, err := cli.PublicKey(parts[2])
 		if err != nil {
 			return root, err
 		}
 		people = append(people, parts[0])
 		root.Principals = append(root.Principals, trust.Principal{Name: parts[0], Class: "human", Emails: []string{parts[1]},
-			Keys: []trust.Key{{Public: authorized(public), Uses: []string{trust.RoleRoot, trust.RoleCommit, trust.RoleApprove}}}})
+			Keys: []trust.Key{{Public: cli.Authorized(public), Uses: []string{trust.RoleRoot, trust.RoleCommit, trust.RoleApprove}}}})
 	}
 	hosts, err := robots(&root, "--host", f.hosts, trust.RoleRevert)
 	if err != nil {
@@ -267,14 +203,14 @@ func robots(root *trust.Root, flag string, texts []string, use string) (names []
 	for _, text := range texts {
 		name, path, ok := strings.Cut(text, "=")
 		if !ok {
-			return nil, usageError{fmt.Errorf("%s %q: want NAME=PUBLIC-KEY-FILE", flag, text)}
+			return nil, cli.Usagef("%s %q: want NAME=PUBLIC-KEY-FILE", flag, text)
 		}
-		public, err := publicKey(path)
+		public, err := cli.PublicKey(path)
 		if err != nil {
 			return nil, err
 		}
 		names = append(names, name)
-		root.Principals = append(root.Principals, trust.Principal{Name: name, Class: "robot", Keys: []trust.Key{{Public: authorized(public), Uses: []string{use}}}})
+		root.Principals = append(root.Principals, trust.Principal{Name: name, Class: "robot", Keys: []trust.Key{{Public: cli.Authorized(public), Uses: []string{use}}}})
 	}
 	return names, nil
 }
@@ -305,10 +241,6 @@ func printShort(w io.Writer, tiers []trust.Tier) {
 	}
 }
 
-func authorized(key ssh.PublicKey) string {
-	return strings.TrimSpace(string(ssh.MarshalAuthorizedKey(key)))
-}
-
 func sitePinCommand() *cobra.Command {
 	return &cobra.Command{
 		Use:     "pin [FOLDER]",
@@ -317,7 +249,7 @@ func sitePinCommand() *cobra.Command {
 		Example: "  kmo site pin . >> agent.yaml",
 		Args:    cobra.MaximumNArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
-			file, err := os.ReadFile(filepath.Join(folderArg(args), trust.RootPath(1)))
+			file, err := os.ReadFile(filepath.Join(cli.Folder(args), trust.RootPath(1)))
 			if err != nil {
 				return err
 			}
@@ -335,13 +267,6 @@ func printPin(w io.Writer, file []byte) error {
 	return err
 }
 
-func folderArg(args []string) string {
-	if len(args) == 0 {
-		return "."
-	}
-	return args[0]
-}
-
 func siteCheckCommand() *cobra.Command {
 	return &cobra.Command{
 		Use:   "check [FOLDER]",
@@ -353,7 +278,7 @@ Exit statuses: 0 good, 1 error, 2 usage, 3 refused.`,
 		Example: "  kmo site check\n  kmo site check ~/sites/north-sea",
 		Args:    cobra.MaximumNArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
-			folder, err := os.OpenRoot(folderArg(args))
+			folder, err := os.OpenRoot(cli.Folder(args))
 			if err != nil {
 				return err
 			}

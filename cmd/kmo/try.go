@@ -3,7 +3,6 @@ package main
 import (
 	"context"
 	"encoding/json"
-	"errors"
 	"fmt"
 	"io"
 	"maps"
@@ -16,6 +15,7 @@ import (
 
 	"github.com/spf13/cobra"
 
+	"github.com/kindos/kmo/cmd/kmo/cli"
 	"github.com/kindos/kmo/policy"
 	"github.com/kindos/kmo/policy/audit"
 	"github.com/kindos/kmo/policy/refusal"
@@ -24,7 +24,7 @@ import (
 
 // evalRun is what `kmo policy eval` does.
 type evalRun struct {
-	output
+	cli.Output
 	host          hostFlags
 	folder, input string
 	trace         bool
@@ -50,23 +50,23 @@ Exit statuses: 0 it would pass, 1 error, 2 usage, 3 it is denied, or refused bef
 		Args:    cobra.MaximumNArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			if e.input != "" && len(args) > 0 {
-				return usageError{errors.New("a commit and --input: want one of them")}
+				return cli.Usagef("a commit and --input: want one of them")
 			}
 			evaluation, err := e.evaluate(cmd.Context(), cmd.InOrStdin(), args)
 			if err != nil {
 				return err
 			}
-			if err := e.print(cmd.OutOrStdout(), evaluation, evaluation.text); err != nil {
+			if err := e.Print(cmd.OutOrStdout(), evaluation, evaluation.text); err != nil {
 				return err
 			}
 			if len(evaluation.Decision.Denied) > 0 {
-				return status(exitRefused)
+				return cli.Status(cli.ExitRefused)
 			}
 			return nil
 		},
 	}
 	e.host.add(cmd)
-	e.add(cmd)
+	e.Add(cmd)
 	cmd.Flags().StringVar(&e.folder, "policy", "", "a folder of a site's rules that judge instead of those in force")
 	cmd.Flags().StringVar(&e.input, "input", "", "a file with an input document, or - for the standard input")
 	cmd.Flags().BoolVar(&e.trace, "trace", false, "say what each rule found, or what kept it from that")
@@ -174,7 +174,7 @@ type Trials struct {
 }
 
 func policyTryCommand() *cobra.Command {
-	out, flags, history := &output{}, &hostFlags{}, 0
+	out, flags, history := &cli.Output{}, &hostFlags{}, 0
 	cmd := &cobra.Command{
 		Use:   "try FOLDER",
 		Short: "What the rules of a folder would have said of this host's last decisions",
@@ -183,10 +183,10 @@ allowed and would have been denied, and by what, and the reverse. Nothing else i
 
 Exit statuses: 0 nothing that was allowed would have been denied, 1 error, 2 usage, 3 something would have been, or the rules do not load.`,
 		Example: "  kmo policy try policy --history 100\n  kmo policy try policy -o json | jq '.changes[] | {commit, would}'",
-		Args:    oneArg("the folder of the rules"),
+		Args:    cli.OneArg("the folder of the rules"),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			if history < 1 {
-				return usageError{fmt.Errorf("--history %d: want 1 or more decisions", history)}
+				return cli.Usagef("--history %d: want 1 or more decisions", history)
 			}
 			layers, err := layersOf(args[0])
 			if err != nil {
@@ -200,17 +200,17 @@ Exit statuses: 0 nothing that was allowed would have been denied, 1 error, 2 usa
 			if err != nil {
 				return err
 			}
-			if err := out.print(cmd.OutOrStdout(), trials, trials.text); err != nil {
+			if err := out.Print(cmd.OutOrStdout(), trials, trials.text); err != nil {
 				return err
 			}
 			if trials.Denied > 0 {
-				return status(exitRefused)
+				return cli.Status(cli.ExitRefused)
 			}
 			return nil
 		},
 	}
 	flags.add(cmd)
-	out.add(cmd)
+	out.Add(cmd)
 	cmd.Flags().IntVarP(&history, "history", "n", 100, "how many of the last decisions")
 	return cmd
 }
