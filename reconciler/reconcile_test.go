@@ -571,7 +571,7 @@ func TestBadRulesLeaveTheOnesBefore(t *testing.T) {
 func (w *world) approvePolicy() {
 	w.t.Helper()
 	before, after := w.commits[w.journal.rec.Good], w.commits[w.head]
-	changed, err := w.r.Trust.Compare(before, after)
+	changed, _, err := w.r.Trust.Compare(context.Background(), before, after, w.r.Source)
 	if err != nil || len(changed) != 1 || changed[0].Unit != "@policy" {
 		w.t.Fatal(changed, err)
 	}

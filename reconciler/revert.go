@@ -27,6 +27,9 @@ type GateEntry struct {
 	Finding gate.Finding `json:"finding"`
 }
 
+// newerRoot is why a host that was away while the trust root was changed does not push a revert of what came with it.
+const newerRoot = "the range has a newer trust root, which no revert takes away; a person must sign the way back"
+
 // RevertEntry is what the audit log keeps of a revert, before it is pushed.
 type RevertEntry struct {
 	About
@@ -120,6 +123,13 @@ func (r *Reconciler) takeBack(ctx context.Context, rec *Record, bad *Bad) error 
 		bad.Why = noMoreReverts
 		return nil
 	}
+	if same, err := r.sameRoots(ctx, rec.Good, bad.Commit); err != nil {
+		bad.Why = refusal.Clip(err.Error(), 500)
+		return nil
+	} else if !same {
+		bad.Why = newerRoot
+		return nil
+	}
 	revert := Revert{Good: rec.Good, Head: bad.Commit, Unit: bad.Unit, Gate: bad.Gate, Evidence: bad.Evidence, Host: rec.Host}
 	told := bad.Why != "" && bad.Why != noMoreReverts // an earlier look has tried this push already
 	for range maxLeases {
@@ -152,6 +162,16 @@ func (r *Reconciler) takeBack(ctx context.Context, rec *Record, bad *Bad) error 
 	}
 	bad.Why = fmt.Sprintf("the branch moved %d times while the revert was pushed; it is tried again", maxLeases)
 	return nil
+}
+
+// sameRoots says whether two commits have the same trust roots.
+func (r *Reconciler) sameRoots(ctx context.Context, good, bad string) (bool, error) {
+	a, err := r.Source.At(ctx, good)
+	if err != nil {
+		return false, err
+	}
+	b, err := r.Source.At(ctx, bad)
+	return err == nil && a.Tree.ObjectID("trust") == b.Tree.ObjectID("trust"), err
 }
 
 // recordRevert writes to the audit log what a revert takes back.

@@ -17,8 +17,8 @@ evaluated contains "KT020" if {
 # title: trust or policy mixed with other changes
 # description: |
 #   A change of files under trust/ or policy/ stands alone in its commit and judges the commits after it. A host that meets
-#   such a commit together with others, because they came quickly or it was away, takes them as one change if the rules
-#   before and the rules after both judge all of it. The very first commit of a site is no change: there is nothing before
+#   such a commit together with others, because they came quickly or it was away, takes them as one change if each trust
+#   root was brought by itself, and the rules before and the rules after both judge all of it. The very first commit of a site is no change: there is nothing before
 #   it, and the pinned root judges it. A revert is not judged: what it goes back to was.
 # custom:
 #   id: KT020
@@ -41,9 +41,14 @@ deny contains plan.overall("KT020", concat(" ", parts), msg) if {
 	)
 }
 
-# In commits of their own, and both the base's rules and the head's are asked: no rule is in force afterwards that did not judge.
+# In commits of their own, and where the rules change, both the base's and the head's are asked: no rule is in force afterwards that did not
+# judge. A trust root judges the next by itself.
 apart if {
 	input.change.apart
-	not input.change.trust
+	not input.change.policy
+}
+
+apart if {
+	input.change.apart
 	input.rules[1]
 }

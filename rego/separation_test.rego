@@ -26,7 +26,9 @@ both(more) := object.union(example.changed(object.union({"policy": true, "apart"
 
 test_kt020_one_after_the_other if {
 	separation.deny == set() with input as both({})
-	every more in [{"apart": false}, {"trust": true}] {
+	separation.deny == set() with input as both({"trust": true, "other": true})
+	separation.deny == set() with input as example.changed({"trust": true, "other": true, "apart": true})
+	every more in [{"apart": false}, {"apart": false, "trust": true}] {
 		example.ids(separation.deny) == {"KT020"} with input as both(more)
 	}
 	example.ids(separation.deny) == {"KT020"} with input as object.union(both({}), {"rules": ["before"]})

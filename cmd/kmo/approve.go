@@ -7,7 +7,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"io/fs"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -85,11 +84,11 @@ func (a *approving) run(cmd *cobra.Command) (err error) {
 	if err != nil {
 		return err
 	}
-	root, verifier, err := judges(after)
+	verifier, err := judges(after)
 	if err != nil {
 		return err
 	}
-	changed, err := verifier.Compare(before, after)
+	changed, root, err := verifier.Compare(cmd.Context(), before, after, source)
 	if err != nil {
 		return err
 	}
@@ -131,18 +130,17 @@ func (a *approving) run(cmd *cobra.Command) (err error) {
 	return nil
 }
 
-// judges are the trust root that a commit brings, and the verifier of its site: what is approved is judged by a host's own.
-func judges(commit reconciler.Commit) (*trust.Root, *trust.Verifier, error) {
+// judges is the verifier of a commit's site, pinned to the first trust root that it brings: what is approved is judged by a host's own.
+func judges(commit reconciler.Commit) (*trust.Verifier, error) {
 	site, err := template.Load(commit.Tree)
 	if err != nil {
-		return nil, nil, err
+		return nil, err
 	}
-	file, err := fs.ReadFile(commit.Tree, trust.RootPath(1))
+	roots, err := trust.Roots(commit.Tree)
 	if err != nil {
-		return nil, nil, err
+		return nil, err
 	}
-	root, err := trust.ParseRoot(file)
-	return root, &trust.Verifier{Site: string(site.Config.Site), Branch: string(site.Config.Branch), Pin: trust.PinOf(file), Describe: reconciler.Declare()}, err
+	return &trust.Verifier{Site: string(site.Config.Site), Branch: string(site.Config.Branch), Pin: roots[0].Pin, Describe: reconciler.Declare()}, nil
 }
 
 // sign writes a signed approval's file and names it.
@@ -174,7 +172,7 @@ func (a *approving) noBase(ctx context.Context, source *gitrepo.Repository, veri
 		if err != nil {
 			break // there is none before the first
 		}
-		changed, err := verifier.Compare(before, head)
+		changed, _, err := verifier.Compare(ctx, before, head, source)
 		if err != nil {
 			return err
 		}

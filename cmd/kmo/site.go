@@ -285,11 +285,8 @@ Exit statuses: 0 good, 1 error, 2 usage, 3 refused.`,
 			defer func() { _ = folder.Close() }()
 			site, err := template.Load(folder.FS())
 			faults := []error{err}
-			if file, err := folder.ReadFile(trust.RootPath(1)); err != nil {
-				faults = append(faults, err)
-			} else if _, err := trust.ParseRoot(file); err != nil {
-				faults = append(faults, err)
-			}
+			_, err = trust.Roots(folder.FS())
+			faults = append(faults, err)
 			if sub, err := fs.Sub(folder.FS(), "policy"); err == nil {
 				_, err := rules(sub)
 				faults = append(faults, err)

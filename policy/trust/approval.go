@@ -31,7 +31,7 @@ type Predicate struct {
 	Site     string          `json:"site"`
 	Branch   string          `json:"branch"`
 	Unit     string          `json:"unit"`
-	Action   string          `json:"action"` // upgrade, downgrade or policy
+	Action   string          `json:"action"` // upgrade, downgrade, policy or root
 	Tier     int             `json:"tier"`
 	From     merkle.Digest   `json:"from"` // "" for a new unit
 	To       merkle.Digest   `json:"to"`   // "" for a removed unit
@@ -324,6 +324,9 @@ func content(t Tree, u *UnitFacts) string {
 		return t.ObjectID("policy")
 	case unitSite:
 		return t.ObjectID("site.yaml")
+	}
+	if version, is := strings.CutPrefix(u.Unit, unitRoot); is {
+		return t.ObjectID("trust/" + version + ".root.json")
 	}
 	ids := []string{t.ObjectID(unitPath(u.Unit))}
 	for _, p := range u.ProfileChanges {

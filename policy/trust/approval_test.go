@@ -341,7 +341,7 @@ func TestT16ChangedAfterReview(t *testing.T) {
 		t.Errorf("T16 approvals for X count for X': %+v", got)
 	}
 	t.Run("copied beside the new content", func(t *testing.T) {
-		units, err := w.v.Compare(running, changed)
+		units, _, err := w.v.Compare(context.Background(), running, changed, w)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -420,7 +420,7 @@ func TestNoBase(t *testing.T) {
 		return w.commit("alice", "", v)
 	}
 	base := func(head Commit) (string, error) {
-		units, err := w.v.Compare(running, head)
+		units, _, err := w.v.Compare(context.Background(), running, head, w)
 		if err != nil {
 			t.Fatal(err)
 		}

@@ -260,7 +260,7 @@ func (j *judgement) wrote(ctx context.Context, commits []Commit, h History) (aut
 			}
 		}
 		from, after := j.running.ID, afterRunning
-		if u.Unit == unitPolicy && j.state.Accepted.Commit != "" { // that is what the change of policy is counted from
+		if (u.Unit == unitPolicy || strings.HasPrefix(u.Unit, unitRoot)) && j.state.Accepted.Commit != "" { // that is what these changes are counted from
 			from = j.state.Accepted.Commit
 			after = j.after(from, commits)
 		}

@@ -28,12 +28,12 @@ type Facts struct {
 	Class  string      `json:"class"`  // human or robot
 	Author string      `json:"author"` // principal the author's line belongs to; "" if none
 	Revert bool        `json:"revert"` // it is a revert that needs no quorum
-	Trust  bool        `json:"trust"`  // files under trust/ differ: refused with E_ROOT_VERSION until the root can be rotated, which will set it
+	Trust  bool        `json:"trust"`  // there is a newer trust root than the accepted one
 	Policy bool        `json:"policy"` // files under policy/ differ
 	Other  bool        `json:"other"`  // anything else that is judged differs: units, profiles, site.yaml
-	Apart  bool        `json:"apart"`  // policy and other both differ, and along the history policy/ changed while the rest stood still
+	Apart  bool        `json:"apart"`  // of trust, policy and other more than one differ, and along the history trust/ and policy/ changed while the rest stood still
 	Time   time.Time   `json:"time"`   // trusted time
-	Units  []UnitFacts `json:"units"`  // sorted by name; a change of policy is the unit "@policy", one of site.yaml "@site"
+	Units  []UnitFacts `json:"units"`  // sorted by name; a change of policy is the unit "@policy", one of site.yaml "@site", trust root 2 "@root-2"
 
 	Authors    []string           `json:"authors"`            // principals that wrote or committed any of the change; sorted
 	Tripwires  []string           `json:"tripwires"`          // rule ids that the trust root requires
@@ -47,7 +47,7 @@ type Facts struct {
 type UnitFacts struct {
 	Unit       string        `json:"unit"`
 	Back       string        `json:"back"`       // the accepted commit that had an image which comes again in place of a newer one; "" if none does
-	Action     string        `json:"action"`     // upgrade, downgrade or policy
+	Action     string        `json:"action"`     // upgrade, downgrade, policy or root
 	Tier       int           `json:"tier"`       // the most sensitive of root, template and what it needs, from the trusted base
 	TierBefore int           `json:"tierBefore"` // as the base has it; -1 for a new unit
 	From       merkle.Digest `json:"from"`       // content that runs; none for a new unit
@@ -97,7 +97,7 @@ type Approval struct {
 func (v *Verifier) WaysOut(head Commit, facts Facts) (removals, reverts []Facts, err error) {
 	v.mu.Lock()
 	defer v.mu.Unlock()
-	root, err := v.root(head.Tree)
+	root, err := v.newest(head.Tree)
 	if err != nil {
 		return nil, nil, err
 	}

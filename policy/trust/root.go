@@ -153,20 +153,12 @@ func ParseRoot(file []byte) (*Root, error) {
 	if err != nil {
 		return nil, err
 	}
-	signed := map[string]bool{}
-	for i := range s.Len() {
-		by, err := s.Signature(i)
-		if err != nil {
-			continue
-		}
-		principal, key := root.keyOf(by.Key())
-		if key == nil || key.Revoked != nil || !root.may(principal, key, RoleRoot) || by.Verify() != nil {
-			continue
-		}
-		signed[principal.Name] = true
+	signers, err := root.signers(file)
+	if err != nil {
+		return nil, err
 	}
-	if want := root.role(RoleRoot).Threshold; len(signed) < want {
-		return nil, &refusal.Error{Code: "E_ROOT_THRESHOLD", Subject: RootPath(root.Version), Got: fmt.Sprintf("good signatures of %d members of its role root", len(signed)), Want: fmt.Sprintf("%d", want)}
+	if want := root.role(RoleRoot).Threshold; len(signers) < want {
+		return nil, &refusal.Error{Code: "E_ROOT_THRESHOLD", Subject: RootPath(root.Version), Got: fmt.Sprintf("good signatures of %d members of its role root", len(signers)), Want: fmt.Sprintf("%d", want)}
 	}
 	return root, nil
 }
@@ -199,7 +191,6 @@ func (r *Root) doors() []string {
 		name string
 		set  bool
 	}{
-		{"a version above 1", r.Version > 1},
 		{"freshness", r.Freshness != ""},
 		{"expires", r.Expires != nil},
 		{"keyless", keyless},

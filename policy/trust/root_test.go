@@ -80,13 +80,12 @@ func TestRootInvalid(t *testing.T) {
 // TestRootDoors sets each field that is not acted on yet: none is ignored.
 func TestRootDoors(t *testing.T) {
 	for name, change := range map[string]func(r *Root){
-		"a version above 1": func(r *Root) { r.Version = 2 },
-		"freshness":         func(r *Root) { r.Freshness = "24h" },
-		"expires":           func(r *Root) { r.Expires = &day0 },
-		"keyless":           func(r *Root) { r.Principals[0].Keyless = "https://issuer alice" },
-		"hardware":          func(r *Root) { r.Tiers[0].Hardware = true },
-		"coolDown":          func(r *Root) { r.Tiers[0].CoolDown = "1h" },
-		"role head":         func(r *Root) { r.Roles = append(r.Roles, Role{Name: "head", Threshold: 1}) },
+		"freshness": func(r *Root) { r.Freshness = "24h" },
+		"expires":   func(r *Root) { r.Expires = &day0 },
+		"keyless":   func(r *Root) { r.Principals[0].Keyless = "https://issuer alice" },
+		"hardware":  func(r *Root) { r.Tiers[0].Hardware = true },
+		"coolDown":  func(r *Root) { r.Tiers[0].CoolDown = "1h" },
+		"role head": func(r *Root) { r.Roles = append(r.Roles, Role{Name: "head", Threshold: 1}) },
 	} {
 		t.Run(name, func(t *testing.T) {
 			w := newWorld(t, nil)

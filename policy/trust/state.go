@@ -33,7 +33,8 @@ type State struct {
 	Branch   string    `json:"branch"`
 	Root     int       `json:"root"` // version of the trust root
 	Pin      Pin       `json:"pin"`
-	Time     time.Time `json:"time"` // trusted time of the last write
+	Current  Pin       `json:"current,omitzero"` // of that version's file; the pin if it is not there
+	Time     time.Time `json:"time"`             // trusted time of the last write
 	Accepted Accepted  `json:"accepted"`
 	Log      []Entry   `json:"log"`     // accepted commits, oldest first, at most 64
 	Burned   []string  `json:"burned"`  // commits that no revert may come back to
@@ -275,10 +276,11 @@ func (v *Verifier) Accept(ctx context.Context, head Commit, facts Facts) error {
 	if s.Accepted.Commit == head.ID {
 		return nil
 	}
-	root, err := v.root(head.Tree)
+	chain, err := v.chain(head.Tree)
 	if err != nil {
 		return err
 	}
+	root := chain.Newest()
 	parsed, err := ParseCommit(head.Raw)
 	if err != nil {
 		return err
@@ -300,7 +302,8 @@ func (v *Verifier) Accept(ctx context.Context, head Commit, facts Facts) error {
 	s.Accepted = accepted
 	s.Log = append(s.Log, entry)
 	s.Log = s.Log[max(0, len(s.Log)-maxEntries):]
-	return v.write(s, root)
+	s.Version, s.Site, s.Branch, s.Pin, s.Root, s.Current = 1, v.Site, v.Branch, v.Pin, root.Version, chain[len(chain)-1].Pin
+	return v.write(s)
 }
 
 // Passed notes that an accepted commit's gate has passed: a revert may come back to it.
@@ -358,17 +361,14 @@ func (v *Verifier) amend(id string, change func(*State, *Entry) bool) error {
 			if !change(&s, &s.Log[i]) {
 				return nil
 			}
-			return v.write(s, nil)
+			return v.write(s)
 		}
 	}
 	return fmt.Errorf("trust state %s: commit %s is not among the accepted ones", v.State.Path, refusal.Clip(id, 60))
 }
 
 // write saves the next state.
-func (v *Verifier) write(s State, root *Root) error {
-	if root != nil {
-		s.Version, s.Site, s.Branch, s.Pin, s.Root = 1, v.Site, v.Branch, v.Pin, root.Version
-	}
+func (v *Verifier) write(s State) error {
 	s.Seq++
 	s.Time = v.now(s)
 	s.Reverts = slices.DeleteFunc(s.Reverts, func(e Entry) bool { return s.Time.Sub(e.When) >= 24*time.Hour })

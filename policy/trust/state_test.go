@@ -414,7 +414,8 @@ func TestTrustAndPolicyChanges(t *testing.T) {
 	for _, tt := range []struct{ name, file, text, code string }{
 		{"T27 the same version with other bytes", "trust/1.root.json", clean + " ", "E_ROOT_VERSION"},
 		{"T27 a root N+2", "trust/3.root.json", clean, "E_ROOT_VERSION"},
-		{"T27 a root N+1, rotation is not built yet", "trust/2.root.json", clean, "E_ROOT_VERSION"},
+		{"T27 a root N+1 that says it is N", "trust/2.root.json", clean, "E_ROOT_VERSION"},
+		{"T27 something beside the roots", "trust/notes.txt", clean, "E_ROOT_VERSION"},
 		{"T32 a tree without the accepted root", "trust/0.root.json", clean, "E_MIXMATCH"},
 	} {
 		t.Run(tt.name, func(t *testing.T) {

@@ -40,6 +40,8 @@ type Verifier struct {
 	mu       sync.Mutex // guards what follows
 	roots    map[string]merkle.Digest
 	declared map[string]Declared
+	walked   Chain // of the folder trust/ with this Git id
+	walkedAt string
 	parsed   parsed
 	seq      uint64    // newest state seen by this value
 	latest   time.Time // trusted time seen by this value
@@ -54,7 +56,8 @@ const (
 type judgement struct {
 	v       *Verifier
 	state   State
-	root    *Root
+	chain   Chain // of the head
+	root    *Root // that judges: one of the chain
 	running Commit
 	head    Commit
 	parsed  Parsed
@@ -81,7 +84,7 @@ func (v *Verifier) Verify(ctx context.Context, running, head Commit, h History) 
 	if late := v.late(state); late > clockSlack {
 		j.facts.Warnings = append(j.facts.Warnings, fmt.Sprintf("E_TIME: the clock is %v behind the trusted time %s", late.Round(time.Second), j.facts.Time.Format(time.RFC3339)))
 	}
-	if j.root, err = v.root(head.Tree); err != nil {
+	if err := j.trusted(ctx); err != nil {
 		return Facts{}, err
 	}
 	j.facts.Tripwires, j.facts.Sealers = j.root.Tripwires, j.root.sealers(j.facts.Time)
@@ -96,28 +99,38 @@ func (v *Verifier) Verify(ctx context.Context, running, head Commit, h History) 
 	return j.facts, nil
 }
 
-// Compare finds the units that differ between two commits (the first may be the zero Commit), with their tiers, contents and needs, under the
-// root of the second. It asks for no signature, history or state: it is what an approver signs over.
-func (v *Verifier) Compare(running, head Commit) ([]UnitFacts, error) {
+// Compare finds the units that differ between two commits (the first may be the zero Commit), with their tiers, contents and needs, and
+// the root that judges the second where the first is accepted. It asks for no signature or state: it is what an approver signs over.
+func (v *Verifier) Compare(ctx context.Context, running, head Commit, h History) ([]UnitFacts, *Root, error) {
 	v.mu.Lock()
 	defer v.mu.Unlock()
-	root, err := v.root(head.Tree)
-	if err != nil {
-		return nil, err
+	j := &judgement{v: v, running: running, head: head, history: h}
+	var old Chain
+	if running.ID != "" {
+		var err error
+		if old, err = v.chain(running.Tree); err != nil {
+			return nil, nil, err
+		}
+		j.state = State{Root: len(old), Current: old[len(old)-1].Pin}
 	}
-	j := &judgement{v: v, root: root, running: running, head: head}
-	if err := j.change(context.Background()); err != nil {
-		return nil, err
+	if err := j.trusted(ctx); err != nil {
+		return nil, nil, err
+	}
+	if err := j.change(ctx); err != nil {
+		return nil, nil, err
+	}
+	if running.ID != "" {
+		j.roots(len(old))
 	}
 	sortUnits(&j.facts, nil)
-	return j.facts.Units, nil
+	return j.facts.Units, j.root, nil
 }
 
 // Tier is a unit's own tier in a tree whose root is the pinned one: of a unit that no change touches, and that is new on this host.
 func (v *Verifier) Tier(tree Tree, unit string) (int, error) {
 	v.mu.Lock()
 	defer v.mu.Unlock()
-	root, err := v.root(tree)
+	root, err := v.newest(tree)
 	if err != nil {
 		return 0, err
 	}
@@ -133,39 +146,6 @@ func (r *Root) Authors(ctx context.Context, running, head Commit, units []UnitFa
 	}
 	j := &judgement{root: r, running: running, head: head, facts: Facts{Units: units, Time: time.Now()}}
 	return j.wrote(ctx, commits, h)
-}
-
-// root reads the trust root out of a tree and checks it against the pin: an untrusted carrier brings it, the pin decides.
-func (v *Verifier) root(tree Tree) (*Root, error) {
-	if v.Describe == nil || v.Pin.Root.IsZero() {
-		return nil, fmt.Errorf("verifier for %s: no Describe or no pin", v.Site)
-	}
-	name := RootPath(1)
-	if tree.ObjectID(name) == "" {
-		return nil, &refusal.Error{Code: "E_MIXMATCH", Subject: name, Got: "no such file in this commit", Want: "the trust root that this host is pinned to"}
-	}
-	entries, err := fs.ReadDir(tree, "trust")
-	if err != nil {
-		return nil, fmt.Errorf("listing trust: %w", err)
-	}
-	if len(entries) != 1 {
-		return nil, &refusal.Error{Code: "E_ROOT_VERSION", Subject: "trust/", Got: fmt.Sprintf("%d files", len(entries)), Want: "1.root.json alone: rotation of the trust root is not built yet"}
-	}
-	file, err := readBounded(tree, name)
-	if err != nil {
-		return nil, fmt.Errorf("reading %s: %w", name, err)
-	}
-	if got := PinOf(file); got != v.Pin {
-		return nil, &refusal.Error{Code: "E_ROOT_VERSION", Subject: name, Got: fmt.Sprintf("other bytes: sha256 %s, %v", got.SHA256, got.Root), Want: fmt.Sprintf("sha256 %s, %v, as pinned: rotation of the trust root is not built yet", v.Pin.SHA256, v.Pin.Root)}
-	}
-	root, err := ParseRoot(file)
-	if err != nil {
-		return nil, err
-	}
-	if root.Site != v.Site {
-		return nil, &refusal.Error{Code: "E_ROOT_INVALID", Subject: name, Got: fmt.Sprintf("site %q", refusal.Clip(root.Site, 60)), Want: v.Site}
-	}
-	return root, nil
 }
 
 // signer checks the head's own signature: by a key of the root, good now, for the role commit or revert.
@@ -262,6 +242,9 @@ func (j *judgement) change(context.Context) error {
 	if err := c.site(&j.facts); err != nil {
 		return err
 	}
+	if j.state.Accepted.Commit != "" { // a new host walks from its pin, and asks no approvals of that
+		j.roots(j.state.Root)
+	}
 	if err := j.policy(c); err != nil {
 		return err
 	}
@@ -288,11 +271,12 @@ func (j *judgement) policy(c comparison) error {
 	return nil
 }
 
-// apart finds out whether a change of policy/ and a change of the rest, which this host sees as one, were made one after the other: since
-// what runs, one state of the rest has stood under the accepted policy and under the head's. Nobody signs the history, so this is
-// about form; what a change may do is for the rules, which are asked before and after (KT020).
+// apart finds out whether changes of trust/, policy/ and the rest, which this host sees as one, were made one after the other: since what
+// runs, one state of all else has stood before and after each new trust root, and under the accepted policy and the head's. Nobody signs
+// the history, so this is about form; what a change may do is for the rules, which are asked before and after (KT020).
 func (j *judgement) apart(ctx context.Context) error {
-	if !j.facts.Policy || !j.facts.Other {
+	f := &j.facts
+	if (!f.Trust || !f.Policy) && (!f.Trust && !f.Policy || !f.Other) { // one of them at most
 		return nil
 	}
 	commits, err := j.history.Between(ctx, j.running.ID, j.head.ID)
@@ -306,22 +290,24 @@ func (j *judgement) apart(ctx context.Context) error {
 	if at < 0 {
 		return nil
 	}
-	before, after := commits[at].Tree.ObjectID("policy"), j.head.Tree.ObjectID("policy")
-	under := map[string]map[string]bool{before: {}, after: {}}
-	for _, c := range commits {
-		if seen := under[c.Tree.ObjectID("policy")]; seen != nil {
-			seen[rest(c.Tree)] = true
+	stood := func(but string, before, after func(Commit) bool) bool {
+		shapes := map[string]bool{}
+		for _, c := range commits {
+			shapes[standing(c.Tree, but)] = shapes[standing(c.Tree, but)] || before(c)
 		}
+		return slices.ContainsFunc(commits, func(c Commit) bool { return after(c) && shapes[standing(c.Tree, but)] })
 	}
-	for state := range under[before] {
-		j.facts.Apart = j.facts.Apart || under[after][state]
+	has := func(id string) func(Commit) bool {
+		return func(c Commit) bool { return c.Tree.ObjectID("policy") == id }
+	}
+	f.Apart = !f.Policy || stood("policy", has(commits[at].Tree.ObjectID("policy")), has(j.head.Tree.ObjectID("policy")))
+	for version := j.state.Root; f.Trust && version < len(j.chain); version++ {
+		of := func(version int) func(Commit) bool {
+			return func(c Commit) bool { return shared(c.Tree, j.head.Tree, len(j.chain)) == version }
+		}
+		f.Apart = f.Apart && stood("trust", of(version), of(version+1))
 	}
 	return nil
-}
-
-// rest is everything that is judged but trust/ and policy/, as Git ids.
-func rest(t Tree) string {
-	return strings.Join([]string{t.ObjectID("units"), t.ObjectID("profiles"), t.ObjectID("site.yaml")}, " ")
 }
 
 // collisions refuses a commit id that now stands for another content than the one that was accepted under it.
@@ -351,7 +337,7 @@ func (j *judgement) approvals(ctx context.Context) error {
 		root: j.root, site: j.v.Site, branch: j.v.Branch, now: j.facts.Time, running: j.running, head: j.head, history: j.history,
 		since: map[string][]Commit{}, recent: map[string]Commit{j.head.ID: j.head}, verdicts: map[string]baseAnswer{},
 	}
-	if j.running.ID != j.head.ID && (j.running.ID != "" || slices.ContainsFunc(j.facts.Units, func(u UnitFacts) bool { return j.root.Tiers[u.Tier].ExcludeAuthor })) {
+	if j.running.ID != j.head.ID && (j.running.ID != "" || slices.ContainsFunc(j.facts.Units, func(u UnitFacts) bool { return j.judgeOf(&u).Tiers[u.Tier].ExcludeAuthor })) {
 		commits, err := j.history.Between(ctx, j.running.ID, j.head.ID)
 		if err != nil {
 			return fmt.Errorf("history since %s: %w", j.running.ID, err)
@@ -372,6 +358,7 @@ func (j *judgement) approvals(ctx context.Context) error {
 			u.Need = 0
 			continue
 		}
+		q.root = j.judgeOf(u)
 		if err := q.count(ctx, u); err != nil {
 			return err
 		}

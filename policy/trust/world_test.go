@@ -318,7 +318,7 @@ func factsOf(t *testing.T, facts Facts, unit string) UnitFacts {
 // approve puts names' approvals of the change of one unit, as it stands in the last two commits given, into the work tree; alter may change what is signed.
 func (w *world) approve(running, head Commit, unit string, alter func(*Predicate), names ...string) {
 	w.t.Helper()
-	units, err := w.v.Compare(running, head)
+	units, _, err := w.v.Compare(context.Background(), running, head, w)
 	if err != nil {
 		w.t.Fatal(err)
 	}

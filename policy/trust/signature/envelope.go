@@ -41,8 +41,17 @@ type Sealed struct {
 	blobs   [][]byte
 }
 
-// Open reads an envelope of one purpose.
+// Open reads an envelope of one purpose, which somebody has signed.
 func Open(file []byte, purpose Purpose, subject string) (Sealed, error) {
+	s, err := OpenDraft(file, purpose, subject)
+	if err == nil && s.Len() == 0 {
+		return Sealed{}, &refusal.Error{Code: "E_LIMIT", Subject: subject, Got: "0 signatures", Want: fmt.Sprintf("1 to %d", maxSignatures)}
+	}
+	return s, err
+}
+
+// OpenDraft reads an envelope that may lack signatures: all of them.
+func OpenDraft(file []byte, purpose Purpose, subject string) (Sealed, error) {
 	var e Envelope
 	if err := Decode(file, &e, MaxEnvelope, subject); err != nil {
 		return Sealed{}, err
@@ -50,8 +59,8 @@ func Open(file []byte, purpose Purpose, subject string) (Sealed, error) {
 	if e.PayloadType != purpose.Type {
 		return Sealed{}, &refusal.Error{Code: "E_PAYLOAD_TYPE", Subject: subject, Got: fmt.Sprintf("%q", refusal.Clip(e.PayloadType, 80)), Want: purpose.Type}
 	}
-	if n := len(e.Signatures); n == 0 || n > maxSignatures {
-		return Sealed{}, &refusal.Error{Code: "E_LIMIT", Subject: subject, Got: fmt.Sprintf("%d signatures", n), Want: fmt.Sprintf("1 to %d", maxSignatures)}
+	if n := len(e.Signatures); n > maxSignatures {
+		return Sealed{}, &refusal.Error{Code: "E_LIMIT", Subject: subject, Got: fmt.Sprintf("%d signatures", n), Want: fmt.Sprintf("at most %d", maxSignatures)}
 	}
 	payload, err := base64.StdEncoding.Strict().DecodeString(e.Payload)
 	if err != nil {
@@ -84,15 +93,15 @@ func (s Sealed) Signature(i int) (*Signature, error) {
 	return signature, nil
 }
 
-// Seal signs a payload and returns the envelope's file.
+// Seal signs a payload and returns the envelope's file; without signers it is a draft.
 func Seal(payload []byte, purpose Purpose, signers ...ssh.Signer) ([]byte, error) {
-	e := Envelope{Payload: base64.StdEncoding.EncodeToString(payload), PayloadType: purpose.Type}
+	e := Envelope{Payload: base64.StdEncoding.EncodeToString(payload), PayloadType: purpose.Type, Signatures: []EnvelopeSignature{}}
 	return e.sign(payload, purpose, signers)
 }
 
 // Cosign adds a signature to an envelope's file, over the same payload bytes.
 func Cosign(file []byte, purpose Purpose, subject string, signer ssh.Signer) ([]byte, error) {
-	s, err := Open(file, purpose, subject)
+	s, err := OpenDraft(file, purpose, subject)
 	if err != nil {
 		return nil, err
 	}
