@@ -4,6 +4,7 @@ PKGS    ?= $(shell $(GO) list ./... | grep -Ev '$(ENGINES)')
 # Packages whose tests start an engine, a machine or a cluster.
 ENGINES := /backends/(docker|gvisor|kubernetes|lxc|microvm)$$|/fixtures/plugin-python$$
 FUZZ    ?= 10s
+COMMITS ?= 10000
 COUNT   ?= 6
 VERSION := $(shell git describe --tags --always --dirty 2>/dev/null || echo unknown)
 LDFLAGS := -s -w -X main.version=$(VERSION)
@@ -54,7 +55,8 @@ cross: ## the platforms people author and approve on, and those that run things
 bench: need-engines ## benchstat-ready figures of everything, the engines too, one package after another: they would slow each other down
 	$(GO) test -p 1 -run '^$$' -bench . -benchmem -count $(COUNT) -timeout 120m ./...
 
-fuzz: ## every fuzz target for FUZZ each
+fuzz: ## every fuzz target for FUZZ each, and COMMITS generated commits judged here and by git
+	KMO_TEST_COMMITS=$(COMMITS) $(GO) test -count 1 -timeout 60m -run TestU19DifferentialCorpus ./policy/trust
 	.ci/fuzz $(FUZZ)
 
 generate: ## what is generated from the code: protocol, schemas, documents

@@ -2,13 +2,10 @@ package trust
 
 import (
 	"bytes"
-	"crypto/ed25519"
 	"crypto/rand"
-	"crypto/sha256"
 	"encoding/pem"
 	"errors"
 	"fmt"
-	"io"
 	"io/fs"
 	"os"
 	"os/exec"
@@ -50,38 +47,6 @@ func (w *world) keygen(name string, args ...string) {
 	} else if name != "dsa" { // which Go's library does not even read
 		w.t.Fatal(err)
 	}
-}
-
-// softKey signs as a FIDO key does; flags say whether it was touched.
-type softKey struct {
-	public  ssh.PublicKey
-	private ed25519.PrivateKey
-	flags   byte
-}
-
-func newSoftKey(t *testing.T, flags byte) softKey {
-	public, private, err := ed25519.GenerateKey(rand.Reader)
-	if err != nil {
-		t.Fatal(err)
-	}
-	key, err := ssh.ParsePublicKey(ssh.Marshal(struct {
-		Type        string
-		Key         []byte
-		Application string
-	}{ssh.KeyAlgoSKED25519, public, "ssh:"}))
-	if err != nil {
-		t.Fatal(err)
-	}
-	return softKey{key, private, flags}
-}
-
-func (k softKey) PublicKey() ssh.PublicKey { return k.public }
-
-func (k softKey) Sign(_ io.Reader, data []byte) (*ssh.Signature, error) {
-	application, message := sha256.Sum256([]byte("ssh:")), sha256.Sum256(data)
-	tail := append([]byte{k.flags}, 0, 0, 0, 7)
-	signed := append(append(append([]byte{}, application[:]...), tail...), message[:]...)
-	return &ssh.Signature{Format: ssh.KeyAlgoSKED25519, Blob: ed25519.Sign(k.private, signed), Rest: tail}, nil
 }
 
 // shape is one commit object with what must become of it.
@@ -130,16 +95,15 @@ func (w *world) shapes() []shape {
 		all = append(all, shape{"T07 U-23 git commit -S with " + k.name, c.Raw, k.code, k.code != ""})
 	}
 	signer := w.keys["ed25519"]
-	for _, flags := range []byte{0, 1} {
-		key := newSoftKey(w.t, flags)
-		name := fmt.Sprintf("sk%d", flags)
-		w.keys[name] = key
+	for _, key := range []softKey{newSoftKey(w.t, 0), newSoftKey(w.t, 1), newSoftECDSA(w.t, 0), newSoftECDSA(w.t, 1)} {
+		name := fmt.Sprintf("%s with touch flag %d", key.public.Type(), key.flags)
+		w.keys[strings.ReplaceAll(name, " ", "-")] = key
 		unsigned := w.unsigned("sk\n")
 		code := ""
-		if flags == 0 {
+		if key.flags == 0 {
 			code = "E_SIG_BAD"
 		}
-		all = append(all, shape{fmt.Sprintf("T08 U-23 sk key with touch flag %d", flags), signAs(unsigned, w.armoured(unsigned, key, "git", sshsig.HashSHA512)), code, flags == 0})
+		all = append(all, shape{"T08 U-23 " + name, signAs(unsigned, w.armoured(unsigned, key, "git", sshsig.HashSHA512)), code, key.flags == 0})
 	}
 
 	u := w.unsigned("a message\n")
@@ -201,7 +165,7 @@ func (w *world) shapes() []shape {
 	add("U-23 a reserved field", "E_SIG_BAD", true, signAs(u, signature.Armour(w.reserved(u, signer))))
 	add("U-23 bytes after the signature", "E_SIG_BAD", false, signAs(u, signature.Armour(w.trailing(u, signer))))
 	add("U-23 hash md5", "E_ALG_FORBIDDEN", false, signAs(u, signature.Armour(bytes.Replace(block.Bytes, []byte("\x00\x00\x00\x06sha512"), []byte("\x00\x00\x00\x03md5"), 1))))
-	add("U-23 rsa with SHA-1", "E_ALG_FORBIDDEN", false, signAs(u, signature.Armour(w.sha1(u))))
+	add("U-23 rsa with SHA-1", "E_ALG_FORBIDDEN", false, signAs(u, signature.Armour(w.sign(w.keys["rsa3072"].(ssh.AlgorithmSigner), ssh.KeyAlgoRSA, "sha512", string(u)))))
 	add("U-23 a certificate", "E_ALG_FORBIDDEN", true, signAs(u, w.certificate(u, signer)))
 	return all
 }
@@ -233,15 +197,6 @@ func (w *world) trailing(payload []byte, signer ssh.Signer) []byte {
 	}
 	s.Signature.Rest = []byte("x")
 	return s.Marshal()
-}
-
-func (w *world) sha1(payload []byte) []byte {
-	signer := w.keys["rsa3072"].(ssh.AlgorithmSigner)
-	s, err := signer.SignWithAlgorithm(rand.Reader, payload, ssh.KeyAlgoRSA)
-	if err != nil {
-		w.t.Fatal(err)
-	}
-	return ssh.Marshal(wireBlob{[6]byte([]byte("SSHSIG")), 1, string(signer.PublicKey().Marshal()), "git", "", "sha512", string(ssh.Marshal(s))})
 }
 
 func (w *world) certificate(payload []byte, signer ssh.Signer) string {
