@@ -86,7 +86,7 @@ func Authorized(key ssh.PublicKey) string {
 // PrivateKey reads a private key file. A statement is signed with the key itself, which an ssh-agent never gives out.
 func PrivateKey(path string) (crypto.Signer, error) {
 	if path == "" {
-		return nil, Usagef("a private key that signs is wanted: --key FILE")
+		return nil, Usagef("this needs --key FILE: the private key that signs")
 	}
 	return signature.LoadPrivateKey(path, askPassphrase(path))
 }
