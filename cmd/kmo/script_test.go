@@ -400,7 +400,14 @@ func get(ts *testscript.TestScript, _ bool, args []string) {
 	if at < 0 {
 		ts.Fatalf("%s has no address", args[0])
 	}
-	response, err := http.Get("http://" + s.Workloads[at].Addresses[0].Address + args[1])
+	var response *http.Response
+	var err error
+	for deadline := time.Now().Add(patience); ; time.Sleep(10 * time.Millisecond) {
+		response, err = http.Get("http://" + s.Workloads[at].Addresses[0].Address + args[1])
+		if !errors.Is(err, syscall.ECONNREFUSED) || time.Now().After(deadline) { // who has just been started does not listen yet
+			break
+		}
+	}
 	ts.Check(err)
 	defer func() { _ = response.Body.Close() }()
 	body, err := io.ReadAll(response.Body)
