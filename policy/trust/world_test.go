@@ -29,7 +29,7 @@ var day0 = time.Date(2026, 11, 1, 12, 0, 0, 0, time.UTC)
 
 // world is a site in a real repository, with real keys and one host.
 type world struct {
-	t     *testing.T
+	t     testing.TB
 	dir   string
 	root  Root
 	keys  map[string]ssh.Signer
@@ -51,7 +51,7 @@ var people = [][4]string{
 }
 
 // newWorld makes a site with one root; change may alter the root before it is signed.
-func newWorld(t *testing.T, change func(w *world, r *Root)) *world {
+func newWorld(t testing.TB, change func(w *world, r *Root)) *world {
 	t.Helper()
 	w := &world{t: t, dir: t.TempDir(), keys: map[string]ssh.Signer{}, raw: map[string]ed25519.PrivateKey{}, now: day0}
 	w.root = Root{Version: 1, Site: "north-sea", Tiers: DefaultTiers(), Units: []Pattern{{Path: "units/kernel-*", Tier: 0}, {Path: "profiles/core*.yaml", Tier: 0}}}
@@ -304,7 +304,7 @@ func (w *world) verify(running, head Commit, unit string) UnitFacts {
 	return factsOf(w.t, facts, unit)
 }
 
-func factsOf(t *testing.T, facts Facts, unit string) UnitFacts {
+func factsOf(t testing.TB, facts Facts, unit string) UnitFacts {
 	t.Helper()
 	for _, u := range facts.Units {
 		if u.Unit == unit {

@@ -1,0 +1,95 @@
+package trust
+
+import (
+	"context"
+	"encoding/json"
+	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+
+	"github.com/kindos/kmo/policy/refusal"
+	"github.com/kindos/kmo/policy/trust/signature"
+	"github.com/kindos/kmo/registry/merkle"
+)
+
+// FuzzU44Root reads the signed part of a trust root: what is taken is taken again when it is written anew, and says the same.
+func FuzzU44Root(f *testing.F) {
+	w := newWorld(f, nil)
+	payload, err := json.Marshal(w.root)
+	if err != nil {
+		f.Fatal(err)
+	}
+	f.Add(payload)
+	f.Add([]byte(`{"version":1,"site":"x","principals":[{"name":"a","class":"human","keys":[{"public":"ssh-ed25519 AAAA"}]}],"roles":[],"tiers":[]}`))
+	f.Fuzz(func(t *testing.T, payload []byte) {
+		root, err := decodeRoot(payload)
+		if err != nil {
+			if refusal.Of(err) == nil {
+				t.Fatal("no refusal:", err)
+			}
+			return
+		}
+		again, err := json.Marshal(root)
+		if err != nil {
+			t.Fatal(err)
+		}
+		same, err := decodeRoot(again)
+		if err != nil {
+			t.Fatalf("%q is taken, and not %q: %v", payload, again, err)
+		}
+		if diff := cmp.Diff(root, same); diff != "" {
+			t.Error(diff)
+		}
+	})
+}
+
+// everywhere is a history in which each commit comes after each other.
+type everywhere struct{}
+
+func (everywhere) At(context.Context, string) (Commit, error)                { return Commit{}, nil }
+func (everywhere) Ancestor(context.Context, string, string) (bool, error)    { return true, nil }
+func (everywhere) Between(context.Context, string, string) ([]Commit, error) { return nil, nil }
+
+// FuzzU44Approval has a trusted approver sign any bytes: they count only if they name this very change and have not expired.
+func FuzzU44Approval(f *testing.F) {
+	w := newWorld(f, nil)
+	tree := gitTree{ids: map[string]string{}}
+	unit := UnitFacts{Unit: "relay", Action: "upgrade", Tier: 2, Need: 1, From: merkle.BlobRoot([]byte("old")), To: merkle.BlobRoot([]byte("new"))}
+	good := NewApproval("north-sea", "main", ObjectID([]byte("base")), unit, w.now.Add(time.Hour), Intent{Kind: "fix"})
+	payload, err := json.Marshal(good)
+	if err != nil {
+		f.Fatal(err)
+	}
+	f.Add(payload)
+	f.Add([]byte(`{}`))
+	f.Fuzz(func(t *testing.T, payload []byte) {
+		file, err := signature.Seal(payload, approvalPurpose, w.keys["carol"])
+		if err != nil {
+			t.Fatal(err)
+		}
+		q := &quorum{
+			root: &w.root, site: "north-sea", branch: "main", now: w.now, running: Commit{Tree: tree}, head: Commit{ID: ObjectID([]byte("head")), Tree: tree},
+			history: everywhere{}, since: map[string][]Commit{}, recent: map[string]Commit{}, verdicts: map[string]baseAnswer{},
+		}
+		u := unit
+		all, err := q.file(context.Background(), &u, "approvals/x.dsse.json", file)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, a := range all {
+			if a.Code != "" {
+				continue
+			}
+			var p Predicate
+			if err := json.Unmarshal(payload, &p); err != nil {
+				t.Fatal("counted, and no JSON:", err)
+			}
+			expires := p.Expires
+			p.Base, p.Expires, p.Nonce, p.Intent = good.Base, good.Expires, good.Nonce, good.Intent
+			if diff := cmp.Diff(good, p); diff != "" || !w.now.Before(expires) {
+				t.Errorf("counted, and for another change: %s, until %v", diff, expires)
+			}
+		}
+	})
+}
