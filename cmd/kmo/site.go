@@ -6,17 +6,16 @@ import (
 	"encoding/pem"
 	"errors"
 	"fmt"
-	"io"
 	"io/fs"
 	"os"
 	"path/filepath"
-	"slices"
 	"strings"
 
 	"github.com/spf13/cobra"
 	"golang.org/x/crypto/ssh"
 
 	"github.com/kindos/kmo/cmd/kmo/cli"
+	"github.com/kindos/kmo/cmd/kmo/trustroot"
 	"github.com/kindos/kmo/policy/trust"
 	"github.com/kindos/kmo/policy/trust/signature"
 	"github.com/kindos/kmo/reconciler/template"
@@ -79,16 +78,10 @@ func siteCommand() *cobra.Command {
 	return cli.Group("site", "Make and check a site's repository", siteInitCommand(), siteCheckCommand(), sitePinCommand())
 }
 
-// founding is what `kmo site init` is told.
-type founding struct {
-	name, branch, sign string
-	zones, registries  []string
-	people, hosts      []string
-	sealers            []string
-}
-
 func siteInitCommand() *cobra.Command {
-	f := &founding{}
+	f := &trustroot.Founding{}
+	var branch string
+	var zones, registries []string
 	cmd := &cobra.Command{
 		Use:   "init FOLDER",
 		Short: "Write site.yaml and the first trust root, and print the pin",
@@ -101,144 +94,32 @@ Exit statuses: 0 written, 1 error (a file that is there is never overwritten), 2
       --person alice=alice@example.org=$HOME/.ssh/id_ed25519.pub --host edge-1=/etc/kmo/host.key.pub`,
 		Args: cli.OneArg("the site's folder"),
 		RunE: func(cmd *cobra.Command, args []string) error {
-			if err := f.write(cmd.OutOrStdout(), args[0]); err != nil {
+			root, err := f.Sign(cmd)
+			if err != nil {
 				return err
 			}
-			printShort(cmd.ErrOrStderr(), f.tiers())
-			return nil
+			config := fmt.Sprintf("site: %s\nbranch: %s\nzones: [%s]\n", f.Site, branch, strings.Join(zones, ", "))
+			if len(registries) > 0 {
+				config += fmt.Sprintf("registries: [%s]\n", strings.Join(registries, ", "))
+			}
+			var parsed template.Config
+			if err := template.Decode("site.yaml", []byte(config), &parsed); err != nil {
+				return err
+			}
+			if err := os.MkdirAll(args[0], 0o755); err != nil {
+				return err
+			}
+			if err := cli.WriteNew(filepath.Join(args[0], "site.yaml"), []byte(config), 0o644); err != nil {
+				return err
+			}
+			return f.Write(cmd.OutOrStdout(), cmd.ErrOrStderr(), args[0], root)
 		},
 	}
-	cmd.Flags().StringVar(&f.name, "name", "", "the site's name")
-	cmd.Flags().StringVar(&f.branch, "branch", "main", "the branch that hosts follow")
-	cmd.Flags().StringVar(&f.sign, "sign", "", "key that signs the root: a private key file, or a public one for the ssh-agent's")
-	cmd.Flags().StringArrayVar(&f.zones, "zone", []string{"edge"}, "a zone, in the order in which changes go out; repeat")
-	cmd.Flags().StringArrayVar(&f.registries, "registry", nil, "where images may come from; repeat")
-	cmd.Flags().StringArrayVar(&f.people, "person", nil, "NAME=EMAIL=PUBLIC-KEY-FILE of one who may commit and approve; repeat")
-	cmd.Flags().StringArrayVar(&f.sealers, "sealer", nil, "NAME=PUBLIC-KEY-FILE of a machine that seals images: with one, tiers 0 to 2 ask for its statement of each; repeat")
-	cmd.Flags().StringArrayVar(&f.hosts, "host", nil, "NAME=PUBLIC-KEY-FILE of a host that may revert; repeat")
+	f.Add(cmd)
+	cmd.Flags().StringVar(&branch, "branch", "main", "the branch that hosts follow")
+	cmd.Flags().StringArrayVar(&zones, "zone", []string{"edge"}, "a zone, in the order in which changes go out; repeat")
+	cmd.Flags().StringArrayVar(&registries, "registry", nil, "where images may come from; repeat")
 	return cmd
-}
-
-func (f *founding) write(w io.Writer, folder string) error {
-	if f.name == "" || len(f.people) == 0 {
-		return cli.Usagef("site init needs --name and at least one --person")
-	}
-	root, err := f.root()
-	if err != nil {
-		return err
-	}
-	key, done, err := cli.Signer(f.sign)
-	if err != nil {
-		return err
-	}
-	defer func() { _ = done() }()
-	file, err := trust.SignRoot(root, key)
-	if err != nil {
-		return err
-	}
-	if _, err := trust.ParseRoot(file); err != nil {
-		return err
-	}
-	config := fmt.Sprintf("site: %s\nbranch: %s\nzones: [%s]\n", f.name, f.branch, strings.Join(f.zones, ", "))
-	if len(f.registries) > 0 {
-		config += fmt.Sprintf("registries: [%s]\n", strings.Join(f.registries, ", "))
-	}
-	var parsed template.Config
-	if err := template.Decode("site.yaml", []byte(config), &parsed); err != nil {
-		return err
-	}
-	if err := os.MkdirAll(filepath.Join(folder, "trust"), 0o755); err != nil {
-		return err
-	}
-	if err := cli.WriteNew(filepath.Join(folder, "site.yaml"), []byte(config), 0o644); err != nil {
-		return err
-	}
-	if err := cli.WriteNew(filepath.Join(folder, trust.RootPath(1)), file, 0o644); err != nil {
-		return err
-	}
-	return printPin(w, file)
-}
-
-// root is the founding root: everybody named may do all that people may do, one of them is enough for a new root.
-func (f *founding) root() (trust.Root, error) {
-	root := trust.Root{Version: 1, Site: f.name, Tiers: f.tiers()}
-	var people []string
-	for _, text := range f.people {
-		parts := strings.SplitN(text, "=", 3)
-		if len(parts) != 3 {
-			return root, cli.Usagef("--person %q: want NAME=EMAIL=PUBLIC-KEY-FILE", text)
-		}
-		public, err := cli.PublicKey(parts[2])
-		if err != nil {
-			return root, err
-		}
-		people = append(people, parts[0])
-		root.Principals = append(root.Principals, trust.Principal{Name: parts[0], Class: "human", Emails: []string{parts[1]},
-			Keys: []trust.Key{{Public: cli.Authorized(public), Uses: []string{trust.RoleRoot, trust.RoleCommit, trust.RoleApprove}}}})
-	}
-	hosts, err := robots(&root, "--host", f.hosts, trust.RoleRevert)
-	if err != nil {
-		return root, err
-	}
-	sealers, err := robots(&root, "--sealer", f.sealers, trust.RoleImage)
-	if err != nil {
-		return root, err
-	}
-	root.Roles = []trust.Role{
-		{Name: trust.RoleRoot, Threshold: 1, Members: people},
-		{Name: trust.RoleCommit, Threshold: 1, Members: people},
-		{Name: trust.RoleApprove, Threshold: 1, Members: slices.Clone(people)},
-	}
-	if len(hosts) > 0 {
-		root.Roles = append(root.Roles, trust.Role{Name: trust.RoleRevert, Threshold: 1, Members: hosts})
-	}
-	if len(sealers) > 0 {
-		root.Roles = append(root.Roles, trust.Role{Name: trust.RoleImage, Threshold: 1, Members: sealers})
-	}
-	return root, nil
-}
-
-// robots adds machines that each have one key for one use, and returns their names.
-func robots(root *trust.Root, flag string, texts []string, use string) (names []string, err error) {
-	for _, text := range texts {
-		name, path, ok := strings.Cut(text, "=")
-		if !ok {
-			return nil, cli.Usagef("%s %q: want NAME=PUBLIC-KEY-FILE", flag, text)
-		}
-		public, err := cli.PublicKey(path)
-		if err != nil {
-			return nil, err
-		}
-		names = append(names, name)
-		root.Principals = append(root.Principals, trust.Principal{Name: name, Class: "robot", Keys: []trust.Key{{Public: cli.Authorized(public), Uses: []string{use}}}})
-	}
-	return names, nil
-}
-
-// tiers are the default tiers as far as so many people can give their approvals.
-func (f *founding) tiers() []trust.Tier {
-	tiers := trust.DefaultTiers()
-	for i := range tiers {
-		tier := &tiers[i]
-		others := len(f.people)
-		if tier.ExcludeAuthor = tier.ExcludeAuthor && others > 1; tier.ExcludeAuthor {
-			others--
-		}
-		tier.Need = min(tier.Need, others)
-		if len(f.sealers) > 0 && i < 3 {
-			tier.Statement = trust.RoleImage
-		}
-	}
-	return tiers
-}
-
-// printShort says which tiers need fewer approvals than they should.
-func printShort(w io.Writer, tiers []trust.Tier) {
-	for i, should := range trust.DefaultTiers() {
-		if tiers[i].Need < should.Need {
-			_, _ = fmt.Fprintf(w, "tier %d needs only %d of %d approvals: name more people with --person\n", i, tiers[i].Need, should.Need)
-		}
-	}
 }
 
 func sitePinCommand() *cobra.Command {
@@ -249,22 +130,13 @@ func sitePinCommand() *cobra.Command {
 		Example: "  kmo site pin . >> agent.yaml",
 		Args:    cobra.MaximumNArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
-			file, err := os.ReadFile(filepath.Join(cli.Folder(args), trust.RootPath(1)))
+			roots, err := trust.Roots(os.DirFS(cli.Folder(args)))
 			if err != nil {
 				return err
 			}
-			if _, err := trust.ParseRoot(file); err != nil {
-				return err
-			}
-			return printPin(cmd.OutOrStdout(), file)
+			return trustroot.PrintPin(cmd.OutOrStdout(), roots[0].Pin)
 		},
 	}
-}
-
-func printPin(w io.Writer, file []byte) error {
-	pin := trust.PinOf(file)
-	_, err := fmt.Fprintf(w, "trust:\n  sha256: %s\n  kmo1: %s\n", pin.SHA256, pin.Root)
-	return err
 }
 
 func siteCheckCommand() *cobra.Command {

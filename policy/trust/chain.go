@@ -98,7 +98,7 @@ func (r *Root) signers(file []byte) ([]string, error) {
 	if err != nil {
 		return nil, err
 	}
-	var signers []string
+	signers := []string{}
 	for i := range s.Len() {
 		by, err := s.Signature(i)
 		if err != nil {
@@ -160,7 +160,8 @@ func (v *Verifier) newest(tree Tree) (*Root, error) {
 }
 
 // trusted finds the root that judges the head: the newest that one of its parents has already, for a version is in force for the
-// commits after the one that brings it; and never an older one than this host has accepted.
+// commits after the one that brings it; and never an older one than this host has accepted. Of a head that brings new versions and nothing else,
+// whoever has added the approvals to them, the accepted one judges a key that it knows.
 func (j *judgement) trusted(ctx context.Context) (err error) {
 	if j.chain, err = j.v.chain(j.head.Tree); err != nil {
 		return err
@@ -187,6 +188,11 @@ func (j *judgement) trusted(ctx context.Context) (err error) {
 				return fmt.Errorf("history of %s: %w", j.head.ID, err)
 			}
 			version = max(version, shared(before.Tree, j.head.Tree, len(j.chain)))
+		}
+	}
+	if accepted > 0 && accepted < version && standing(j.running.Tree, "trust") == standing(j.head.Tree, "trust") {
+		if _, signed, err := openCommit(j.head.Raw, j.head.ID); err == nil && j.chain[accepted-1].Root.Owner(signed.Key()) != "" {
+			version = accepted
 		}
 	}
 	j.root = j.chain[version-1].Root
@@ -229,4 +235,49 @@ func standing(t Tree, but string) string {
 		}
 	}
 	return strings.Join(ids, " ")
+}
+
+// Side is one of the two roots whose role root must sign a new one.
+type Side struct {
+	Version int      `json:"version"`
+	Need    int      `json:"need"`   // of its members
+	Signed  []string `json:"signed"` // who have, sorted
+	May     []string `json:"may"`    // who still can, sorted
+}
+
+// Missing is how many signatures the side still needs.
+func (s Side) Missing() int { return max(0, s.Need-len(s.Signed)) }
+
+// Draft reads the next version, which may lack signatures, and says of each side that must sign it who has.
+func (c Chain) Draft(file []byte) (*Root, []Side, error) {
+	s, err := signature.OpenDraft(file, rootPurpose, "draft of a trust root")
+	if err != nil {
+		return nil, nil, err
+	}
+	next, err := decodeRoot(s.Payload)
+	if err != nil {
+		return nil, nil, err
+	}
+	if next.Version != len(c)+1 {
+		return nil, nil, &refusal.Error{Code: "E_ROOT_VERSION", Subject: "draft of a trust root", Got: fmt.Sprintf("version %d", next.Version), Want: fmt.Sprint(len(c) + 1)}
+	}
+	asked := []*Root{next}
+	if len(c) > 0 {
+		asked = []*Root{c.Newest(), next}
+	}
+	var sides []Side
+	for _, root := range asked {
+		side := Side{Version: root.Version, Need: root.role(RoleRoot).Threshold, May: []string{}}
+		if side.Signed, err = root.signers(file); err != nil {
+			return nil, nil, err
+		}
+		for _, p := range root.eligible(RoleRoot) {
+			if !slices.Contains(side.Signed, p.Name) {
+				side.May = append(side.May, p.Name)
+			}
+		}
+		slices.Sort(side.May)
+		sides = append(sides, side)
+	}
+	return next, sides, nil
 }
