@@ -15,6 +15,7 @@ import (
 	"time"
 
 	"github.com/kindos/kmo/backends"
+	"github.com/kindos/kmo/cmd/kmo/review"
 	"github.com/kindos/kmo/policy"
 	"github.com/kindos/kmo/policy/audit"
 	"github.com/kindos/kmo/policy/refusal"
@@ -402,7 +403,7 @@ func decisionInWords(record audit.Record) []string {
 	}
 	lines = append(lines, fmt.Sprintf("signed by %s with %s", judged.Change.Signer, judged.Change.Key))
 	for _, unit := range judged.Change.Units {
-		lines = append(lines, approvalsInWords(unit)...)
+		lines = append(lines, review.Approvals(unit)...)
 	}
 	return lines
 }

@@ -18,6 +18,7 @@ import (
 	"github.com/kindos/kmo/backends/microvm"
 	"github.com/kindos/kmo/backends/process"
 	"github.com/kindos/kmo/backends/wasm"
+	"github.com/kindos/kmo/cmd/kmo/approval"
 	"github.com/kindos/kmo/cmd/kmo/cli"
 	"github.com/kindos/kmo/cmd/kmo/trustroot"
 	"github.com/kindos/kmo/policy/refusal"
@@ -101,7 +102,7 @@ func rootCommand() *cobra.Command {
 	root.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return cli.Usage{Err: err} })
 	root.AddCommand(
 		demoCommand(), agentCommand(), reconcileCommand(), planCommand(), statusCommand(), logsCommand(), explainCommand(),
-		approveCommand(), siteCommand(), trustroot.Command(), keyCommand(), imageCommand(), policyCommand(), auditCommand(), backendCommand(), versionCommand(), completionCommand(),
+		approval.Approve(), siteCommand(), trustroot.Command(), keyCommand(), imageCommand(), policyCommand(), auditCommand(), backendCommand(), versionCommand(), completionCommand(),
 	)
 	root.CompletionOptions.DisableDefaultCmd = true // there is ours
 	root.SetHelpCommand(helpCommand())

@@ -22,8 +22,8 @@ import (
 	"golang.org/x/term"
 
 	"github.com/kindos/kmo/cmd/kmo/cli"
+	"github.com/kindos/kmo/cmd/kmo/review"
 	"github.com/kindos/kmo/policy/refusal"
-	"github.com/kindos/kmo/policy/trust"
 	"github.com/kindos/kmo/reconciler"
 	"github.com/kindos/kmo/registry/merkle"
 )
@@ -394,7 +394,7 @@ func printPlan(w io.Writer, p reconciler.Preview) {
 				_, _ = fmt.Fprintf(w, "  %s: %s -> %s\n", change.Path, compact(change.Before), compact(change.After))
 			}
 		}
-		for _, line := range approvalsInWords(unit) {
+		for _, line := range review.Approvals(unit) {
 			_, _ = fmt.Fprintf(w, "  %s\n", line)
 		}
 	}
@@ -423,26 +423,4 @@ func compact(value any) string {
 		return err.Error()
 	}
 	return refusal.Clip(string(text), 120)
-}
-
-// approvalsInWords says which approvals of a unit count, which do not and why, and how many are missing.
-func approvalsInWords(u trust.UnitFacts) []string {
-	if u.Need == 0 && len(u.Uncounted) == 0 {
-		return nil
-	}
-	lines := []string{fmt.Sprintf("%s: %d of %d approvals", u.Unit, len(u.Counted), u.Need)}
-	if n := u.Missing(); n > 0 {
-		lines[0] += fmt.Sprintf(", %d missing", n)
-	}
-	for _, a := range u.Counted {
-		lines = append(lines, "  counts: "+a.Principal)
-	}
-	for _, a := range u.Uncounted {
-		who := a.Principal
-		if who == "" {
-			who = a.File
-		}
-		lines = append(lines, fmt.Sprintf("  does not count: %s: %s %s", who, a.Code, a.Why))
-	}
-	return lines
 }

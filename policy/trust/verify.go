@@ -91,7 +91,7 @@ func (v *Verifier) Verify(ctx context.Context, running, head Commit, h History) 
 	for _, tier := range j.root.Tiers {
 		j.facts.Statements = append(j.facts.Statements, tier.Statement)
 	}
-	for _, check := range []func(context.Context) error{j.signer, j.descent, j.change, j.apart, j.revert, j.burned, j.older, j.approvals} {
+	for _, check := range []func(context.Context) error{j.signer, j.descent, j.change, j.apart, j.revert, j.burned, j.older, j.counted} {
 		if err := check(ctx); err != nil {
 			return Facts{}, err
 		}
@@ -104,26 +104,35 @@ func (v *Verifier) Verify(ctx context.Context, running, head Commit, h History) 
 func (v *Verifier) Compare(ctx context.Context, running, head Commit, h History) ([]UnitFacts, *Root, error) {
 	v.mu.Lock()
 	defer v.mu.Unlock()
+	j, err := v.compare(ctx, running, head, h)
+	if err != nil {
+		return nil, nil, err
+	}
+	sortUnits(&j.facts, nil)
+	return j.facts.Units, j.root, nil
+}
+
+// compare is a judgement as far as the change.
+func (v *Verifier) compare(ctx context.Context, running, head Commit, h History) (*judgement, error) {
 	j := &judgement{v: v, running: running, head: head, history: h}
 	var old Chain
 	if running.ID != "" {
 		var err error
 		if old, err = v.chain(running.Tree); err != nil {
-			return nil, nil, err
+			return nil, err
 		}
 		j.state = State{Root: len(old), Current: old[len(old)-1].Pin}
 	}
 	if err := j.trusted(ctx); err != nil {
-		return nil, nil, err
+		return nil, err
 	}
 	if err := j.change(ctx); err != nil {
-		return nil, nil, err
+		return nil, err
 	}
 	if running.ID != "" {
 		j.roots(len(old))
 	}
-	sortUnits(&j.facts, nil)
-	return j.facts.Units, j.root, nil
+	return j, nil
 }
 
 // Tier is a unit's own tier in a tree whose root is the pinned one: of a unit that no change touches, and that is new on this host.
@@ -135,17 +144,6 @@ func (v *Verifier) Tier(tree Tree, unit string) (int, error) {
 		return 0, err
 	}
 	return v.side(tree).tier(root, unit)
-}
-
-// Authors are, by unit, the principals who wrote part of what Compare has found, as far as commits say so: their approvals do not count where
-// the tier excludes authors.
-func (r *Root) Authors(ctx context.Context, running, head Commit, units []UnitFacts, h History) (map[string]map[string]bool, error) {
-	commits, err := h.Between(ctx, running.ID, head.ID)
-	if err != nil {
-		return nil, fmt.Errorf("history since %s: %w", running.ID, err)
-	}
-	j := &judgement{root: r, running: running, head: head, facts: Facts{Units: units, Time: time.Now()}}
-	return j.wrote(ctx, commits, h)
 }
 
 // signer checks the head's own signature: by a key of the root, good now, for the role commit or revert.
@@ -331,27 +329,17 @@ func (j *judgement) collisions(c comparison) error {
 	return nil
 }
 
-// approvals finds who wrote the change and counts the quorum of each unit.
-func (j *judgement) approvals(ctx context.Context) error {
-	q := &quorum{
-		root: j.root, site: j.v.Site, branch: j.v.Branch, now: j.facts.Time, running: j.running, head: j.head, history: j.history,
-		since: map[string][]Commit{}, recent: map[string]Commit{j.head.ID: j.head}, verdicts: map[string]baseAnswer{},
+// counted finds who wrote the change and counts its approvals.
+func (j *judgement) counted(ctx context.Context) error {
+	q, err := j.quorum(ctx)
+	if err != nil {
+		return err
 	}
-	if j.running.ID != j.head.ID && (j.running.ID != "" || slices.ContainsFunc(j.facts.Units, func(u UnitFacts) bool { return j.judgeOf(&u).Tiers[u.Tier].ExcludeAuthor })) {
-		commits, err := j.history.Between(ctx, j.running.ID, j.head.ID)
-		if err != nil {
-			return fmt.Errorf("history since %s: %w", j.running.ID, err)
-		}
-		if q.authors, err = j.wrote(ctx, commits, j.history); err != nil {
-			return err
-		}
-		if j.running.ID != "" {
-			q.recent[j.running.ID] = j.running
-			for _, c := range commits {
-				q.recent[c.ID] = c
-			}
-		}
-	}
+	return j.approvals(ctx, q)
+}
+
+// approvals counts the quorum of each unit.
+func (j *judgement) approvals(ctx context.Context, q *quorum) error {
 	for i := range j.facts.Units {
 		u := &j.facts.Units[i]
 		if j.facts.Revert {
@@ -365,6 +353,31 @@ func (j *judgement) approvals(ctx context.Context) error {
 	}
 	sortUnits(&j.facts, q.authors)
 	return nil
+}
+
+// quorum finds who wrote the change, and what came between, for counting approvals.
+func (j *judgement) quorum(ctx context.Context) (*quorum, error) {
+	q := &quorum{
+		root: j.root, site: j.v.Site, branch: j.v.Branch, now: j.facts.Time, running: j.running, head: j.head, history: j.history,
+		since: map[string][]Commit{}, recent: map[string]Commit{j.head.ID: j.head}, verdicts: map[string]baseAnswer{},
+	}
+	if j.running.ID == j.head.ID || j.running.ID == "" && !slices.ContainsFunc(j.facts.Units, func(u UnitFacts) bool { return j.judgeOf(&u).Tiers[u.Tier].ExcludeAuthor }) {
+		return q, nil
+	}
+	commits, err := j.history.Between(ctx, j.running.ID, j.head.ID)
+	if err != nil {
+		return nil, fmt.Errorf("history since %s: %w", j.running.ID, err)
+	}
+	if q.authors, err = j.wrote(ctx, commits, j.history); err != nil {
+		return nil, err
+	}
+	if j.running.ID != "" {
+		q.recent[j.running.ID] = j.running
+		for _, c := range commits {
+			q.recent[c.ID] = c
+		}
+	}
+	return q, nil
 }
 
 // revert holds a commit signed with the role revert to its one right: to undo the newest change, as a whole.
