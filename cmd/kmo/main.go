@@ -102,7 +102,7 @@ func rootCommand() *cobra.Command {
 	root.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return cli.Usage{Err: err} })
 	root.AddCommand(
 		demoCommand(), agentCommand(), reconcileCommand(), planCommand(), statusCommand(), logsCommand(), explainCommand(),
-		approval.Approve(), siteCommand(), trustroot.Command(), keyCommand(), imageCommand(), policyCommand(), auditCommand(), backendCommand(), versionCommand(), completionCommand(),
+		approval.Approve(), approval.List(), siteCommand(), trustroot.Command(), keyCommand(), imageCommand(), policyCommand(), auditCommand(), backendCommand(), versionCommand(), completionCommand(),
 	)
 	root.CompletionOptions.DisableDefaultCmd = true // there is ours
 	root.SetHelpCommand(helpCommand())

@@ -59,7 +59,7 @@ Exit statuses: 0 approved, 1 error or not approved, 2 usage, 3 refused.`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error { return a.run(cmd) },
 	}
-	a.checkout.add(cmd)
+	a.add(cmd)
 	cmd.Flags().StringVar(&a.key, "key", "", "the key that signs")
 	cmd.Flags().StringArrayVar(&a.units, "unit", nil, "only this unit; repeat. Without it, every changed unit whose tier needs approvals")
 	cmd.Flags().DurationVar(&a.valid, "valid", 7*24*time.Hour, "how long the approval counts")

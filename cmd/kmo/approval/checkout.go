@@ -99,7 +99,7 @@ const bases = 5
 // noBase says that the head is compared with itself, as it is after a pull, and what else it can be compared with.
 func (a *checkout) noBase(ctx context.Context, c *change) error {
 	head := c.after
-	text := "nothing to approve: the base, " + cmp.Or(a.base, "the branch's upstream") + ", is the head itself.\n" +
+	text := "nothing to compare: the base, " + cmp.Or(a.base, "the branch's upstream") + ", is the head itself.\n" +
 		"--base must name the commit that the hosts run, which 'kmo status' on one of them shows as good"
 	list, err := a.git(ctx, "log", "--first-parent", "--skip=1", fmt.Sprintf("--max-count=%d", bases), "--format=%H %s", head.ID)
 	if err != nil {
