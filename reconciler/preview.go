@@ -64,6 +64,9 @@ func (r *Reconciler) Preview(ctx context.Context, id string) (Preview, error) {
 	if err == nil {
 		stage, err = rec.obstacle(next)
 	}
+	if err == nil {
+		stage, err = "trust", r.Trust.CheckFresh(ctx, commit, r.Source)
+	}
 	if err != nil {
 		preview.Stage, preview.Refusals = stage, refusal.All(err)
 		if len(preview.Refusals) == 0 {

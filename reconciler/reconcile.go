@@ -142,10 +142,19 @@ func (r *Reconciler) follow(ctx context.Context, rec Record) (Record, error) {
 	if err != nil {
 		return r.hold(ctx, rec, cmp.Or(head.ID, rec.Head), "source", err)
 	}
+	if rec.Trying == head.ID {
+		return rec, nil // it goes on at the next look; resume has said why
+	}
+	seen, err := r.Trust.Fresh(ctx, head, r.Source)
+	rec.Trust = max(rec.Trust, seen)
+	if err != nil && watched && ctx.Err() == nil {
+		return rec, nil
+	}
+	if err != nil { // what cannot be known to be the newest is neither begun nor taken back
+		return r.hold(ctx, rec, head.ID, "trust", err)
+	}
 	bad := rec.bad(head.ID)
 	switch {
-	case rec.Trying == head.ID:
-		return rec, nil // it goes on at the next look; resume has said why
 	case rec.Trying != "": // only a head that may run ends a try: what is judged next is whether this one may
 	case rec.Good == head.ID:
 		return r.keep(ctx, rec)

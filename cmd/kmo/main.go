@@ -20,6 +20,7 @@ import (
 	"github.com/kindos/kmo/backends/wasm"
 	"github.com/kindos/kmo/cmd/kmo/approval"
 	"github.com/kindos/kmo/cmd/kmo/cli"
+	"github.com/kindos/kmo/cmd/kmo/head"
 	"github.com/kindos/kmo/cmd/kmo/trustroot"
 	"github.com/kindos/kmo/policy/refusal"
 )
@@ -102,7 +103,8 @@ func rootCommand() *cobra.Command {
 	root.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return cli.Usage{Err: err} })
 	root.AddCommand(
 		demoCommand(), agentCommand(), reconcileCommand(), planCommand(), statusCommand(), logsCommand(), explainCommand(),
-		approval.Approve(), approval.List(), siteCommand(), trustroot.Command(), keyCommand(), imageCommand(), policyCommand(), auditCommand(), backendCommand(), versionCommand(), completionCommand(),
+		approval.Approve(), approval.List(), head.Command(), siteCommand(), trustroot.Command(), keyCommand(), imageCommand(), policyCommand(), auditCommand(), backendCommand(),
+		versionCommand(), completionCommand(),
 	)
 	root.CompletionOptions.DisableDefaultCmd = true // there is ours
 	root.SetHelpCommand(helpCommand())

@@ -8,6 +8,7 @@
 //	v := &trust.Verifier{Site: "north-sea", Branch: "main", Pin: pin, State: trust.StateFile{Path: path}, Describe: describe}
 //	facts, err := v.Verify(ctx, running, head, history) // err: *refusal.Error, or the world did not answer
 //	…the rules decide over facts…
+//	_, err = v.Fresh(ctx, head, history)                // it is the newest, where the root asks for that
 //	err = v.Accept(ctx, head, facts)                    // durable; from here the host may change
 //	err = v.Passed(ctx, head.ID)                        // its gate has passed: a revert may come back to it
 //
@@ -21,6 +22,7 @@
 //
 //	application/vnd.kmo.root.v1+json      kmo.root.v1
 //	application/vnd.kmo.approval.v1+json  kmo.approval.v1
+//	application/vnd.kmo.head.v1+json      kmo.head.v1
 //
 // <to> is the 64 hex digits of the unit's new content root (64 zeros for a removed unit), <key> the signer's key id with "/" as "_", "+" as "-"
 // and ":" as "-". Paths are only where to look: the signed payload alone says what is approved.
@@ -36,7 +38,6 @@ import (
 	"encoding/hex"
 	"errors"
 	"fmt"
-	"io/fs"
 	"slices"
 	"strconv"
 	"strings"
@@ -48,33 +49,6 @@ import (
 	"github.com/kindos/kmo/policy/refusal"
 	"github.com/kindos/kmo/policy/trust/signature"
 )
-
-// Commit is a commit as Git has it. Nothing in it is trusted until Verify has said so.
-type Commit struct {
-	ID      string    // 40 lower-case hex digits
-	Parents []string  // ids
-	When    time.Time // the committer's claim; never used to decide
-	Raw     []byte    // the object's bytes as stored, without Git's "commit <size>\0" header: what its signature covers
-	Tree    Tree
-}
-
-// Tree is the files of a commit: regular files and folders only, clean paths, read-only.
-type Tree interface {
-	fs.FS
-	// ObjectID returns the Git object id of the file or folder at path, "" if there is none. Within one repository, equal ids
-	// are equal content: the object store never replaces an object.
-	ObjectID(path string) string
-}
-
-// History answers questions about the commits between two others. A path is never trusted for being in it.
-type History interface {
-	// At returns a commit that the store has.
-	At(ctx context.Context, id string) (Commit, error)
-	// Ancestor says whether old is new or an ancestor of it. A commit that the store does not have is nobody's ancestor.
-	Ancestor(ctx context.Context, old, new string) (bool, error)
-	// Between lists the commits reachable from new but not from old, newest first, along every parent.
-	Between(ctx context.Context, old, new string) ([]Commit, error)
-}
 
 // Bounds of a commit object.
 const (

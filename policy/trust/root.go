@@ -59,7 +59,7 @@ type Revoked struct {
 
 // Role is who may act, and how many of them it takes.
 type Role struct {
-	Name      string   `json:"name"` // root, commit, approve, revert
+	Name      string   `json:"name"` // root, commit, approve, revert, image, head
 	Threshold int      `json:"threshold"`
 	Members   []string `json:"members,omitempty"` // principals
 }
@@ -169,7 +169,7 @@ func decodeRoot(payload []byte) (*Root, error) {
 		return nil, err
 	}
 	var faults []error
-	for _, check := range []func() []string{root.doors, root.principalFaults, root.roleFaults, root.tierFaults, root.patternFaults} {
+	for _, check := range []func() []string{root.doors, root.principalFaults, root.roleFaults, root.tierFaults, root.patternFaults, root.freshnessFaults} {
 		for _, fault := range check() {
 			faults = append(faults, &refusal.Error{Code: "E_ROOT_INVALID", Subject: "trust root", Got: fault})
 		}
@@ -191,12 +191,9 @@ func (r *Root) doors() []string {
 		name string
 		set  bool
 	}{
-		{"freshness", r.Freshness != ""},
-		{"expires", r.Expires != nil},
 		{"keyless", keyless},
 		{"hardware", hardware},
 		{"coolDown", coolDown},
-		{"role head", r.hasRole("head")},
 	} {
 		if door.set {
 			set = append(set, door.name+" is set, and not acted on yet: leave it out")
@@ -239,8 +236,8 @@ func (r *Root) principalFaults() (faults []string) {
 			}
 			keys[signature.KeyID(public)] = p.Name
 			for _, use := range k.Uses {
-				if !slices.Contains([]string{RoleRoot, RoleCommit, RoleApprove, RoleRevert, RoleImage}, use) {
-					faults = append(faults, fmt.Sprintf("key %s of %s has use %q, want root, commit, approve, revert or image", signature.KeyID(public), p.Name, refusal.Clip(use, 20)))
+				if !slices.Contains([]string{RoleRoot, RoleCommit, RoleApprove, RoleRevert, RoleImage, RoleHead}, use) {
+					faults = append(faults, fmt.Sprintf("key %s of %s has use %q, want root, commit, approve, revert, image or head", signature.KeyID(public), p.Name, refusal.Clip(use, 20)))
 				}
 			}
 		}
@@ -251,7 +248,7 @@ func (r *Root) principalFaults() (faults []string) {
 func (r *Root) roleFaults() (faults []string) {
 	seen := map[string]bool{}
 	for _, role := range r.Roles {
-		if seen[role.Name] || !slices.Contains([]string{RoleRoot, RoleCommit, RoleApprove, RoleRevert, RoleImage, "head"}, role.Name) {
+		if seen[role.Name] || !slices.Contains([]string{RoleRoot, RoleCommit, RoleApprove, RoleRevert, RoleImage, RoleHead}, role.Name) {
 			faults = append(faults, fmt.Sprintf("role %q is unknown or there twice", refusal.Clip(role.Name, 40)))
 		}
 		seen[role.Name] = true

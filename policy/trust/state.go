@@ -39,6 +39,8 @@ type State struct {
 	Log      []Entry   `json:"log"`     // accepted commits, oldest first, at most 64
 	Burned   []string  `json:"burned"`  // commits that no revert may come back to
 	Reverts  []Entry   `json:"reverts"` // accepted in the 24 hours before Time
+
+	Head *HeadStatement `json:"head,omitempty"` // the newest that was seen; none where the root asks for none
 }
 
 // Accepted is the last accepted commit with the roots of its content.
@@ -281,6 +283,9 @@ func (v *Verifier) Accept(ctx context.Context, head Commit, facts Facts) error {
 		return err
 	}
 	root := chain.Newest()
+	if err := v.stillFresh(&s, head, root); err != nil {
+		return err
+	}
 	parsed, err := ParseCommit(head.Raw)
 	if err != nil {
 		return err

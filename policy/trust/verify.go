@@ -23,6 +23,34 @@ const (
 	TrailerHost     = "Kmo-Host"
 )
 
+// Commit is a commit as Git has it. Nothing in it is trusted until Verify has said so.
+type Commit struct {
+	ID      string    // 40 lower-case hex digits
+	Parents []string  // ids
+	When    time.Time // the committer's claim; never used to decide
+	Raw     []byte    // the object's bytes as stored, without Git's "commit <size>\0" header: what its signature covers
+	Tree    Tree
+	Stated  []byte // the head statement that the remote has beside the branch, nil for none
+}
+
+// Tree is the files of a commit: regular files and folders only, clean paths, read-only.
+type Tree interface {
+	fs.FS
+	// ObjectID returns the Git object id of the file or folder at path, "" if there is none. Within one repository, equal ids
+	// are equal content: the object store never replaces an object.
+	ObjectID(path string) string
+}
+
+// History answers questions about the commits between two others. A path is never trusted for being in it.
+type History interface {
+	// At returns a commit that the store has.
+	At(ctx context.Context, id string) (Commit, error)
+	// Ancestor says whether old is new or an ancestor of it. A commit that the store does not have is nobody's ancestor.
+	Ancestor(ctx context.Context, old, new string) (bool, error)
+	// Between lists the commits reachable from new but not from old, newest first, along every parent.
+	Between(ctx context.Context, old, new string) ([]Commit, error)
+}
+
 // Verifier judges changes on one host. Its exported fields are set once, before the first call; its methods may be called concurrently.
 type Verifier struct {
 	Site, Branch string
@@ -43,6 +71,7 @@ type Verifier struct {
 	walked   Chain // of the folder trust/ with this Git id
 	walkedAt string
 	parsed   parsed
+	asked    asked     // what Fresh was last asked
 	seq      uint64    // newest state seen by this value
 	latest   time.Time // trusted time seen by this value
 }

@@ -53,6 +53,7 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/go-git/go-git/v5/plumbing"
@@ -93,6 +94,7 @@ type state struct {
 	last    trust.Commit                // guarded by mu: the commit at tip, once it was read
 	source  *store                      // guarded by mu: the objects of a local remote
 	handed  map[plumbing.Hash]time.Time // guarded by mu: what Head has lately returned, and when last
+	stated  atomic.Pointer[statement]   // what Head has last read; never nil
 	own     *store
 	trees   treeCache
 	checked map[plumbing.Hash]extent // guarded by mu: folders whose paths were found good
@@ -135,6 +137,7 @@ type Auth struct {
 // Open checks the fields, reporting all that is wrong at once, and opens or makes the copy. It does not ask the remote.
 func (r *Repository) Open() error {
 	s := &state{checked: map[plumbing.Hash]extent{}, handed: map[plumbing.Hash]time.Time{}}
+	s.stated.Store(&statement{})
 	if err := r.validate(s); err != nil {
 		return err
 	}
@@ -277,13 +280,13 @@ func (l *Limits) fill() {
 	}
 }
 
-// At returns a promoted commit by id, without the network. Any other id is an error that is no refusal.
+// At returns a promoted commit by id, without the network; beside it, the head statement that Head has last found. Any other id is an error that is no refusal.
 func (r *Repository) At(_ context.Context, id string) (reconciler.Commit, error) {
 	h, err := parseID(id)
 	if err != nil {
 		return reconciler.Commit{}, err
 	}
-	return r.commit(r.own, h)
+	return r.withStatement(r.commit(r.own, h))
 }
 
 // commit reads a commit from a store.

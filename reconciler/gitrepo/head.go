@@ -10,6 +10,7 @@ import (
 	"os"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"strings"
 	"syscall"
 	"time"
@@ -21,6 +22,7 @@ import (
 	"github.com/go-git/go-git/v5/plumbing/protocol/packp/sideband"
 
 	"github.com/kindos/kmo/policy/refusal"
+	"github.com/kindos/kmo/policy/trust"
 	"github.com/kindos/kmo/reconciler"
 )
 
@@ -29,7 +31,7 @@ import (
 func (r *Repository) Head(ctx context.Context) (reconciler.Commit, error) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	commit, err := r.head(ctx)
+	commit, err := r.withStatement(r.head(ctx))
 	if err == nil {
 		r.handed[r.tip] = r.Now()
 	}
@@ -43,6 +45,9 @@ func (r *Repository) head(ctx context.Context) (reconciler.Commit, error) {
 		tip, err := lookLocal(r.remote.repositoryDir(), r.Branch, r.Limits)
 		if err != nil {
 			return reconciler.Commit{}, err
+		}
+		if err := r.readStatement(); err != nil {
+			return named(tip), err
 		}
 		if tip == r.tip && !r.own.damaged.Load() {
 			if commit, err := r.tipCommit(); err == nil {
@@ -137,10 +142,8 @@ func (r *Repository) collect(ctx context.Context, _ context.CancelCauseFunc, f *
 	if err != nil {
 		return tip, err
 	}
-	if r.source == nil {
-		if r.source, err = openStore(filepath.Join(dir, "objects"), r.Limits); err != nil {
-			return tip, fmt.Errorf("opening the remote: %v", err)
-		}
+	if err := r.openSource(); err != nil {
+		return tip, err
 	}
 	out, err := newPacker(f, r.Limits.Bytes)
 	if err != nil {
@@ -234,7 +237,15 @@ func (r remote) repositoryDir() string {
 
 // lookLocal reads a branch of a local remote: its file, then packed-refs, then its file again for the case that it was packed between.
 func lookLocal(dir, branch string, l Limits) (plumbing.Hash, error) {
-	name := "refs/heads/" + branch
+	return lookRef(dir, "refs/heads/"+branch, l)
+}
+
+// noRef says that a remote has no such reference.
+type noRef string
+
+func (n noRef) Error() string { return "looking at the branch: the remote has no " + string(n) }
+
+func lookRef(dir, name string, l Limits) (plumbing.Hash, error) {
 	for range 5 { // symbolic references
 		h, next, err := readRef(dir, name, l)
 		if err != nil || next == "" {
@@ -271,7 +282,7 @@ func readRef(dir, name string, l Limits) (h plumbing.Hash, next string, err erro
 	if _, err := os.Stat(filepath.Join(dir, "reftable")); err == nil {
 		return h, "", errors.New("looking at the branch: the remote keeps references in a reftable; want the files format, or ssh")
 	}
-	return h, "", fmt.Errorf("looking at the branch: the remote has no %s", name)
+	return h, "", noRef(name)
 }
 
 // parseRef never repeats what it read: the file may be anything.
@@ -286,13 +297,6 @@ func parseRef(text string) (plumbing.Hash, string, error) {
 	return h, "", nil
 }
 
-func (r *Repository) closeSource() {
-	if r.source != nil {
-		r.source.close()
-		r.source = nil
-	}
-}
-
 // receive asks a server for the branch and writes its pack, bounded in bytes.
 func (r *Repository) receive(ctx context.Context, idle context.CancelCauseFunc, f *os.File, whole bool) (plumbing.Hash, error) {
 	silent := time.AfterFunc(r.Limits.Idle, func() { idle(fmt.Errorf("the remote has sent nothing for %v", r.Limits.Idle)) })
@@ -302,6 +306,9 @@ func (r *Repository) receive(ctx context.Context, idle context.CancelCauseFunc, 
 		return plumbing.ZeroHash, err
 	}
 	defer t.close()
+	if err := r.fetchStatement(ctx, t.refs.References[trust.HeadRef]); err != nil {
+		return plumbing.ZeroHash, err
+	}
 	tip, ok := t.refs.References["refs/heads/"+r.Branch]
 	if !ok || tip.IsZero() {
 		return tip, fmt.Errorf("looking at the branch: the remote has no refs/heads/%s", r.Branch)
@@ -403,7 +410,7 @@ func (r *Repository) recent(n int) []plumbing.Hash {
 	return all
 }
 
-// Watch says "look again" on the channel it returns when the branch of a local remote moves; of any other it hears nothing. Notices
+// Watch says "look again" on the channel it returns when the branch of a local remote moves, or its head statement; of any other it hears nothing. Notices
 // that nobody took become one. It ends with ctx. Where it cannot watch, which the logger is told once, pushes are seen by looking.
 func (r *Repository) Watch(ctx context.Context) <-chan struct{} {
 	notices := make(chan struct{}, 1)
@@ -452,12 +459,15 @@ func (r *Repository) Watch(ctx context.Context) <-chan struct{} {
 
 // beside says that an event is about something that neither is the branch nor holds it.
 func (r *Repository) beside(name string) bool {
+	return name != filepath.Join(r.remote.repositoryDir(), "packed-refs") && !slices.ContainsFunc(r.watched(), func(ref string) bool {
+		return name == ref || strings.HasPrefix(ref, name+string(filepath.Separator))
+	})
+}
+
+// watched are the files of the references of a local remote that Head looks at.
+func (r *Repository) watched() []string {
 	dir := r.remote.repositoryDir()
-	if name == filepath.Join(dir, "packed-refs") {
-		return false
-	}
-	branch := filepath.Join(dir, "refs/heads", filepath.FromSlash(r.Branch))
-	return name != branch && !strings.HasPrefix(branch, name+string(filepath.Separator))
+	return []string{filepath.Join(dir, "refs/heads", filepath.FromSlash(r.Branch)), filepath.Join(dir, filepath.FromSlash(trust.HeadRef))}
 }
 
 // watchBranch watches every folder there is from the one that holds the repository down to the one that holds the branch's file.
@@ -465,8 +475,10 @@ func (r *Repository) beside(name string) bool {
 func (r *Repository) watchBranch(w *fsnotify.Watcher) error {
 	dir := r.remote.repositoryDir()
 	folders := []string{filepath.Dir(dir)}
-	for folder := filepath.Dir(filepath.Join(dir, "refs/heads", filepath.FromSlash(r.Branch))); len(folder) >= len(dir); folder = filepath.Dir(folder) {
-		folders = append(folders, folder)
+	for _, ref := range r.watched() {
+		for folder := filepath.Dir(ref); len(folder) >= len(dir); folder = filepath.Dir(folder) {
+			folders = append(folders, folder)
+		}
 	}
 	for _, folder := range folders {
 		if err := w.Add(folder); err != nil && !errors.Is(err, os.ErrNotExist) && !errors.Is(err, syscall.ENOTDIR) {

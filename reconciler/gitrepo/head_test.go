@@ -23,6 +23,9 @@ import (
 	"golang.org/x/crypto/ssh/agent"
 	"golang.org/x/crypto/ssh/knownhosts"
 
+	"github.com/kindos/kmo/policy/refusal"
+	"github.com/kindos/kmo/policy/trust"
+
 	"github.com/google/go-cmp/cmp"
 )
 
@@ -527,5 +530,46 @@ func TestReadersAmongFetches(t *testing.T) {
 	defer cancel()
 	if n := cap(r.Watch(ctx)); n != 1 {
 		t.Errorf("T77 %d notices are kept, want 1", n)
+	}
+}
+
+// Every kind of remote brings the head statement as it is now, and no other object in its place.
+func TestStatementByEveryRemote(t *testing.T) {
+	w := newWorld(t)
+	w.commit("a", "1")
+	keep := func(text string) {
+		blob := w.pipe(text, "hash-object", "-w", "--stdin")
+		w.run(w.bare, "git", "update-ref", trust.HeadRef, blob)
+	}
+	for name, r := range remotes(w) {
+		t.Run(name, func(t *testing.T) {
+			want := func(text, code string) {
+				t.Helper()
+				c, err := r.Head(t.Context())
+				got := ""
+				if one := refusal.Of(err); one != nil {
+					got = string(one.Code)
+				} else if err != nil {
+					t.Fatal(err)
+				}
+				if string(c.Stated) != text || got != code {
+					t.Errorf("got %.40q, %v; want %q, %q", c.Stated, err, text, code)
+				}
+			}
+			want("", "")
+			keep("one")
+			want("one", "")
+			keep("two")
+			want("two", "")
+			if c, err := r.At(t.Context(), head(t, r)); err != nil || string(c.Stated) != "two" {
+				t.Errorf("At: %q, %v", c.Stated, err)
+			}
+			keep(strings.Repeat("x", maxStatement+1))
+			want("", "E_LIMIT")
+			w.run(w.bare, "git", "update-ref", trust.HeadRef, w.pipe("", "hash-object", "-w", "-t", "tree", "--stdin"))
+			want("", "E_CHAIN")
+			w.run(w.bare, "git", "update-ref", "-d", trust.HeadRef)
+			want("", "")
+		})
 	}
 }

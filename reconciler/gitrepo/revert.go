@@ -208,6 +208,116 @@ func (r *Repository) look(ctx context.Context) (plumbing.Hash, error) {
 	return t.refs.References["refs/heads/"+r.Branch], nil
 }
 
+// statement is a head statement as the remote has it, not yet trusted. It is held in memory alone: a new process asks again.
+type statement struct {
+	blob plumbing.Hash // zero where the remote has none
+	text []byte
+}
+
+// withStatement is a commit with the head statement that was read last.
+func (r *Repository) withStatement(commit reconciler.Commit, err error) (reconciler.Commit, error) {
+	if err == nil {
+		commit.Stated = r.stated.Load().text
+	}
+	return commit, err
+}
+
+// readStatement reads a local remote's head statement if it is another than the one that was read last.
+func (r *Repository) readStatement() error {
+	dir := r.remote.repositoryDir()
+	blob, err := lookRef(dir, trust.HeadRef, r.Limits)
+	if none := noRef(""); errors.As(err, &none) {
+		blob, err = plumbing.ZeroHash, nil
+	}
+	if err != nil || blob == r.stated.Load().blob {
+		return err
+	}
+	if blob.IsZero() {
+		r.stated.Store(&statement{})
+		return nil
+	}
+	if err := r.openSource(); err != nil {
+		return err
+	}
+	return r.keepStatement(blob, r.source)
+}
+
+// fetchStatement fetches a server's head statement, in a conversation of its own, if it is another than the one that was fetched last.
+func (r *Repository) fetchStatement(ctx context.Context, blob plumbing.Hash) error {
+	if blob == r.stated.Load().blob {
+		return nil
+	}
+	if blob.IsZero() {
+		r.stated.Store(&statement{})
+		return nil
+	}
+	f, done, err := r.quarantine()
+	if err != nil {
+		return err
+	}
+	defer done()
+	small := *r
+	small.Limits.Bytes, small.Limits.Object, small.Limits.Objects = 2<<20, maxStatement, 1
+	if err := small.receiveObject(ctx, blob, f); err != nil {
+		return fmt.Errorf("%s: %w", trust.HeadRef, err)
+	}
+	idx, err := index(ctx, f, small.Limits, func(plumbing.Hash) bool { return false })
+	if err != nil {
+		return fmt.Errorf("%s: %w", trust.HeadRef, err)
+	}
+	p, err := newPack(strings.TrimSuffix(f.Name(), ".pack"), idx, small.Limits)
+	if err != nil {
+		return err
+	}
+	defer p.close()
+	return r.keepStatement(blob, p)
+}
+
+// maxStatement bounds a head statement in bytes.
+const maxStatement = 1 << 20
+
+// keepStatement reads a statement's blob and remembers it.
+func (r *Repository) keepStatement(blob plumbing.Hash, from interface {
+	read(plumbing.Hash) (plumbing.ObjectType, []byte, error)
+}) error {
+	kind, text, err := from.read(blob)
+	if len(text) > maxStatement {
+		return tooLarge(trust.HeadRef, int64(len(text)), maxStatement, "bytes")
+	}
+	if errors.Is(err, errAbsent) || err == nil && kind != plumbing.BlobObject {
+		return refuse("E_CHAIN", trust.HeadRef, fmt.Sprintf("%s %s, %d bytes", kind, blob, len(text)), "a blob with a head statement")
+	}
+	if err != nil {
+		return fmt.Errorf("%s: %w", trust.HeadRef, err)
+	}
+	r.stated.Store(&statement{blob, text})
+	return nil
+}
+
+// receiveObject asks a server for one object that a reference of it names.
+func (r *Repository) receiveObject(ctx context.Context, id plumbing.Hash, f *os.File) error {
+	t, err := r.dial(ctx, "git-upload-pack")
+	if err != nil {
+		return err
+	}
+	defer t.close()
+	for _, c := range []capability.Capability{capability.MultiACK, capability.MultiACKDetailed, capability.ThinPack} {
+		t.refs.Capabilities.Delete(c)
+	}
+	request := packp.NewUploadPackRequestFromCapabilities(t.refs.Capabilities)
+	request.Wants = []plumbing.Hash{id}
+	var text bytes.Buffer
+	if err := errors.Join(request.UploadRequest.Encode(&text), request.UploadHaves.Encode(&text, false)); err != nil {
+		return fmt.Errorf("asking for it: %v", err)
+	}
+	text.WriteString("0009done\n")
+	answer, err := t.ask(text.Bytes())
+	if err != nil {
+		return err
+	}
+	return r.download(answer, request, f)
+}
+
 // tail keeps the last kilobyte of what a service says: its reason stands at the end.
 type tail struct {
 	mu   sync.Mutex // a service that is hung up on may still be speaking

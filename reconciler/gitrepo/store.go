@@ -476,3 +476,20 @@ func refuse(code refusal.Code, subject, got, want string) *refusal.Error {
 func tooLarge(subject string, got, limit int64, unit string) *refusal.Error {
 	return refuse("E_LIMIT", subject, fmt.Sprintf("%d %s", got, unit), fmt.Sprintf("at most %d", limit))
 }
+
+// openSource opens the objects of a local remote.
+func (r *Repository) openSource() (err error) {
+	if r.source == nil {
+		if r.source, err = openStore(filepath.Join(r.remote.repositoryDir(), "objects"), r.Limits); err != nil {
+			return fmt.Errorf("opening the remote: %v", err)
+		}
+	}
+	return nil
+}
+
+func (r *Repository) closeSource() {
+	if r.source != nil {
+		r.source.close()
+		r.source = nil
+	}
+}

@@ -6,6 +6,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"time"
 
 	"github.com/spf13/cobra"
 
@@ -19,6 +20,8 @@ type Founding struct {
 	people    []string
 	hosts     []string
 	sealers   []string
+	staters   []string
+	freshness time.Duration
 	sign      string
 	threshold int
 }
@@ -30,6 +33,8 @@ func (f *Founding) Add(cmd *cobra.Command) {
 	cmd.Flags().IntVar(&f.threshold, "threshold", 1, "how many of the people must sign a trust root; with more than one, the first is a draft until so many have signed it")
 	cmd.Flags().StringArrayVar(&f.people, "person", nil, "NAME=EMAIL=PUBLIC-KEY-FILE of one who may commit and approve; repeat")
 	cmd.Flags().StringArrayVar(&f.sealers, "sealer", nil, "NAME=PUBLIC-KEY-FILE of a machine that seals images: with one, tiers 0 to 2 ask for its statement of each; repeat")
+	cmd.Flags().DurationVar(&f.freshness, "freshness", 0, "how old a head statement may be: with it, hosts accept only what somebody has lately signed to be the newest ('kmo head sign')")
+	cmd.Flags().StringArrayVar(&f.staters, "head", nil, "NAME=PUBLIC-KEY-FILE of a machine that signs head statements; without one, people do; repeat")
 	cmd.Flags().StringArrayVar(&f.hosts, "host", nil, "NAME=PUBLIC-KEY-FILE of a host that may revert; repeat")
 }
 
@@ -96,6 +101,20 @@ func (f *Founding) root() (trust.Root, error) {
 	if err != nil {
 		return root, err
 	}
+	staters, err := robots(&root, "--head", f.staters, trust.RoleHead)
+	if err != nil {
+		return root, err
+	}
+	if f.freshness > 0 {
+		root.Freshness = f.freshness.String()
+	}
+	if f.freshness > 0 && len(staters) == 0 {
+		staters = slices.Clone(people)
+		for i := range people {
+			key := &root.Principals[i].Keys[0]
+			key.Uses = append(key.Uses, trust.RoleHead)
+		}
+	}
 	root.Roles = []trust.Role{
 		{Name: trust.RoleRoot, Threshold: f.threshold, Members: people},
 		{Name: trust.RoleCommit, Threshold: 1, Members: people},
@@ -103,6 +122,9 @@ func (f *Founding) root() (trust.Root, error) {
 	}
 	if len(hosts) > 0 {
 		root.Roles = append(root.Roles, trust.Role{Name: trust.RoleRevert, Threshold: 1, Members: hosts})
+	}
+	if len(staters) > 0 {
+		root.Roles = append(root.Roles, trust.Role{Name: trust.RoleHead, Threshold: 1, Members: staters})
 	}
 	if len(sealers) > 0 {
 		root.Roles = append(root.Roles, trust.Role{Name: trust.RoleImage, Threshold: 1, Members: sealers})
