@@ -156,7 +156,7 @@ type Tripwire struct {
 	Title       string `json:"title"`
 	Description string `json:"description"`
 	Passes      string `json:"passes"`   // what it lets pass
-	Waivable    bool   `json:"waivable"` // a waiver, once there are any, can let it pass
+	Waivable    bool   `json:"waivable"` // a waiver can let it pass
 }
 
 // ruleless are the tripwires that are no rule over a change: without them none would be judged, or it would not get here.

@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"slices"
 	"strings"
+	"sync"
 	"time"
 
 	"github.com/open-policy-agent/opa/v1/ast"
@@ -22,6 +23,7 @@ import (
 // Decision is what the rules said about one change, with everything needed to say it again: the audit log keeps it.
 type Decision struct {
 	Denied    []Denial        `json:"denied,omitempty"` // sorted by id, unit and path; none and Evaluated complete: the change may run
+	Waived    []Denial        `json:"waived,omitempty"` // what would be denied, but for a waiver in the input
 	Warned    []Denial        `json:"warned,omitempty"`
 	Evaluated []string        `json:"evaluated"` // ids of the shipped rules that looked, sorted
 	Policy    merkle.Digest   `json:"policy"`    // the set that judged; of two, the base's
@@ -107,7 +109,7 @@ func (s *Set) Replay(ctx context.Context, input []byte) (decision Decision, err 
 			err = &refusal.Error{Code: codeError, Subject: "policy", Got: refusal.Clip(fmt.Sprintf("panic: %v", r), 200), Want: "a judgement"}
 		}
 		if err != nil {
-			decision.Denied, decision.Warned, decision.Evaluated = nil, nil, nil
+			decision.Denied, decision.Waived, decision.Warned, decision.Evaluated = nil, nil, nil, nil
 			if refusal.Of(err) != nil {
 				decision.Denied = []Denial{denialOf(err)}
 			}
@@ -127,8 +129,51 @@ func (s *Set) Replay(ctx context.Context, input []byte) (decision Decision, err 
 			return decision, err
 		}
 	}
-	return decision, nil
+	return decision, decision.waive(input)
 }
+
+// waive moves what the input's waivers let pass out of the denials. What no unit is to blame for nobody waives.
+func (d *Decision) waive(input []byte) error {
+	var facts struct {
+		Change struct {
+			Units []struct {
+				Unit    string
+				Waivers []struct {
+					ID      string
+					Missing *int
+				}
+			}
+		}
+	}
+	if err := json.Unmarshal(input, &facts); err != nil {
+		return &refusal.Error{Code: codeError, Subject: "policy input", Got: refusal.Clip(err.Error(), 200), Want: "an input document"}
+	}
+	granted := map[[2]string]bool{}
+	for _, u := range facts.Change.Units {
+		for _, w := range u.Waivers {
+			granted[[2]string{u.Unit, w.ID}] = w.Missing != nil && *w.Missing == 0
+		}
+	}
+	d.Denied = slices.DeleteFunc(d.Denied, func(denial Denial) bool {
+		waived := denial.Unit != "" && granted[[2]string{denial.Unit, denial.ID}] && waivable(denial.ID)
+		if waived {
+			d.Waived = append(d.Waived, denial)
+		}
+		return waived
+	})
+	return nil
+}
+
+// waivable says whether a rule's denials can be waived: a site's own, and a shipped one whose annotations say so.
+func waivable(id string) bool {
+	if !strings.HasPrefix(id, "KT") {
+		return !strings.HasPrefix(id, "E_")
+	}
+	list, err := annotations()
+	return err == nil && slices.ContainsFunc(list, func(t Tripwire) bool { return t.ID == id && t.Waivable })
+}
+
+var annotations = sync.OnceValues(Tripwires)
 
 // requiredBy lists the ids that the trust root requires beside the shipped ones.
 func requiredBy(input ast.Object) []string {

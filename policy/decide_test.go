@@ -167,10 +167,12 @@ func replay(t *testing.T, set *Set, c *corpus, patch []operation) Decision {
 	return decision
 }
 
+// op sets a field of the input.
+func op(path string, value any) operation { return operation{Op: "add", Path: path, Value: value} }
+
 // TestThreats puts the attacks that come in combination to the set.
 func TestThreats(t *testing.T) {
 	set, c := load(t), readFixtures(t)
-	op := func(path string, value any) operation { return operation{Op: "add", Path: path, Value: value} }
 	privileged := op("/units/0/after/security", map[string]any{"privileged": true})
 	policyFacts := map[string]any{"unit": "@policy", "back": "", "action": "policy", "to": "", "tier": 0, "tierBefore": 0, "need": 3, "counted": nil}
 	for _, one := range []struct {
@@ -183,7 +185,7 @@ func TestThreats(t *testing.T) {
 		{"T45 tag and sha256", []operation{op("/units/0/after/variants/0/image", "reg.example:5000/edge/relay:1@sha256:"+strings.Repeat("ab", 32))}, []string{"KT006"}},
 		{"T68 tier-3 unit that needs a tier-0 change", []operation{op("/change/units/1/tier", 0), op("/change/units/1/need", 3)}, []string{"KT018"}},
 		{"T68 tier lowered", []operation{op("/change/units/0/tierBefore", 0)}, []string{"KT019"}},
-		{"T69 no waiver is known, the tripwire stands", []operation{op("/change/units/0/action", "waiver"), op("/units/0/workloads/0/hooks/exit", []any{[]any{"sh"}})}, []string{"KT027"}},
+		{"T69 an action does not make a waiver, the tripwire stands", []operation{op("/change/units/0/action", "waiver"), op("/units/0/workloads/0/hooks/exit", []any{[]any{"sh"}})}, []string{"KT027"}},
 		{"T70 path put together at render time", []operation{op("/units/0/workloads/0/mounts", []any{map[string]any{"from": "/srv/x/../../etc", "to": "/x"}})}, []string{"KT003"}},
 	} {
 		t.Run(one.name, func(t *testing.T) {
@@ -480,4 +482,37 @@ func TestDecideConcurrently(t *testing.T) {
 		})
 	}
 	group.Wait()
+}
+
+// TestWaived: T69, a waiver passes one rule of one unit, if enough people have signed it and the rule can be waived.
+func TestWaived(t *testing.T) {
+	set, c := load(t), readFixtures(t)
+	hook := op("/units/0/workloads/0/hooks/exit", []any{[]any{"sh"}})
+	waiver := func(id string, missing any) []any {
+		return []any{map[string]any{"id": id, "missing": missing, "counted": []any{}, "uncounted": []any{}, "reason": "x"}}
+	}
+	for _, one := range []struct {
+		name           string
+		patch          []operation
+		denied, waived []string
+	}{
+		{"granted", []operation{hook, op("/change/units/0/waivers", waiver("KT027", 0))}, nil, []string{"KT027"}},
+		{"one missing", []operation{hook, op("/change/units/0/waivers", waiver("KT027", 1))}, []string{"KT027"}, nil},
+		{"of nothing said about it", []operation{hook, op("/change/units/0/waivers", waiver("KT027", nil))}, []string{"KT027"}, nil},
+		{"of another rule", []operation{hook, op("/change/units/0/waivers", waiver("KT026", 0))}, []string{"KT027"}, nil},
+		{"of another unit", []operation{hook, op("/change/units/1/waivers", waiver("KT027", 0))}, []string{"KT027"}, nil},
+		{"of the quorum", []operation{op("/change/units/0/need", 9), op("/change/units/0/waivers", waiver("KT018", 0))}, []string{"KT018"}, nil},
+		{"of a tier lowered", []operation{op("/change/units/0/tierBefore", 0), op("/change/units/0/waivers", waiver("KT019", 0))}, []string{"KT019"}, nil},
+	} {
+		t.Run(one.name, func(t *testing.T) {
+			decision := replay(t, set, c, one.patch)
+			var waived []string
+			for _, denial := range decision.Waived {
+				waived = append(waived, denial.ID)
+			}
+			if denied := slices.Compact(idsOf(decision)); !slices.Equal(denied, one.denied) || !slices.Equal(slices.Compact(waived), one.waived) || (decision.Refusal() == nil) != (one.denied == nil) {
+				t.Errorf("denied %v, waived %v; want %v, %v", denied, waived, one.denied, one.waived)
+			}
+		})
+	}
 }

@@ -45,6 +45,9 @@ func (r *Reconciler) judge(ctx context.Context, rec Record, head Commit) (next *
 	if next == nil {
 		return nil, stage, err
 	}
+	if err := r.Trust.Cool(ctx, next.facts); err != nil {
+		return nil, "trust", err
+	}
 	if err := r.ruling(rec, next, err); err != nil {
 		return nil, "policy", err
 	}

@@ -14,8 +14,8 @@ evaluated contains id if {
 # METADATA
 # title: quorum missing
 # description: |
-#   Each changed unit needs the approvals of its tier, from distinct principals, for exactly this change of content. A unit
-#   that changes but of which nothing was established has none. A revert that needs no quorum says so in the facts.
+#   Each changed unit needs the approvals of its tier, from distinct principals, for exactly this change of content, and the
+#   time that the tier asks for from then on. A unit that changes but of which nothing was established has none. A revert that needs no quorum says so in the facts.
 # custom:
 #   id: KT018
 #   passes: as many approvals as the tier asks for (kmo approve), or a change to a tier-3 unit
@@ -34,6 +34,13 @@ deny contains {"id": "KT018", "unit": facts.unit, "path": path, "msg": msg} if {
 			listing(counted), listing(uncounted(facts)), facts.need - count(counted),
 		],
 	)
+}
+
+# They are complete, and the tier gives others time to object.
+deny contains {"id": "KT018", "unit": facts.unit, "path": concat("/", ["approvals", facts.unit]), "msg": msg} if {
+	not input.change.revert
+	some facts in input.change.units
+	msg := sprintf("tier %d, %s: it has its approvals and cools down until %s; want no more than to wait", [facts.tier, facts.action, facts.cools])
 }
 
 deny contains plan.finding("KT018", i, "", msg) if {

@@ -24,6 +24,11 @@ test_kt018_one_principal_counts_once if {
 	tiers.deny == set() with input as example.counted({"need": 2, "counted": [{"principal": "bob"}, {"principal": "carol"}]})
 }
 
+test_kt018_cools_down if {
+	some denial in tiers.deny with input as example.counted({"need": 1, "counted": [{"principal": "bob"}], "uncounted": [], "cools": "2026-11-02T12:00:00Z"})
+	denial.msg == "tier 2, upgrade: it has its approvals and cools down until 2026-11-02T12:00:00Z; want no more than to wait"
+}
+
 test_kt018_nothing_established if {
 	example.ids(tiers.deny) == {"KT018"} with input as example.changed({"units": []})
 	tiers.deny == set() with input as example.changed({"units": [], "revert": true})

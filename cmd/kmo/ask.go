@@ -246,7 +246,7 @@ func again(body []byte, now policy.Decision) string {
 	switch {
 	case err != nil:
 		return "not replayed: " + err.Error()
-	case !slices.Equal(now.Denied, then.Denied) || !slices.Equal(now.Warned, then.Warned) || !slices.Equal(now.Evaluated, then.Evaluated):
+	case !slices.Equal(now.Denied, then.Denied) || !slices.Equal(now.Waived, then.Waived) || !slices.Equal(now.Warned, then.Warned) || !slices.Equal(now.Evaluated, then.Evaluated):
 		return differs + fmt.Sprintf("%d rules look, denied: %v", len(now.Evaluated), now.Denied)
 	case !bytes.Equal(made, recorded.Decision):
 		return differs + fmt.Sprintf("the same findings, in %d bytes that are not the %d recorded", len(made), len(recorded.Decision))
@@ -396,6 +396,9 @@ func decisionInWords(record audit.Record) []string {
 	}
 	for _, denial := range entry.Decision.Denied {
 		lines = append(lines, strings.TrimSpace(fmt.Sprintf("%s %s %s: %s", denial.ID, denial.Unit, denial.Path, denial.Msg)))
+	}
+	for _, denial := range entry.Decision.Waived {
+		lines = append(lines, strings.TrimSpace(fmt.Sprintf("waived: %s %s %s: %s", denial.ID, denial.Unit, denial.Path, denial.Msg)))
 	}
 	var judged policy.Input
 	if err := json.Unmarshal(entry.Decision.Input, &judged); err != nil {

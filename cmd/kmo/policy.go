@@ -409,7 +409,7 @@ What no site can switch off: its own rules can only deny more. KT021 and KT023 h
 	for _, one := range all {
 		fmt.Fprintf(&b, "| [%s](#%s) | %s | %s |\n", one.ID, strings.ToLower(one.ID), one.Title, yesNo(one.Waivable))
 	}
-	b.WriteString("\nThere is no waiver yet: until there is one, all of them stand.\n")
+	b.WriteString("\n[trust.md](trust.md) says how a rule that can be waived is waived for a while.\n")
 	for _, one := range all {
 		fmt.Fprintf(&b, "\n## %s\n\n%s\n\n**Refuses:** %s.\n\n**Passes:** %s.\n", one.ID, one.Description, one.Title, one.Passes)
 	}

@@ -132,6 +132,9 @@ func (e Evaluation) text(w io.Writer) {
 	for _, denial := range e.Decision.Denied {
 		_, _ = fmt.Fprintf(w, "  %s\n", inOneLine(denial))
 	}
+	for _, denial := range e.Decision.Waived {
+		_, _ = fmt.Fprintf(w, "  waived: %s\n", inOneLine(denial))
+	}
 	for _, warning := range e.Decision.Warned {
 		_, _ = fmt.Fprintf(w, "  warning: %s\n", inOneLine(warning))
 	}

@@ -31,7 +31,7 @@ type Predicate struct {
 	Site     string          `json:"site"`
 	Branch   string          `json:"branch"`
 	Unit     string          `json:"unit"`
-	Action   string          `json:"action"` // upgrade, downgrade, policy or root
+	Action   string          `json:"action"` // upgrade, downgrade, policy, root or waiver
 	Tier     int             `json:"tier"`
 	From     merkle.Digest   `json:"from"` // "" for a new unit
 	To       merkle.Digest   `json:"to"`   // "" for a removed unit
@@ -40,6 +40,8 @@ type Predicate struct {
 	Expires  time.Time       `json:"expires"`
 	Nonce    string          `json:"nonce"`
 	Intent   Intent          `json:"intent"`
+	Waives   []string        `json:"waives,omitempty"` // of a waiver: ids of the rules whose denial of this content it lets pass
+	Reason   string          `json:"reason,omitempty"` // of a waiver: why
 }
 
 // Intent says in words why. Nothing is decided by it.
@@ -109,6 +111,9 @@ func SignApproval(p Predicate, signer ssh.Signer) (file string, data []byte, err
 	}
 	data, err = signature.Seal(payload, approvalPurpose, signer)
 	name := strings.NewReplacer("/", "_", "+", "-", ":", "-").Replace(signature.KeyID(signer.PublicKey()))
+	if p.Action == actionWaiver {
+		name += ".waiver"
+	}
 	return path.Join(approvalFolder(p.Unit, p.To), name+".dsse.json"), data, err
 }
 
@@ -128,12 +133,14 @@ type quorum struct {
 	since        map[string][]Commit        // by base: the commits after it, up to and with the head
 	recent       map[string]Commit          // commits between what runs and the head, and both, by id
 	verdicts     map[string]baseAnswer      // by base and unit
+	waived       map[string]*waiving        // of the unit that is counted: by rule, who waives it
 }
 
 type baseAnswer struct{ code, why string }
 
 // count fills Counted and Uncounted of one unit. Errors are the world's: whatever is wrong with an approval is recorded, and it does not count.
 func (q *quorum) count(ctx context.Context, u *UnitFacts) error {
+	q.waived = map[string]*waiving{}
 	folder := approvalFolder(u.Unit, u.To)
 	entries, err := fs.ReadDir(q.head.Tree, folder)
 	if errors.Is(err, fs.ErrNotExist) {
@@ -155,15 +162,12 @@ func (q *quorum) count(ctx context.Context, u *UnitFacts) error {
 		if err != nil {
 			return fmt.Errorf("reading %s: %w", file, err)
 		}
-		judged, err := q.file(ctx, u, file, data)
-		if err != nil {
+		if err := q.file(ctx, u, file, data); err != nil {
 			return err
-		}
-		for _, a := range judged {
-			q.add(u, a)
 		}
 	}
 	q.organisations(u)
+	q.waivers(u)
 	return nil
 }
 
@@ -176,15 +180,19 @@ func readBounded(tree fs.FS, name string) ([]byte, error) {
 	return io.ReadAll(io.LimitReader(file, signature.MaxEnvelope+1))
 }
 
-// file judges every signature of one envelope.
-func (q *quorum) file(ctx context.Context, u *UnitFacts, file string, data []byte) ([]Approval, error) {
+// file judges every signature of one envelope, and adds them to what the unit, or a waiver for it, has.
+func (q *quorum) file(ctx context.Context, u *UnitFacts, file string, data []byte) error {
 	s, err := signature.Open(data, approvalPurpose, file)
 	if err != nil {
-		return []Approval{(Approval{File: file}).without(err)}, nil
+		q.add(u, (Approval{File: file}).without(err))
+		return nil
 	}
 	var p Predicate
 	bad := signature.Decode(s.Payload, &p, signature.MaxEnvelope, file)
-	var judged []Approval
+	asked := u
+	if bad == nil && p.Action == actionWaiver {
+		asked = q.waiver(u)
+	}
 	for i := range s.Len() {
 		a, principal := q.signer(s, i, Approval{File: file, Expires: p.Expires})
 		switch {
@@ -192,14 +200,18 @@ func (q *quorum) file(ctx context.Context, u *UnitFacts, file string, data []byt
 		case bad != nil:
 			a = a.without(bad)
 		default:
-			if a, err = q.context(ctx, u, p, a); err != nil {
-				return nil, err
+			if a, err = q.context(ctx, asked, p, a); err != nil {
+				return err
 			}
-			a = q.eligible(u, principal, a)
+			a = q.eligible(asked, principal, a)
 		}
-		judged = append(judged, a)
+		if asked == u {
+			q.add(u, a)
+			continue
+		}
+		q.waive(u, p, a)
 	}
-	return judged, nil
+	return nil
 }
 
 // without marks an approval as not counted for a refusal.
@@ -224,6 +236,7 @@ func (q *quorum) signer(s signature.Sealed, i int, a Approval) (Approval, *Princ
 		return a.without(err), nil
 	}
 	a.Key = signed.KeyID()
+	a.Hardware = strings.HasPrefix(signed.Key().Type(), "sk-")
 	principal, err := q.root.allowed(signed.Key(), RoleApprove, q.now, a.File)
 	if principal != nil {
 		a.Principal = principal.Name
@@ -269,6 +282,9 @@ func (q *quorum) context(ctx context.Context, u *UnitFacts, p Predicate, a Appro
 		if pair.got != pair.want {
 			return a.uncounted("E_APPROVAL_CONTEXT", fmt.Sprintf("it is for %s %q; want %q", pair.name, refusal.Clip(pair.got, 120), refusal.Clip(pair.want, 120))), nil
 		}
+	}
+	if bad := p.waiverFault(q.now); bad != "" {
+		return a.uncounted("E_APPROVAL_CONTEXT", bad), nil
 	}
 	if !q.now.Before(p.Expires) {
 		return a.uncounted("E_APPROVAL_EXPIRED", fmt.Sprintf("it expired %s; it is %s", p.Expires.UTC().Format(time.RFC3339), q.now.Format(time.RFC3339))), nil
@@ -384,6 +400,8 @@ func (q *quorum) eligible(u *UnitFacts, p *Principal, a Approval) Approval {
 		return a.uncounted("E_QUORUM", fmt.Sprintf("%s wrote or committed part of this change, and tier %d does not count authors", p.Name, u.Tier))
 	case tier.ExcludeRobots && p.Class == "robot":
 		return a.uncounted("E_QUORUM", fmt.Sprintf("%s is a robot, and tier %d counts humans only", p.Name, u.Tier))
+	case tier.Hardware && !a.Hardware:
+		return a.uncounted("E_QUORUM", fmt.Sprintf("key %s of %s is no security key, and tier %d counts those only", a.Key, p.Name, u.Tier))
 	}
 	return a
 }

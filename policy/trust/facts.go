@@ -53,9 +53,12 @@ type UnitFacts struct {
 	From       merkle.Digest `json:"from"`       // content that runs; none for a new unit
 	To         merkle.Digest `json:"to"`         // content that would run; none for a removed one
 	Profiles   []string      `json:"profiles"`
-	Need       int           `json:"need"`      // distinct principals
-	Counted    []Approval    `json:"counted"`   // one a principal
-	Uncounted  []Approval    `json:"uncounted"` // with the reason in Why
+	Need       int           `json:"need"`              // distinct principals
+	Counted    []Approval    `json:"counted"`           // one a principal
+	Uncounted  []Approval    `json:"uncounted"`         // with the reason in Why
+	Waivers    []Waiver      `json:"waivers,omitempty"` // asked for, sorted by id
+	Cools      time.Time     `json:"cools,omitzero"`    // until when the change waits although its approvals are complete; none if it does not
+	Complete   time.Time     `json:"-"`                 // since when they are, of a tier with a cool-down
 
 	ProfileChanges []ProfileChange `json:"profileChanges"` // the contents of Profiles, sorted by name; part of what is approved
 }
@@ -85,6 +88,8 @@ type Approval struct {
 	Expires   time.Time `json:"expires,omitzero"`
 	Why       string    `json:"why,omitempty"`  // why it does not count
 	Code      string    `json:"code,omitempty"` // the refusal's code for that
+
+	Hardware bool `json:"-"` // a security key made it
 }
 
 // WaysOut are the facts of what takes the policy away again that a head brings: the removal of policy/ alone, under each key that may sign

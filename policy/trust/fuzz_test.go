@@ -73,14 +73,11 @@ func FuzzU44Approval(f *testing.F) {
 			history: everywhere{}, since: map[string][]Commit{}, recent: map[string]Commit{}, verdicts: map[string]baseAnswer{},
 		}
 		u := unit
-		all, err := q.file(context.Background(), &u, "approvals/x.dsse.json", file)
-		if err != nil {
+		q.waived = map[string]*waiving{}
+		if err := q.file(context.Background(), &u, "approvals/x.dsse.json", file); err != nil {
 			t.Fatal(err)
 		}
-		for _, a := range all {
-			if a.Code != "" {
-				continue
-			}
+		for range u.Counted {
 			var p Predicate
 			if err := json.Unmarshal(payload, &p); err != nil {
 				t.Fatal("counted, and no JSON:", err)

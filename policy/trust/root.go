@@ -70,11 +70,14 @@ type Tier struct {
 	Need          int    `json:"need"` // approvals by distinct principals
 	ExcludeAuthor bool   `json:"excludeAuthor,omitempty"`
 	ExcludeRobots bool   `json:"excludeRobots,omitempty"`
-	Orgs          int    `json:"orgs,omitempty"` // distinct organisations among them
-	Hardware      bool   `json:"hardware,omitempty"`
-	CoolDown      string `json:"coolDown,omitempty"`
+	Orgs          int    `json:"orgs,omitempty"`      // distinct organisations among them
+	Hardware      bool   `json:"hardware,omitempty"`  // only approvals of security keys count (sk-), each touched
+	CoolDown      string `json:"coolDown,omitempty"`  // how long a change waits once its approvals are complete: "24h", at most 720h
 	Statement     string `json:"statement,omitempty"` // role whose statement of every image of a unit it asks for: image
 }
+
+// maxCoolDown is the longest a root may make a change wait.
+const maxCoolDown = 30 * 24 * time.Hour
 
 // Pattern gives a tier to paths, with path.Match's signs: "units/kernel-*", "profiles/edge-*.yaml", "site.yaml".
 type Pattern struct {
@@ -179,12 +182,9 @@ func decodeRoot(payload []byte) (*Root, error) {
 
 // doors is the one table of what a root may hold and this build does not act on yet. Each is refused by name, never ignored.
 func (r *Root) doors() []string {
-	keyless, hardware, coolDown := false, false, false
+	keyless := false
 	for _, p := range r.Principals {
 		keyless = keyless || p.Keyless != ""
-	}
-	for _, t := range r.Tiers {
-		hardware, coolDown = hardware || t.Hardware, coolDown || t.CoolDown != ""
 	}
 	var set []string
 	for _, door := range []struct {
@@ -192,8 +192,6 @@ func (r *Root) doors() []string {
 		set  bool
 	}{
 		{"keyless", keyless},
-		{"hardware", hardware},
-		{"coolDown", coolDown},
 	} {
 		if door.set {
 			set = append(set, door.name+" is set, and not acted on yet: leave it out")
@@ -280,6 +278,16 @@ func (r *Root) tierFaults() (faults []string) {
 		eligible := r.eligible(RoleApprove)
 		if t.ExcludeRobots {
 			eligible = slices.DeleteFunc(eligible, func(p Principal) bool { return p.Class == "robot" })
+		}
+		if t.Hardware {
+			eligible = slices.DeleteFunc(eligible, func(p Principal) bool {
+				return !slices.ContainsFunc(p.Keys, func(k Key) bool {
+					return k.Revoked == nil && r.may(&p, &k, RoleApprove) && strings.HasPrefix(k.Public, "sk-")
+				})
+			})
+		}
+		if wait, err := time.ParseDuration(t.CoolDown); t.CoolDown != "" && (err != nil || wait <= 0 || wait > maxCoolDown) {
+			faults = append(faults, fmt.Sprintf("tier %d has a cool-down of %q, want a time as 24h, at most %v", i, refusal.Clip(t.CoolDown, 20), maxCoolDown))
 		}
 		orgs := map[string]bool{}
 		for _, p := range eligible {

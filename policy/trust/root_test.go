@@ -80,9 +80,7 @@ func TestRootInvalid(t *testing.T) {
 // TestRootDoors sets each field that is not acted on yet: none is ignored.
 func TestRootDoors(t *testing.T) {
 	for name, change := range map[string]func(r *Root){
-		"keyless":  func(r *Root) { r.Principals[0].Keyless = "https://issuer alice" },
-		"hardware": func(r *Root) { r.Tiers[0].Hardware = true },
-		"coolDown": func(r *Root) { r.Tiers[0].CoolDown = "1h" },
+		"keyless": func(r *Root) { r.Principals[0].Keyless = "https://issuer alice" },
 	} {
 		t.Run(name, func(t *testing.T) {
 			w := newWorld(t, nil)

@@ -27,20 +27,20 @@ const maxState = 64 << 20 // bytes of its file
 
 // State is what a host remembers of trust. It only moves forward.
 type State struct {
-	Version  int       `json:"version"` // of this file: 1
-	Seq      uint64    `json:"seq"`     // grows by one with each write
-	Site     string    `json:"site"`
-	Branch   string    `json:"branch"`
-	Root     int       `json:"root"` // version of the trust root
-	Pin      Pin       `json:"pin"`
-	Current  Pin       `json:"current,omitzero"` // of that version's file; the pin if it is not there
-	Time     time.Time `json:"time"`             // trusted time of the last write
-	Accepted Accepted  `json:"accepted"`
-	Log      []Entry   `json:"log"`     // accepted commits, oldest first, at most 64
-	Burned   []string  `json:"burned"`  // commits that no revert may come back to
-	Reverts  []Entry   `json:"reverts"` // accepted in the 24 hours before Time
-
-	Head *HeadStatement `json:"head,omitempty"` // the newest that was seen; none where the root asks for none
+	Version  int            `json:"version"` // of this file: 1
+	Seq      uint64         `json:"seq"`     // grows by one with each write
+	Site     string         `json:"site"`
+	Branch   string         `json:"branch"`
+	Root     int            `json:"root"` // version of the trust root
+	Pin      Pin            `json:"pin"`
+	Current  Pin            `json:"current,omitzero"` // of that version's file; the pin if it is not there
+	Time     time.Time      `json:"time"`             // trusted time of the last write
+	Accepted Accepted       `json:"accepted"`
+	Log      []Entry        `json:"log"`     // accepted commits, oldest first, at most 64
+	Burned   []string       `json:"burned"`  // commits that no revert may come back to
+	Reverts  []Entry        `json:"reverts"` // accepted in the 24 hours before Time
+	Cooling  []Cooling      `json:"cooling,omitempty"`
+	Head     *HeadStatement `json:"head,omitempty"` // the newest that was seen; none where the root asks for none
 }
 
 // Accepted is the last accepted commit with the roots of its content.
@@ -304,7 +304,7 @@ func (v *Verifier) Accept(ctx context.Context, head Commit, facts Facts) error {
 		s.takeBack(good)
 		s.Reverts = append(s.Reverts, entry)
 	}
-	s.Accepted = accepted
+	s.Accepted, s.Cooling = accepted, nil
 	s.Log = append(s.Log, entry)
 	s.Log = s.Log[max(0, len(s.Log)-maxEntries):]
 	s.Version, s.Site, s.Branch, s.Pin, s.Root, s.Current = 1, v.Site, v.Branch, v.Pin, root.Version, chain[len(chain)-1].Pin

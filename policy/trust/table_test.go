@@ -165,11 +165,10 @@ func tryApproval(w *world, r *Root, key ssh.Signer) error {
 		root: r, site: "north-sea", branch: "main", now: w.now, running: Commit{Tree: tree}, head: Commit{ID: head, Tree: tree},
 		history: everywhere{}, since: map[string][]Commit{}, recent: map[string]Commit{}, verdicts: map[string]baseAnswer{},
 	}
-	all, err := q.file(context.Background(), &u, "approval", w.seal(payload, approvalPurpose, key))
-	if err != nil || len(all) != 1 || all[0].Code == "" {
+	if err := q.file(context.Background(), &u, "approval", w.seal(payload, approvalPurpose, key)); err != nil || len(u.Counted) == 1 {
 		return err
 	}
-	return &refusal.Error{Code: refusal.Code(all[0].Code), Subject: "approval", Got: all[0].Why}
+	return &refusal.Error{Code: refusal.Code(u.Uncounted[0].Code), Subject: "approval", Got: u.Uncounted[0].Why}
 }
 
 // tryStatement asks whose statements are believed: how they are verified is registry's.

@@ -65,15 +65,20 @@ type Verifier struct {
 	MinSeq        uint64 // the journal or the audit log have seen this state: an older one is an alarm
 	RevertsPerDay int    // how many reverts are accepted in 24 hours; 0 means 10
 
-	mu       sync.Mutex // guards what follows
+	mu sync.Mutex // guards what follows
+	known
+	asked  asked     // what Fresh was last asked
+	seq    uint64    // newest state seen by this value
+	latest time.Time // trusted time seen by this value
+}
+
+// known is what was computed before. Git object ids are the keys, so an unchanged folder costs nothing.
+type known struct {
 	roots    map[string]merkle.Digest
 	declared map[string]Declared
 	walked   Chain // of the folder trust/ with this Git id
 	walkedAt string
 	parsed   parsed
-	asked    asked     // what Fresh was last asked
-	seq      uint64    // newest state seen by this value
-	latest   time.Time // trusted time seen by this value
 }
 
 const (
@@ -379,6 +384,7 @@ func (j *judgement) approvals(ctx context.Context, q *quorum) error {
 		if err := q.count(ctx, u); err != nil {
 			return err
 		}
+		j.cool(q.root, u)
 	}
 	sortUnits(&j.facts, q.authors)
 	return nil

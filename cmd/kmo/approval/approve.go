@@ -29,6 +29,8 @@ type approving struct {
 	units  []string
 	valid  time.Duration
 	intent trust.Intent
+	waives []string
+	reason string
 	yes    bool
 }
 
@@ -51,11 +53,15 @@ can be the base instead.
 
 The key is a private SSH key file, a public one whose private half the ssh-agent holds, or, without --key, the agent's only key.
 
+With --waive it is a waiver instead: those rules' denials of exactly this content pass until it expires, in at most 14 days. That takes as
+many as a change of tier 0 does, whatever the unit's tier, and its approvals besides. 'kmo policy list' says which rules can be waived.
+
 Exit statuses: 0 approved, 1 error or not approved, 2 usage, 3 refused.`,
 		Example: `  git commit -S -am "relay: lower latency"
   kmo approve --base origin/main --key ~/.ssh/id_ed25519
   git add approvals && git commit -S -m "approve relay" && git push
-  git pull && kmo approve --base 3f9a2c1d    # what 'kmo status' on a host shows as good`,
+  git pull && kmo approve --base 3f9a2c1d    # what 'kmo status' on a host shows as good
+  kmo approve --unit relay --waive KT010 --reason 'the vendor fixes it in May' --valid 72h`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error { return a.run(cmd) },
 	}
@@ -65,6 +71,8 @@ Exit statuses: 0 approved, 1 error or not approved, 2 usage, 3 refused.`,
 	cmd.Flags().DurationVar(&a.valid, "valid", 7*24*time.Hour, "how long the approval counts")
 	cmd.Flags().StringVar(&a.intent.Summary, "summary", "", "why, in one line")
 	cmd.Flags().StringVar(&a.intent.Ticket, "ticket", "", "where it was asked for")
+	cmd.Flags().StringSliceVar(&a.waives, "waive", nil, "not an approval but a waiver of these rules; needs --unit and --reason")
+	cmd.Flags().StringVar(&a.reason, "reason", "", "why the rules are waived")
 	cmd.Flags().BoolVarP(&a.yes, "yes", "y", false, "do not ask")
 	return cmd
 }
@@ -75,6 +83,9 @@ const longest = 366 * 24 * time.Hour
 func (a *approving) run(cmd *cobra.Command) (err error) {
 	if a.valid <= 0 || a.valid > longest {
 		return cli.Usagef("--valid %v: want more than nothing and at most %v", a.valid, longest)
+	}
+	if (len(a.waives) > 0) != (a.reason != "") || len(a.waives) > 0 && (len(a.units) == 0 || a.valid > trust.MaxWaiver) {
+		return cli.Usagef("--waive needs --unit, --reason, and --valid of at most %v", trust.MaxWaiver)
 	}
 	ctx := cmd.Context()
 	source, done, err := a.open(ctx)
@@ -107,7 +118,11 @@ func (a *approving) run(cmd *cobra.Command) (err error) {
 		if err != nil {
 			return err
 		}
-		approvals = append(approvals, trust.NewApproval(c.verifier.Site, c.verifier.Branch, base, unit.UnitFacts, time.Now().Add(a.valid), a.intent))
+		approval := trust.NewApproval(c.verifier.Site, c.verifier.Branch, base, unit.UnitFacts, time.Now().Add(a.valid), a.intent)
+		if len(a.waives) > 0 {
+			approval = approval.Waiving(a.waives, a.reason)
+		}
+		approvals = append(approvals, approval)
 	}
 	if err := a.show(cmd, c, key, approvals); err != nil {
 		return err
@@ -174,7 +189,11 @@ func (a *approving) show(cmd *cobra.Command, c *change, key ssh.Signer, approval
 
 // signed are the lines of what an approval says, but for what its unit's change is.
 func signed(p trust.Predicate) []string {
-	lines := []string{"  from " + orNothing(p.From.String()), "  to   " + orNothing(p.To.String())}
+	var lines []string
+	if len(p.Waives) > 0 {
+		lines = []string{"  WAIVES " + review.Plain(strings.Join(p.Waives, ", ")) + " because " + review.Plain(p.Reason) + ", as a change of tier 0"}
+	}
+	lines = append(lines, "  from "+orNothing(p.From.String()), "  to   "+orNothing(p.To.String()))
 	for _, profile := range p.Profiles {
 		lines = append(lines, fmt.Sprintf("  with profile %s from %s to %s", profile.Name, orNothing(profile.From.String()), orNothing(profile.To.String())))
 	}

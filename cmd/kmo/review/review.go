@@ -5,6 +5,7 @@ package review
 
 import (
 	"bytes"
+	"cmp"
 	"fmt"
 	"io/fs"
 	"maps"
@@ -12,6 +13,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"time"
 	"unicode"
 	"unicode/utf8"
 
@@ -62,10 +64,10 @@ func Quorum(u trust.Reviewed) []string {
 	return lines
 }
 
-// Approvals says in lines which approvals of a unit count, which do not and why, and how many are missing.
+// Approvals says in lines which approvals and waivers of a unit count, which do not and why, and how many are missing.
 func Approvals(u trust.UnitFacts) []string {
 	if u.Need == 0 && len(u.Uncounted) == 0 {
-		return nil
+		return waivers(u)
 	}
 	lines := []string{fmt.Sprintf("%s: %d of %d approvals", u.Unit, len(u.Counted), u.Need)}
 	if n := u.Missing(); n > 0 {
@@ -80,6 +82,25 @@ func Approvals(u trust.UnitFacts) []string {
 			who = a.File
 		}
 		lines = append(lines, Plain(fmt.Sprintf("  does not count: %s: %s %s", who, a.Code, a.Why)))
+	}
+	if !u.Cools.IsZero() {
+		lines = append(lines, "  waits until "+u.Cools.Format(time.RFC3339))
+	}
+	return append(lines, waivers(u)...)
+}
+
+func waivers(u trust.UnitFacts) (lines []string) {
+	for _, w := range u.Waivers {
+		var by []string
+		for _, a := range w.Counted {
+			by = append(by, a.Principal)
+		}
+		slices.Sort(by)
+		text := fmt.Sprintf("%s: %s waived by %s: %s", u.Unit, w.ID, strings.Join(by, ", "), w.Reason)
+		if w.Missing > 0 {
+			text = fmt.Sprintf("%s: %s not waived, %d approvals missing; by %s: %s", u.Unit, w.ID, w.Missing, cmp.Or(strings.Join(by, ", "), "nobody"), w.Reason)
+		}
+		lines = append(lines, Plain(text))
 	}
 	return lines
 }
