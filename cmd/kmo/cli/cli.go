@@ -21,13 +21,16 @@ const (
 // Status is an error that is only an exit status: everything has been said.
 type Status int
 
+// Error says the number.
 func (s Status) Error() string { return fmt.Sprintf("exit status %d", int(s)) }
 
 // Usage is a mistake in the command's words.
 type Usage struct{ Err error }
 
+// Error is that of Err.
 func (u Usage) Error() string { return u.Err.Error() }
 
+// Unwrap is Err.
 func (u Usage) Unwrap() error { return u.Err }
 
 // Usagef is such a mistake, as [fmt.Errorf] writes it.
