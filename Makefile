@@ -63,7 +63,7 @@ generate: ## what is generated from the code: protocol, schemas, documents
 	$(GO) generate ./...
 
 need: ## what the tests need beside Go
-	.ci/need git ssh-keygen gcc mksquashfs slirp4netns mkfs.ext4
+	.ci/need git gpg ssh-keygen gcc mksquashfs slirp4netns mkfs.ext4
 
 need-engines: need ## engines, a guest's kernel, and servers, which are built once into .cache
 	.ci/need ip iptables dockerd containerd runc podman conmon /usr/lib/podman/netavark lxc-start /bin/busybox runsc qemu-system-x86_64 \

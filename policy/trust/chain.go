@@ -191,7 +191,7 @@ func (j *judgement) trusted(ctx context.Context) (err error) {
 		}
 	}
 	if accepted > 0 && accepted < version && standing(j.running.Tree, "trust") == standing(j.head.Tree, "trust") {
-		if _, signed, err := openCommit(j.head.Raw, j.head.ID); err == nil && j.chain[accepted-1].Root.Owner(signed.Key()) != "" {
+		if _, signed, err := j.chain[accepted-1].Root.openCommit(j.head.Raw, j.head.ID, j.facts.Time); err == nil && j.chain[accepted-1].Root.Owner(signed.Key()) != "" {
 			version = accepted
 		}
 	}

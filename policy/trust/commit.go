@@ -28,7 +28,7 @@
 // and ":" as "-". Paths are only where to look: the signed payload alone says what is approved.
 //
 // Keys are SSH keys: ed25519, ecdsa p256 and p384, their sk- forms with a touch, RSA of 3072 bits or more with SHA-2. A key's id is its
-// OpenSSH fingerprint, "SHA256:…", always computed from the key.
+// OpenSSH fingerprint, "SHA256:…", always computed from the key. For commits a root may also pin OpenPGP keys: docs/decisions/024-openpgp.md.
 package trust
 
 import (
@@ -301,7 +301,7 @@ func (j *judgement) after(from string, commits []Commit) map[string]bool {
 // writers adds whom a commit names as author and committer, and who signed it; signed says whether that was a key that may sign commits: a
 // host's, which signs reverts, says nothing of who wrote.
 func (j *judgement) writers(c Commit, who map[string]bool) (signed bool) {
-	p, by, unsigned := openCommit(c.Raw, c.ID)
+	p, by, unsigned := j.root.openCommit(c.Raw, c.ID, j.facts.Time)
 	for _, email := range []string{p.Author.Email, p.Committer.Email} {
 		if name := j.root.principalOf(email); name != "" {
 			who[name] = true

@@ -1,8 +1,10 @@
 package trust
 
 import (
+	"bytes"
 	"context"
 	"encoding/json"
+	"strings"
 	"testing"
 	"time"
 
@@ -87,6 +89,51 @@ func FuzzU44Approval(f *testing.F) {
 			if diff := cmp.Diff(good, p); diff != "" || !w.now.Before(expires) {
 				t.Errorf("counted, and for another change: %s, until %v", diff, expires)
 			}
+		}
+	})
+}
+
+// FuzzU24OpenPGP reads OpenPGP blocks for a pinned key: only the very signature that was made verifies, in any spelling that is read.
+func FuzzU24OpenPGP(f *testing.F) {
+	w := &pgpWorld{world: newWorld(f, nil), now: day0}
+	e := w.entity(time.Hour, nil)
+	w.subkey(e, nil, nil)
+	message := []byte("message")
+	certificate, err := signature.ReadCertificate(export(f, e))
+	if err != nil {
+		f.Fatal(err)
+	}
+	made := w.pgpSign(message, e.PrivateKey, nil)
+	f.Add(made)
+	f.Add([]byte{0x88, 0x01, 0x04})
+	f.Fuzz(func(t *testing.T, blob []byte) {
+		s, err := signature.ParseOpenPGP(message, pgpArmour(t, blob, nil), []*signature.Certificate{certificate}, day0, "fuzz")
+		if err == nil {
+			err = s.Verify()
+		}
+		if err != nil && refusal.Of(err) == nil {
+			t.Fatal("no refusal:", err)
+		}
+		if err == nil && !bytes.Contains(blob, made[len(made)-64:]) {
+			t.Fatalf("%x is taken", blob)
+		}
+	})
+}
+
+// FuzzU24Certificate reads OpenPGP keys: what is taken is one key with an id.
+func FuzzU24Certificate(f *testing.F) {
+	w := &pgpWorld{world: newWorld(f, nil), now: day0}
+	e := w.entity(time.Hour, nil)
+	w.subkey(e, nil, nil)
+	f.Add(export(f, e))
+	f.Fuzz(func(t *testing.T, raw []byte) {
+		c, err := signature.ReadCertificate(raw)
+		if err != nil {
+			return
+		}
+		again, err := signature.ParseKey(publicLine(c))
+		if err != nil || signature.KeyID(again) != signature.KeyID(c) || !strings.HasPrefix(signature.KeyID(c), "openpgp:") {
+			t.Errorf("%x comes back as %v, %v", raw, again, err)
 		}
 	})
 }

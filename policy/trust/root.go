@@ -43,9 +43,9 @@ type Principal struct {
 	Keyless string   `json:"keyless,omitempty"` // an issuer and exact subject
 }
 
-// Key is one SSH key of a principal.
+// Key is one key of a principal, an SSH one, or an OpenPGP one for commits.
 type Key struct {
-	Public  string    `json:"public"`            // "ssh-ed25519 AAAA…", as in an authorized_keys file, without a comment
+	Public  string    `json:"public"`            // "ssh-ed25519 AAAA…", as in an authorized_keys file, without a comment; or "openpgp mQEN…"
 	Uses    []string  `json:"uses,omitempty"`    // roles it may be used for
 	From    time.Time `json:"from,omitzero"`     // it signs nothing before this trusted time
 	Revoked *Revoked  `json:"revoked,omitempty"` // it signs nothing any more, whatever date is written on it
@@ -233,6 +233,9 @@ func (r *Root) principalFaults() (faults []string) {
 				faults = append(faults, fmt.Sprintf("key %s belongs to %s and to %s", signature.KeyID(public), owner, p.Name))
 			}
 			keys[signature.KeyID(public)] = p.Name
+			if _, openpgp := public.(*signature.Certificate); openpgp && !slices.Equal(k.Uses, []string{RoleCommit}) {
+				faults = append(faults, fmt.Sprintf("key %s of %s has uses %v, want commit alone: an OpenPGP key signs nothing else", signature.KeyID(public), p.Name, k.Uses))
+			}
 			for _, use := range k.Uses {
 				if !slices.Contains([]string{RoleRoot, RoleCommit, RoleApprove, RoleRevert, RoleImage, RoleHead}, use) {
 					faults = append(faults, fmt.Sprintf("key %s of %s has use %q, want root, commit, approve, revert, image or head", signature.KeyID(public), p.Name, refusal.Clip(use, 20)))
@@ -387,6 +390,20 @@ func (r *Root) keyOf(public ssh.PublicKey) (*Principal, *Key) {
 	return nil, nil
 }
 
+// certificates are the OpenPGP keys. A root without any takes no OpenPGP signature.
+func (r *Root) certificates() (all []*signature.Certificate) {
+	for _, p := range r.Principals {
+		for _, k := range p.Keys {
+			if public, err := signature.ParseKey(k.Public); err == nil {
+				if c, ok := public.(*signature.Certificate); ok {
+					all = append(all, c)
+				}
+			}
+		}
+	}
+	return all
+}
+
 // may says whether the principal has the role and the key its use.
 func (r *Root) may(p *Principal, k *Key, role string) bool {
 	return slices.Contains(r.role(role).Members, p.Name) && slices.Contains(k.Uses, role)
@@ -411,7 +428,7 @@ func (r *Root) rebad() bool {
 
 // burns says why what a commit brings must not run: it is signed with such a key. "" says that it is not.
 func (r *Root) burns(c Commit) string {
-	_, signed, err := openCommit(c.Raw, c.ID)
+	_, signed, err := r.openCommit(c.Raw, c.ID, time.Time{}) // whatever has become of an OpenPGP key since
 	if err != nil {
 		return ""
 	}

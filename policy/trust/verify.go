@@ -186,7 +186,7 @@ func (j *judgement) signer(context.Context) error {
 	if got := ObjectID(j.head.Raw); got != j.head.ID {
 		return &refusal.Error{Code: "E_OBJ_MALFORMED", Subject: subject, Got: "bytes whose object id is " + got, Want: j.head.ID}
 	}
-	parsed, signed, err := openCommit(j.head.Raw, subject)
+	parsed, signed, err := j.root.openCommit(j.head.Raw, subject, j.facts.Time)
 	if err != nil {
 		return err
 	}
@@ -224,6 +224,17 @@ func openCommit(raw []byte, subject string) (Parsed, *signature.Signature, error
 		return p, nil, err
 	}
 	signed, err := signature.Parse(p.Payload, blob, namespaceCommit, subject)
+	return p, signed, err
+}
+
+// openCommit also reads OpenPGP signatures, if the root has such keys: they are judged at that trusted time, or, at none, by who made them alone.
+func (r *Root) openCommit(raw []byte, subject string, now time.Time) (Parsed, *signature.Signature, error) {
+	p, signed, err := openCommit(raw, subject)
+	certificates := r.certificates()
+	if err == nil || !signature.IsOpenPGP(p.Signature) || len(certificates) == 0 {
+		return p, signed, err
+	}
+	signed, err = signature.ParseOpenPGP(p.Payload, p.Signature, certificates, now, subject)
 	return p, signed, err
 }
 

@@ -1,6 +1,7 @@
 package cli
 
 import (
+	"bytes"
 	"crypto"
 	"errors"
 	"fmt"
@@ -24,7 +25,7 @@ func WriteNew(path string, data []byte, mode fs.FileMode) error {
 	return errors.Join(err, file.Close())
 }
 
-// PublicKey reads a public key from its own file or from its private key's.
+// PublicKey reads a public key from its own file or from its private key's; an OpenPGP one, from what `gpg --export` writes.
 func PublicKey(path string) (ssh.PublicKey, error) {
 	text, err := os.ReadFile(path)
 	if err != nil {
@@ -32,6 +33,9 @@ func PublicKey(path string) (ssh.PublicKey, error) {
 	}
 	if public, _, _, _, err := ssh.ParseAuthorizedKey(text); err == nil {
 		return public, signature.AllowedKey(public)
+	}
+	if len(text) > 0 && text[0] >= 0x80 || bytes.HasPrefix(text, []byte("-----BEGIN PGP PUBLIC KEY")) {
+		return signature.ReadCertificate(text)
 	}
 	signer, err := signature.LoadKey(path, askPassphrase(path))
 	if err != nil {

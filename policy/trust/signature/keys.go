@@ -21,8 +21,13 @@ const (
 	maxRSA = 16384
 )
 
-// KeyID is a key's OpenSSH fingerprint, "SHA256:…".
-func KeyID(key ssh.PublicKey) string { return ssh.FingerprintSHA256(key) }
+// KeyID is a key's OpenSSH fingerprint, "SHA256:…"; of an OpenPGP one, "openpgp:" and the fingerprint of its primary key.
+func KeyID(key ssh.PublicKey) string {
+	if c, ok := key.(*Certificate); ok {
+		return c.id()
+	}
+	return ssh.FingerprintSHA256(key)
+}
 
 // LoadKey reads an SSH private key file as LoadPrivateKey does, for SSH signatures.
 func LoadKey(path string, ask func() ([]byte, error)) (ssh.Signer, error) {
@@ -149,8 +154,12 @@ func AllowedKey(key ssh.PublicKey) error {
 	return forbidden("key "+KeyID(key), got)
 }
 
-// ParseKey reads a public key, "ssh-ed25519 AAAA…", as in an authorized_keys file, without a comment. It refuses what AllowedKey does.
+// ParseKey reads a public key, "ssh-ed25519 AAAA…", as in an authorized_keys file, without a comment, or "openpgp " and the base64 of what
+// `gpg --export` writes: a *Certificate. It refuses what AllowedKey does.
 func ParseKey(line string) (ssh.PublicKey, error) {
+	if text, ok := strings.CutPrefix(line, openpgpType+" "); ok {
+		return parseCertificate(text)
+	}
 	key, comment, options, rest, err := ssh.ParseAuthorizedKey([]byte(line))
 	if err != nil {
 		return nil, fmt.Errorf("public key %q: %v", refusal.Clip(line, 60), err)

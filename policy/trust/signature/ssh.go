@@ -22,7 +22,9 @@ const (
 
 // Signature is one signature over one message: it has one spelling and only allowed algorithms. Until Verify has returned nil it proves nothing.
 type Signature struct {
-	inner   *sshsig.Signature
+	key     ssh.PublicKey
+	inner   *sshsig.Signature // or
+	pgp     *openpgpSignature
 	message []byte
 	subject string
 }
@@ -58,19 +60,25 @@ func Parse(message, blob []byte, namespace, subject string) (*Signature, error) 
 	if len(inner.Rest) > 0 && !strings.HasPrefix(key.Type(), "sk-") {
 		return nil, bad(subject, "bytes after the signature")
 	}
-	return &Signature{parsed, message, subject}, nil
+	return &Signature{key: parsed.PublicKey, inner: parsed, message: message, subject: subject}, nil
 }
 
-// Key is the key that the signature names.
-func (s *Signature) Key() ssh.PublicKey { return s.inner.PublicKey }
+// Key is the key that the signature names; a *Certificate if it is an OpenPGP one.
+func (s *Signature) Key() ssh.PublicKey { return s.key }
 
 // KeyID is the id of Key.
-func (s *Signature) KeyID() string { return KeyID(s.inner.PublicKey) }
+func (s *Signature) KeyID() string { return KeyID(s.key) }
 
 // Verify checks the signature over its message.
 func (s *Signature) Verify() error {
-	if err := sshsig.Verify(bytes.NewReader(s.message), s.inner, s.inner.PublicKey, s.inner.HashAlgorithm, s.inner.Namespace); err != nil {
-		return bad(s.subject, "a signature of "+s.KeyID()+" that does not verify: "+refusal.Clip(err.Error(), 80))
+	err := error(nil)
+	if s.pgp != nil {
+		err = s.pgp.verify(s.message)
+	} else {
+		err = sshsig.Verify(bytes.NewReader(s.message), s.inner, s.inner.PublicKey, s.inner.HashAlgorithm, s.inner.Namespace)
+	}
+	if err != nil {
+		return bad(s.subject, "a signature of "+s.KeyID()+" that does not verify: "+refusal.Clip(err.Error(), 120))
 	}
 	return nil
 }
