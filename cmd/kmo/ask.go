@@ -372,6 +372,11 @@ func inWords(record audit.Record) []string {
 		if json.Unmarshal(record.Body, &entry) == nil {
 			return []string{fmt.Sprintf("drift: the base of %s is not what was fetched: %s", strings.Join(entry.Workloads, ", "), entry.Reason)}
 		}
+	case "anchor":
+		var entry AnchorEntry
+		if json.Unmarshal(record.Body, &entry) == nil {
+			return []string{fmt.Sprintf("anchor: an operator has named it to go on from, with trust root %d, for this was lost: %s", entry.Root, entry.Lost)}
+		}
 	case "outcome":
 		var entry reconciler.OutcomeEntry
 		if json.Unmarshal(record.Body, &entry) == nil {

@@ -154,15 +154,20 @@ func (h *host) openState(context.Context) error {
 	if err := sweep(h.dir); err != nil {
 		return err
 	}
-	key, err := auditKey(h.dir, true)
-	if err != nil {
-		return err
-	}
 	rec, err := h.journal.Load()
 	if err != nil {
 		return err
 	}
-	h.audit, err = audit.Open(audit.Options{Dir: filepath.Join(h.dir, "audit"), Name: string(h.config.Host) + "." + string(h.config.Site) + "/kmo-audit", Key: key, Seen: rec.Audit})
+	return h.openAudit(rec.Audit)
+}
+
+// openAudit opens the audit log, which must go on from what was seen of it.
+func (h *host) openAudit(seen audit.Tree) error {
+	key, err := auditKey(h.dir, true)
+	if err != nil {
+		return err
+	}
+	h.audit, err = audit.Open(audit.Options{Dir: filepath.Join(h.dir, "audit"), Name: string(h.config.Host) + "." + string(h.config.Site) + "/kmo-audit", Key: key, Seen: seen})
 	return err
 }
 
@@ -362,11 +367,6 @@ func (h *host) orphans() (some bool, err error) {
 }
 
 func (h *host) openReconciler(context.Context) error {
-	pin := trust.Pin{SHA256: h.config.Trust.SHA256}
-	var err error
-	if pin.Root, err = merkle.Parse(h.config.Trust.Kmo1); err != nil {
-		return fmt.Errorf("trust.kmo1: %w", err)
-	}
 	rec, err := h.journal.Load()
 	if err != nil {
 		return err
@@ -384,9 +384,10 @@ func (h *host) openReconciler(context.Context) error {
 			return err
 		}
 	}
-	verifier := &trust.Verifier{Site: string(h.config.Site), Branch: string(h.config.Branch), Pin: pin, State: state, Clock: time.Now,
-		Describe: reconciler.Declare(), MustExist: rec.Good != "" || rec.Trying != "", MinSeq: rec.Trust,
-		RevertsPerDay: h.config.Trust.Reverts}
+	verifier, err := h.verifier(rec)
+	if err != nil {
+		return err
+	}
 	blind, err := h.orphans()
 	if err != nil {
 		return err
@@ -405,6 +406,16 @@ func (h *host) openReconciler(context.Context) error {
 	}
 	h.reconciler, h.preview.Reconciler = make(), make()
 	return nil
+}
+
+// verifier judges for this host, whose record that is.
+func (h *host) verifier(rec reconciler.Record) (*trust.Verifier, error) {
+	root, err := merkle.Parse(h.config.Trust.Kmo1)
+	if err != nil {
+		return nil, fmt.Errorf("trust.kmo1: %w", err)
+	}
+	return &trust.Verifier{Site: string(h.config.Site), Branch: string(h.config.Branch), Pin: trust.Pin{SHA256: h.config.Trust.SHA256, Root: root}, State: h.trusted(),
+		Clock: time.Now, Describe: reconciler.Declare(), MustExist: rec.Good != "" || rec.Trying != "", MinSeq: rec.Trust, RevertsPerDay: h.config.Trust.Reverts}, nil
 }
 
 // rules are the shipped rules with a site's own.

@@ -103,7 +103,7 @@ func rootCommand() *cobra.Command {
 	root.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return cli.Usage{Err: err} })
 	root.AddCommand(
 		demoCommand(), agentCommand(), reconcileCommand(), planCommand(), statusCommand(), logsCommand(), explainCommand(),
-		approval.Approve(), approval.List(), head.Command(), siteCommand(), trustroot.Command(), keyCommand(), imageCommand(), policyCommand(), auditCommand(), backendCommand(),
+		approval.Approve(), approval.List(), head.Command(), stateCommand(), siteCommand(), trustroot.Command(), keyCommand(), imageCommand(), policyCommand(), auditCommand(), backendCommand(),
 		versionCommand(), completionCommand(),
 	)
 	root.CompletionOptions.DisableDefaultCmd = true // there is ours

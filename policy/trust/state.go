@@ -117,7 +117,7 @@ func (f StateFile) save(s State) error {
 }
 
 // WayOut is what an operator can do whose host has lost its memory for good.
-const WayOut = "if it cannot be had as it was, stop the agent, move journal.json, trust.json and audit away together, and approve what is to run with --base none"
+const WayOut = "if it cannot be had as it was, stop the agent and name the commit to go on from: kmo state anchor"
 
 func stateAlarm(path, got, want string) error {
 	return &refusal.Error{Code: "E_STATE", Subject: "trust state " + path, Got: got, Want: want + "; find out who changed it; " + WayOut}
