@@ -11,6 +11,7 @@ import (
 	"strings"
 	"testing"
 	"testing/fstest"
+	"time"
 
 	"golang.org/x/crypto/ssh"
 )
@@ -79,7 +80,7 @@ func walk(t gitTree, dir string, f func(string)) error {
 	return err
 }
 
-// BenchmarkVerify1000 judges and accepts one changed unit of a thousand, on an agent that has run for a while and on one that has just begun.
+// BenchmarkVerify1000 judges and accepts one changed unit of a thousand and its approval, on an agent that has run for a while and on one that has just begun.
 func BenchmarkVerify1000(b *testing.B) {
 	_, private, err := ed25519.GenerateKey(nil)
 	if err != nil {
@@ -103,11 +104,10 @@ func BenchmarkVerify1000(b *testing.B) {
 		files[fmt.Sprintf("units/u%04d/unit.yaml", i)] = "tier: 3\n"
 	}
 	var history line
-	for i := range 2 {
-		files["units/u0000/unit.yaml"] = fmt.Sprintf("tier: 3\nv: %d\n", i)
+	commit := func() {
 		parent := ""
-		if i > 0 {
-			parent = "parent " + history[i-1].ID + "\n"
+		if len(history) > 0 {
+			parent = "parent " + history[len(history)-1].ID + "\n"
 		}
 		raw, err := SignCommit([]byte("tree "+strings.Repeat("0", 40)+"\n"+parent+"author x <x@y> 1 +0000\ncommitter x <x@y> 1 +0000\n\nm\n"), signer)
 		if err != nil {
@@ -115,10 +115,22 @@ func BenchmarkVerify1000(b *testing.B) {
 		}
 		history = append(history, Commit{ID: ObjectID(raw), Raw: raw, Tree: idTree(files)})
 	}
+	commit()
 	v := func() *Verifier {
 		return &Verifier{Site: "s", Branch: "main", Pin: PinOf(file), State: StateFile{filepath.Join(b.TempDir(), "state")}, Describe: describe}
 	}
 	ctx := context.Background()
+	files["units/u0000/unit.yaml"] = "tier: 2\n"
+	units, _, err := v().Compare(ctx, history[0], Commit{ID: history[0].ID, Raw: history[0].Raw, Tree: idTree(files)}, history)
+	if err != nil {
+		b.Fatal(err)
+	}
+	name, approval, err := SignApproval(NewApproval("s", "main", history[0].ID, units[0], time.Now().Add(time.Hour), Intent{}), signer)
+	if err != nil {
+		b.Fatal(err)
+	}
+	files[name] = string(approval)
+	commit()
 	began := func() *Verifier {
 		v := v()
 		facts, err := v.Verify(ctx, Commit{}, history[0], history)
@@ -138,7 +150,7 @@ func BenchmarkVerify1000(b *testing.B) {
 	warm := began()
 	b.Run("verify", func(b *testing.B) {
 		for b.Loop() {
-			if facts, err := warm.Verify(ctx, history[0], history[1], history); err != nil || len(facts.Units) != 1 {
+			if facts, err := warm.Verify(ctx, history[0], history[1], history); err != nil || len(facts.Units) != 1 || facts.Units[0].Need != 1 || facts.Units[0].Missing() != 0 {
 				b.Fatal(facts, err)
 			}
 		}
