@@ -93,6 +93,35 @@ func FuzzU44Approval(f *testing.F) {
 	})
 }
 
+// FuzzU44Head has who may say which commit is the newest sign any bytes: they count only if they name this very head and have not expired.
+func FuzzU44Head(f *testing.F) {
+	w := newWorld(f, nil)
+	r := rootOf(w, w.keys["alice"])
+	good := HeadStatement{Site: "north-sea", Branch: "main", Commit: ObjectID([]byte("head")), Issued: w.now, Expires: w.now.Add(time.Hour)}
+	payload, err := json.Marshal(good)
+	if err != nil {
+		f.Fatal(err)
+	}
+	f.Add(payload)
+	f.Add([]byte(`{}`))
+	f.Fuzz(func(t *testing.T, payload []byte) {
+		file, err := signature.Seal(payload, headPurpose, w.keys["alice"])
+		if err != nil {
+			t.Fatal(err)
+		}
+		stated, until, err := headJudgement(r, good.Commit, file, w.now).statement(context.Background())
+		if err != nil {
+			if refusal.Of(err) == nil {
+				t.Fatal("no refusal:", err)
+			}
+			return
+		}
+		if stated.Site != good.Site || stated.Branch != good.Branch || stated.Commit != good.Commit || !w.now.Before(until) || until.After(stated.Expires) {
+			t.Errorf("taken until %v: %+v", until, stated)
+		}
+	})
+}
+
 // FuzzU24OpenPGP reads OpenPGP blocks for a pinned key: only the very signature that was made verifies, in any spelling that is read.
 func FuzzU24OpenPGP(f *testing.F) {
 	w := &pgpWorld{world: newWorld(f, nil), now: day0}

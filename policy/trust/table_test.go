@@ -24,7 +24,7 @@ const signaturesPage = "../../docs/signatures.md"
 // form is one object in one accepted form.
 type form struct {
 	object, where, form, counts string
-	try                         func(w *world, r *Root, key ssh.Signer) error // whether it counts, signed by the only key of r; nil where that is no SSH key
+	try                         func(w *world, r *Root, key ssh.Signer) error // whether it counts, signed by the only key of r; nil where no SSH key makes it, or as another does
 }
 
 func forms() []form {
@@ -34,6 +34,8 @@ func forms() []form {
 		{"revert commit", "the head of the branch, with `Kmo-Reverts`", "SSHSIG over the raw object, namespace `git`", "taking back the newest change as a whole, a bounded number of times a day", tryCommit(RoleRevert)},
 		{"trust root", "`trust/N.root.json`", "DSSE `" + rootPurpose.Type + "`, SSHSIG namespace `" + rootPurpose.Namespace + "`", "one of the threshold of the role `root`", tryRoot},
 		{"approval", "`approvals/<unit>/<to>/<key>.dsse.json`", "DSSE `" + approvalPurpose.Type + "`, SSHSIG namespace `" + approvalPurpose.Namespace + "`", "one principal of the quorum of the unit's tier", tryApproval},
+		{"waiver", "beside the approvals, `<key>.waiver.dsse.json`", "as an approval, with the action `waiver`", "letting this very content pass the rules it names, with the quorum of tier 0, 14 days at most", nil},
+		{"head statement", "`refs/kmo/head`", "DSSE `" + headPurpose.Type + "`, SSHSIG namespace `" + headPurpose.Namespace + "`", "that a commit is the newest, where the root sets `freshness`", tryHead},
 		{"image statement", "beside the image, as a referrer", "DSSE `application/vnd.in-toto+json`: Ed25519, ECDSA or RSA-PSS over the PAE", "what the image is, where the tier asks for a statement", tryStatement},
 	}
 }
@@ -68,7 +70,7 @@ func TestSignaturesPage(t *testing.T) {
 	var head, rule, rows strings.Builder
 	for _, f := range forms() {
 		fmt.Fprintf(&page, "| %s | %s | %s | %s |\n", f.object, f.where, f.form, f.counts)
-		if f.try == nil { // no SSH key makes it: TestU24OpenPGP
+		if f.try == nil { // OpenPGP: TestU24OpenPGP; waivers are read as approvals are
 			continue
 		}
 		fmt.Fprintf(&head, " %s |", f.object)
@@ -92,7 +94,7 @@ func TestSignaturesPage(t *testing.T) {
 		rows.WriteString("\n")
 	}
 	for _, f := range forms() {
-		if want := map[bool]int{true: 4, false: 6}[f.object == "image statement"]; good[f.object] != want {
+		if want := map[bool]int{true: 4, false: 6}[f.object == "image statement"]; f.try != nil && good[f.object] != want {
 			t.Errorf("%s: %d kinds of keys count, want %d", f.object, good[f.object], want)
 		}
 	}
@@ -114,7 +116,7 @@ func TestSignaturesPage(t *testing.T) {
 // rootOf is a root in which one key may do everything. It is not decoded: that would refuse some keys before they are tried.
 func rootOf(w *world, key ssh.Signer) *Root {
 	r := &Root{Version: 1, Site: "north-sea", Tiers: []Tier{{Tier: 0, Need: 1}, {Tier: 1, Need: 1}, {Tier: 2, Need: 1}, {Tier: 3}}}
-	uses := []string{RoleRoot, RoleCommit, RoleApprove, RoleRevert, RoleImage}
+	uses := []string{RoleRoot, RoleCommit, RoleApprove, RoleRevert, RoleImage, RoleHead}
 	r.Principals = []Principal{{Name: "only", Class: "human", Keys: []Key{{Public: publicLine(key.PublicKey()), Uses: uses}}}}
 	for _, use := range uses {
 		r.Roles = append(r.Roles, Role{Name: use, Threshold: 1, Members: []string{"only"}})
@@ -178,6 +180,24 @@ func tryApproval(w *world, r *Root, key ssh.Signer) error {
 		return err
 	}
 	return &refusal.Error{Code: refusal.Code(u.Uncounted[0].Code), Subject: "approval", Got: u.Uncounted[0].Why}
+}
+
+func tryHead(w *world, r *Root, key ssh.Signer) error {
+	head := ObjectID([]byte("head"))
+	payload, err := json.Marshal(HeadStatement{Site: "north-sea", Branch: "main", Commit: head, Issued: w.now, Expires: w.now.Add(time.Hour)})
+	if err != nil {
+		return err
+	}
+	_, _, err = headJudgement(r, head, w.seal(payload, headPurpose, key), w.now).statement(context.Background())
+	return err
+}
+
+// headJudgement is that of a head with a statement, on a host that has seen none.
+func headJudgement(r *Root, head string, stated []byte, now time.Time) *judgement {
+	fresh := *r
+	fresh.Freshness = "1h"
+	v := &Verifier{Site: "north-sea", Branch: "main", Clock: func() time.Time { return now }}
+	return &judgement{v: v, root: &fresh, head: Commit{ID: head, Stated: stated}, history: everywhere{}, facts: Facts{Time: now}}
 }
 
 // tryStatement asks whose statements are believed: how they are verified is registry's.
