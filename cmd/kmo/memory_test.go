@@ -11,7 +11,9 @@ import (
 	"time"
 )
 
-// TestMemory holds the agent to what it may keep resident, idle, with ten native units and both built-in backends: 60 MB. Plugins are told apart.
+// TestMemory holds the agent to what it may keep, idle, with ten native units and both built-in backends: 45 MB as its share of what it has
+// resident. The rest are clean pages of the one binary, which its plugins have as well; how many of them a kernel maps around those that are touched
+// differs by 6 MB between two machines. Plugins are told apart.
 func TestMemory(t *testing.T) {
 	w := newWorld(t, "")
 	w.start()
@@ -28,11 +30,11 @@ func TestMemory(t *testing.T) {
 		w.push()
 		w.converged(commit)
 	}
-	const limit = 60e6
+	const limit = 45e6
 	resident, shared := 0.0, 0.0
 	deadline := time.Now().Add(20 * time.Second) // for what is let go of when nothing happens
 	for {
-		if resident, shared = memory(t, w.agent.Process.Pid); resident < limit || time.Now().After(deadline) {
+		if resident, shared = memory(t, w.agent.Process.Pid); shared < limit || time.Now().After(deadline) {
 			break
 		}
 		time.Sleep(100 * time.Millisecond)
@@ -44,8 +46,8 @@ func TestMemory(t *testing.T) {
 		resident, shared := memory(t, pid)
 		t.Logf("plugin %s: %.1f MB resident, %.1f MB its share", words[3], resident/1e6, shared/1e6)
 	}
-	if resident > limit {
-		t.Errorf("the agent keeps %.1f MB resident, want at most %.0f", resident/1e6, limit/1e6)
+	if shared > limit {
+		t.Errorf("the agent keeps %.1f MB as its share, want at most %.0f", shared/1e6, limit/1e6)
 	}
 }
 
