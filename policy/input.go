@@ -129,7 +129,7 @@ func inputShape() *shape {
 	}}
 	unit := &shape{kind: object, must: true, fields: map[string]*shape{
 		"name": needed(text), "tier": needed(integer), "before": of(object), "after": templateShape(), "workloads": listOf(workloadShape()),
-		"images": listOf(&shape{kind: object, fields: map[string]*shape{"root": of(text), "signer": of(text), "config": {kind: object, fields: map[string]*shape{
+		"images": listOf(&shape{kind: object, fields: map[string]*shape{"root": of(text), "signer": of(text), "custody": linksShape(), "config": {kind: object, fields: map[string]*shape{
 			"entrypoint": listOf(needed(text)), "cmd": listOf(needed(text))}}}}),
 		"ports": {kind: list, must: true, elem: needed(integer)},
 	}}
@@ -148,12 +148,24 @@ func inputShape() *shape {
 			"commit": needed(text), "base": needed(text), "signer": needed(text), "revert": needed(truth),
 			"trust": needed(truth), "policy": needed(truth), "other": needed(truth), "apart": of(truth), "units": listOf(facts), "tripwires": listOf(needed(text)),
 			"burned":     {kind: list, must: true, elem: &shape{kind: object, must: true, fields: map[string]*shape{"unit": needed(text), "commit": needed(text), "why": needed(text)}}},
-			"statements": {kind: list, must: true, elem: of(text)}}},
+			"statements": {kind: list, must: true, elem: of(text)}, "custody": custodyShape()}},
 		"units": listOf(unit),
 		"totals": {kind: object, must: true, fields: map[string]*shape{
 			"before": needed(integer), "after": needed(integer), "removed": needed(integer),
 			"cpu": needed(integer), "memory": needed(integer), "pids": needed(integer), "disk": needed(integer)}},
 	}}
+}
+
+func custodyShape() *shape {
+	return &shape{kind: object, fields: map[string]*shape{
+		"steps": {kind: list, must: true, elem: &shape{kind: list, must: true, elem: needed(text)}},
+		"keys":  {kind: list, must: true, elem: &shape{kind: object, must: true, fields: map[string]*shape{"principal": needed(text), "key": needed(text)}}}}}
+}
+
+func linksShape() *shape {
+	return listOf(&shape{kind: object, must: true, fields: map[string]*shape{
+		"step": needed(text), "principal": needed(text), "key": needed(text), "why": needed(text),
+		"in": listOf(needed(text)), "out": listOf(needed(text)), "uncovered": listOf(needed(text))}})
 }
 
 func approvalShape() *shape {

@@ -53,9 +53,13 @@ sealed(root) if {
 #   Where the trust root's tier asks for it, each image that would run here has a statement beside it, signed by a key of the role
 #   image that is good now, about these very bytes. Anybody may put statements beside an image: one by another key, or
 #   about another image, is none. What no registry says now is not there either; it is asked again at the next look.
+#
+#   Where the tier asks for custody too, the statement's chain has each of those steps by a member of the role custody, with a
+#   key that is good now; every link is signed and follows the one before, starts from what those before have made, and the
+#   last has made the image. In tiers 0 and 1 nobody has taken two of the steps author, approve and release.
 # custom:
 #   id: KT008
-#   passes: kmo image seal with a key of the role image, or a tier that asks for none
+#   passes: kmo image seal with a key of the role image, and --custody where it is asked for, or a tier that asks for none
 #   waivable: true
 deny contains plan.finding("KT008", i, plan.named(i, workload.image.ref), msg) if {
 	some i, unit in input.units
@@ -72,6 +76,65 @@ deny contains plan.finding("KT008", i, plan.named(i, workload.image.ref), msg) i
 stated(unit, k) if {
 	unit.images[k].signer != ""
 	unit.images[k].root == unit.workloads[k].image.root
+}
+
+deny contains plan.finding("KT008", i, plan.named(i, workload.image.ref), msg) if {
+	some i, unit in input.units
+	steps := input.change.custody.steps[unit.tier]
+	steps != []
+	some k, workload in unit.workloads
+	stated(unit, k)
+	faults := custody_faults(unit, k, steps)
+	faults != set()
+	msg := sprintf(
+		"image %q does not have the custody that tier %d asks for, %s: %s; want a chain that holds (kmo image custody, kmo image seal --custody)",
+		[workload.image.ref, unit.tier, concat(", ", steps), concat("; ", faults)],
+	)
+}
+
+# The links of an image's chain; none where there is none.
+links(unit, k) := chain if {
+	chain := unit.images[k].custody
+	is_array(chain)
+} else := []
+
+# Whether a link is signed by a member of the role custody, with a key of theirs that is good now.
+by_custodian(link) if {
+	link.why == ""
+	some known in input.change.custody.keys
+	known.key == link.key
+	known.principal == link.principal
+}
+
+custody_faults(unit, k, steps) := union({
+	{sprintf("nobody of the role custody has taken the step %s", [step]) |
+		some step in steps
+		count([link | some link in links(unit, k); link.step == step; by_custodian(link)]) == 0
+	},
+	{sprintf("link %d, %s by %s: %s", [n, link.step, link.principal, link.why]) | some n, link in links(unit, k); link.why != ""},
+	{sprintf("link %d, %s by %s, is signed with no key of theirs for custody", [n, link.step, link.principal]) |
+		some n, link in links(unit, k)
+		link.why == ""
+		not by_custodian(link)
+	},
+	{sprintf("link %d, %s by %s, starts from %s, which no link before has made", [n, link.step, link.principal, digest]) |
+		some n, link in links(unit, k)
+		some digest in link.uncovered
+	},
+	{"its last link has not made the image" | not made(unit, k)},
+	{sprintf("%s has taken the steps %s", [who, concat(" and ", taken)]) |
+		unit.tier <= 1
+		some who in {link.principal | some link in links(unit, k)}
+		taken := {link.step | some link in links(unit, k); link.principal == who; link.step in {"approve", "author", "release"}}
+		count(taken) > 1
+	},
+})
+
+made(unit, k) if {
+	chain := links(unit, k)
+	workload := unit.workloads[k]
+	some digest in chain[count(chain) - 1].out
+	digest in {workload.image.root, split(workload.image.ref, "@")[1]}
 }
 
 # METADATA

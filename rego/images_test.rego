@@ -60,3 +60,41 @@ test_kt008 if {
 }
 
 test_kt008_not_evaluated_without_tiers if not "KT008" in images.evaluated with input as example.changed({"statements": []})
+
+custody(tier, links) := object.union(sealed(tier, [{"root": example.root, "signer": "k", "custody": links}]), {"change": {"custody": {
+	"steps": [["author", "release"], ["release"], [], []],
+	"keys": [{"principal": "ann", "key": "a"}, {"principal": "rob", "key": "r"}],
+}}})
+
+link(step, who, key, more) := object.union({"step": step, "principal": who, "key": key, "why": "", "in": [], "out": [concat("", ["sha256:", example.sha])], "uncovered": []}, more)
+
+chain := [link("author", "ann", "a", {}), link("release", "rob", "r", {})]
+
+test_kt008_custody_near if {
+	images.deny == set() with input as custody(0, chain)
+	images.deny == set() with input as custody(1, [link("release", "rob", "r", {"out": [example.root]})])
+	images.deny == set() with input as custody(2, [])
+	images.deny == set() with input as object.union(custody(2, chain), {"change": {"custody": {"steps": [["release"], ["release"], ["release"], []]}}})
+}
+
+test_kt008_custody if {
+	every links in [
+		[], null, [chain[1]], [chain[0]],
+		[chain[0], link("release", "eve", "e", {})],
+		[chain[0], link("release", "rob", "a", {})],
+		[chain[0], link("release", "rob", "r", {"why": "it follows another link"})],
+		[chain[0], link("release", "rob", "r", {"uncovered": ["git:1"]})],
+		[chain[0], link("release", "rob", "r", {"out": ["sha256:other"]})],
+		[link("author", "rob", "r", {}), chain[1]],
+	] {
+		example.ids(images.deny) == {"KT008"} with input as custody(0, links)
+	}
+}
+
+test_kt008_roles_apart if {
+	same := [link("author", "rob", "r", {}), chain[1]]
+	images.deny == {{
+		"id": "KT008", "unit": "relay", "path": "variants[0].image",
+		"msg": sprintf("image %q does not have the custody that tier 1 asks for, release: rob has taken the steps author and release; want a chain that holds (kmo image custody, kmo image seal --custody)", [example.ref]),
+	}} with input as custody(1, same)
+}

@@ -39,8 +39,21 @@ type Facts struct {
 	Tripwires  []string           `json:"tripwires"`          // rule ids that the trust root requires
 	Statements []string           `json:"statements"`         // by tier: the role whose statement of each image it asks for; "" for none
 	Sealers    []crypto.PublicKey `json:"-"`                  // keys of that role that are good now
+	Custody    *Custody           `json:"custody,omitempty"`  // what the tiers ask of images' custody; nil if none asks
 	Burned     []Burned           `json:"burned"`             // what must not run, whoever approves it
 	Warnings   []string           `json:"warnings,omitempty"` // alarms that refuse nothing by themselves: "E_TIME: …"
+}
+
+// Custody is what is asked of how images came to be.
+type Custody struct {
+	Steps [][]string  `json:"steps"` // by tier, what a chain must have
+	Keys  []Custodian `json:"keys"`  // that may sign links now
+}
+
+// Custodian is one key of the role custody.
+type Custodian struct {
+	Principal string `json:"principal"`
+	Key       string `json:"key"` // spki-sha256: and the hex of its PKIX form
 }
 
 // UnitFacts is what was established about one changed unit.

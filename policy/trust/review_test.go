@@ -2,6 +2,7 @@ package trust
 
 import (
 	"context"
+	"strings"
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
@@ -48,6 +49,39 @@ func TestReview(t *testing.T) {
 			}
 			if diff := cmp.Diff([]string{"alice"}, got.Units[0].Authors); diff != "" {
 				t.Errorf("authors: %s", diff)
+			}
+		})
+	}
+}
+
+// TestCustody: a tier asks for steps that there are, where somebody may take them, and no more sensitive tier asks for less.
+func TestCustody(t *testing.T) {
+	custodian := Principal{Name: "ann", Class: "human", Keys: []Key{{Uses: []string{RoleCustody}}}}
+	members := []Role{{Name: RoleImage, Members: []string{"ann"}}, {Name: RoleCustody, Members: []string{"ann"}}}
+	tiers := func(steps ...[]string) (all []Tier) {
+		for i, s := range steps {
+			all = append(all, Tier{Tier: i, Statement: RoleImage, Custody: s})
+		}
+		return all
+	}
+	for _, tt := range []struct {
+		name  string
+		tiers []Tier
+		roles []Role
+		want  string
+	}{
+		{"none", tiers(nil, nil, nil, nil), nil, ""},
+		{"the more sensitive asks for more", tiers([]string{"author", "release"}, []string{"release"}, nil, nil), members, ""},
+		{"the more sensitive asks for less", tiers(nil, []string{"release"}, nil, nil), members, "tier 0 asks for no custody step release"},
+		{"an unknown step", tiers([]string{"bless"}, nil, nil, nil), members, `the custody step "bless"`},
+		{"a step twice", tiers([]string{"author", "author"}, nil, nil, nil), members, `the custody step "author"`},
+		{"nobody may", tiers([]string{"author"}, nil, nil, nil), members[:1], "a role custody with members"},
+		{"without a statement", []Tier{{Custody: []string{"author"}}, {}, {}, {}}, members, "a statement too"},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			root := &Root{Principals: []Principal{custodian}, Roles: tt.roles, Tiers: tt.tiers}
+			if got := root.custodyFault(0); got == "" != (tt.want == "") || !strings.Contains(got, tt.want) {
+				t.Errorf("got %q, want %q", got, tt.want)
 			}
 		})
 	}

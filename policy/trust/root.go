@@ -3,6 +3,7 @@ package trust
 import (
 	"crypto"
 	"crypto/sha256"
+	"crypto/x509"
 	"encoding/hex"
 	"encoding/json"
 	"errors"
@@ -59,7 +60,7 @@ type Revoked struct {
 
 // Role is who may act, and how many of them it takes.
 type Role struct {
-	Name      string   `json:"name"` // root, commit, approve, revert, image, head
+	Name      string   `json:"name"` // root, commit, approve, revert, image, head, custody
 	Threshold int      `json:"threshold"`
 	Members   []string `json:"members,omitempty"` // principals
 }
@@ -74,6 +75,9 @@ type Tier struct {
 	Hardware      bool   `json:"hardware,omitempty"`  // only approvals of security keys count (sk-), each touched
 	CoolDown      string `json:"coolDown,omitempty"`  // how long a change waits once its approvals are complete: "24h", at most 720h
 	Statement     string `json:"statement,omitempty"` // role whose statement of every image of a unit it asks for: image
+
+	// Custody are the steps that the custody chain of such a statement must have, each by a member of the role custody.
+	Custody []string `json:"custody,omitempty"`
 }
 
 // maxCoolDown is the longest a root may make a change wait.
@@ -112,7 +116,8 @@ const (
 	RoleCommit  = "commit"
 	RoleApprove = "approve"
 	RoleRevert  = "revert"
-	RoleImage   = "image" // seals images
+	RoleImage   = "image"   // seals images
+	RoleCustody = "custody" // takes the steps by which images come to be
 )
 
 // DefaultTiers needs 3, 2, 1 and 0 approvals; tiers 0 and 1 exclude the author and robots.
@@ -237,8 +242,8 @@ func (r *Root) principalFaults() (faults []string) {
 				faults = append(faults, fmt.Sprintf("key %s of %s has uses %v, want commit alone: an OpenPGP key signs nothing else", signature.KeyID(public), p.Name, k.Uses))
 			}
 			for _, use := range k.Uses {
-				if !slices.Contains([]string{RoleRoot, RoleCommit, RoleApprove, RoleRevert, RoleImage, RoleHead}, use) {
-					faults = append(faults, fmt.Sprintf("key %s of %s has use %q, want root, commit, approve, revert, image or head", signature.KeyID(public), p.Name, refusal.Clip(use, 20)))
+				if !slices.Contains([]string{RoleRoot, RoleCommit, RoleApprove, RoleRevert, RoleImage, RoleHead, RoleCustody}, use) {
+					faults = append(faults, fmt.Sprintf("key %s of %s has use %q, want root, commit, approve, revert, image, head or custody", signature.KeyID(public), p.Name, refusal.Clip(use, 20)))
 				}
 			}
 		}
@@ -249,7 +254,7 @@ func (r *Root) principalFaults() (faults []string) {
 func (r *Root) roleFaults() (faults []string) {
 	seen := map[string]bool{}
 	for _, role := range r.Roles {
-		if seen[role.Name] || !slices.Contains([]string{RoleRoot, RoleCommit, RoleApprove, RoleRevert, RoleImage, RoleHead}, role.Name) {
+		if seen[role.Name] || !slices.Contains([]string{RoleRoot, RoleCommit, RoleApprove, RoleRevert, RoleImage, RoleHead, RoleCustody}, role.Name) {
 			faults = append(faults, fmt.Sprintf("role %q is unknown or there twice", refusal.Clip(role.Name, 40)))
 		}
 		seen[role.Name] = true
@@ -307,11 +312,40 @@ func (r *Root) tierFaults() (faults []string) {
 		if t.Statement != "" && (t.Statement != RoleImage || !r.hasRole(RoleImage)) || t.Statement == "" && i < 3 && r.Tiers[i+1].Statement != "" {
 			faults = append(faults, fmt.Sprintf("tier %d asks for a statement of role %q; want image, which has members, for the tiers up to one, or none", i, refusal.Clip(t.Statement, 20)))
 		}
+		if fault := r.custodyFault(i); fault != "" {
+			faults = append(faults, fault)
+		}
 		if t.Orgs < 0 || t.Orgs > t.Need || t.Orgs > len(orgs) {
 			faults = append(faults, fmt.Sprintf("tier %d asks for %d organisations of %d approvals, and the approvers have %d", i, t.Orgs, t.Need, len(orgs)))
 		}
 	}
 	return faults
+}
+
+// custodySteps are those that a tier may ask for.
+func custodySteps() []string {
+	return []string{"author", "review", "build", "test", "approve", "release"}
+}
+
+// custodyFault is what is wrong with the custody that a tier asks for; "" if nothing is.
+func (r *Root) custodyFault(tier int) string {
+	t := r.Tiers[tier]
+	for i, step := range t.Custody {
+		if !slices.Contains(custodySteps(), step) || slices.Index(t.Custody, step) != i {
+			return fmt.Sprintf("tier %d asks for the custody step %q, want each once of %s", tier, refusal.Clip(step, 20), strings.Join(custodySteps(), ", "))
+		}
+	}
+	if len(t.Custody) > 0 && (t.Statement == "" || !r.hasRole(RoleCustody)) {
+		return fmt.Sprintf("tier %d asks for custody, want it to ask for a statement too, and a role custody with members", tier)
+	}
+	if tier < 3 {
+		for _, step := range r.Tiers[tier+1].Custody {
+			if !slices.Contains(t.Custody, step) {
+				return fmt.Sprintf("tier %d asks for no custody step %s, and the less sensitive tier %d does", tier, step, tier+1)
+			}
+		}
+	}
+	return ""
 }
 
 func (r *Root) patternFaults() (faults []string) {
@@ -441,18 +475,43 @@ func (r *Root) burns(c Commit) string {
 
 // sealers are the keys whose statements of images count now. One whose signatures come from a security key makes none.
 func (r *Root) sealers(now time.Time) (keys []crypto.PublicKey) {
+	r.plain(RoleImage, now, func(_ *Principal, key crypto.PublicKey) { keys = append(keys, key) })
+	return keys
+}
+
+// custody is what the tiers ask of images' custody, nil if none asks for any.
+func (r *Root) custody(now time.Time) *Custody {
+	c := &Custody{Keys: []Custodian{}}
+	asked := false
+	for _, tier := range r.Tiers {
+		c.Steps = append(c.Steps, append([]string{}, tier.Custody...))
+		asked = asked || len(tier.Custody) > 0
+	}
+	if !asked {
+		return nil
+	}
+	r.plain(RoleCustody, now, func(p *Principal, key crypto.PublicKey) {
+		if der, err := x509.MarshalPKIXPublicKey(key); err == nil {
+			sum := sha256.Sum256(der)
+			c.Keys = append(c.Keys, Custodian{Principal: p.Name, Key: "spki-sha256:" + hex.EncodeToString(sum[:])})
+		}
+	})
+	return c
+}
+
+// plain calls use for each key that is good now for a role and signs by itself, not in a security key.
+func (r *Root) plain(role string, now time.Time, use func(*Principal, crypto.PublicKey)) {
 	for _, p := range r.Principals {
 		for _, k := range p.Keys {
 			public, err := signature.ParseKey(k.Public)
-			if err != nil || k.Revoked != nil || now.Before(k.From) || !r.may(&p, &k, RoleImage) {
+			if err != nil || k.Revoked != nil || now.Before(k.From) || !r.may(&p, &k, role) {
 				continue
 			}
 			if plain, ok := public.(ssh.CryptoPublicKey); ok && !strings.HasPrefix(public.Type(), "sk-") {
-				keys = append(keys, plain.CryptoPublicKey())
+				use(&p, plain.CryptoPublicKey())
 			}
 		}
 	}
-	return keys
 }
 
 // stronger is the more sensitive of two tiers; -1 is none.

@@ -122,6 +122,7 @@ func (v *Verifier) Verify(ctx context.Context, running, head Commit, h History) 
 		return Facts{}, err
 	}
 	j.facts.Tripwires, j.facts.Sealers = j.root.Tripwires, j.root.sealers(j.facts.Time)
+	j.facts.Custody = j.root.custody(j.facts.Time)
 	for _, tier := range j.root.Tiers {
 		j.facts.Statements = append(j.facts.Statements, tier.Statement)
 	}

@@ -132,7 +132,7 @@ func addCommand() *cobra.Command {
 	cmd.Flags().StringVar(&class, "class", "human", "human or robot, of a new principal")
 	cmd.Flags().StringVar(&org, "org", "", "the organisation of a new principal")
 	cmd.Flags().StringVar(&key, "key", "", "the public key's file")
-	cmd.Flags().StringSliceVar(&uses, "use", nil, "what the key is for: root, commit, approve, revert, image; the principal gets those roles")
+	cmd.Flags().StringSliceVar(&uses, "use", nil, "what the key is for: root, commit, approve, revert, image, head, custody; the principal gets those roles")
 	cmd.Flags().StringSliceVar(&emails, "email", nil, "an e-mail of the principal's author lines")
 	return cmd
 }
