@@ -1,9 +1,16 @@
 package registry
 
 import (
+	"archive/tar"
+	"crypto/sha256"
+	"debug/elf"
+	"encoding/hex"
 	"encoding/json"
+	"errors"
 	"fmt"
+	"io"
 	"io/fs"
+	"os"
 	"path/filepath"
 	"regexp"
 	"slices"
@@ -302,3 +309,78 @@ func refuse(code refusal.Code, subject, got, want string) *refusal.Error {
 }
 
 func quote(s string) string { return `"` + refusal.Clip(s, 200) + `"` }
+
+// Description is what is known of an image without its layers.
+type Description struct {
+	Ref       string        `json:"ref"`
+	SHA256    string        `json:"sha256"`
+	Root      merkle.Digest `json:"root"`
+	Proved    bool          `json:"proved"`   // the pinned root was recomputed, with a statement's help or from bytes that are here
+	Platform  string        `json:"platform"` // of the chosen member, or as the config says
+	Manifest  string        `json:"manifest"` // sha256 of the chosen manifest
+	Artifact  string        `json:"artifact,omitempty"`
+	Platforms []string      `json:"platforms,omitempty"` // of an index's members
+	Layers    int           `json:"layers"`
+	Size      int64         `json:"size"` // bytes to download, all layers
+	Config    Config        `json:"config"`
+	Statement *Statement    `json:"statement,omitempty"` // the one that proved the root
+	Signer    string        `json:"signer,omitempty"`    // id of the key that counts and signed it; "" for a stranger's
+	Custody   []CustodyFact `json:"custody,omitempty"`   // the statement's chain, link by link; none of a stranger's
+}
+
+// programLayer writes the one layer of an image that holds a program, and tells for which architecture that was built. The same program is
+// always the same bytes.
+func programLayer(program string) (layer, arch string, err error) {
+	machines := map[elf.Machine]string{elf.EM_X86_64: "amd64", elf.EM_AARCH64: "arm64", elf.EM_386: "386", elf.EM_ARM: "arm", elf.EM_RISCV: "riscv64"}
+	f, err := os.Open(program)
+	if err != nil {
+		return "", "", err
+	}
+	defer f.Close()
+	binary, err := elf.NewFile(f)
+	if err != nil {
+		return "", "", fmt.Errorf("%w; want a program for Linux", err)
+	}
+	arch, known := machines[binary.Machine]
+	if !known {
+		return "", "", fmt.Errorf("a program for %v; want one of amd64, arm64, 386, arm and riscv64", binary.Machine)
+	}
+	stat, err := f.Stat()
+	if err != nil {
+		return "", "", err
+	}
+	out, err := os.CreateTemp("", "kmo-layer-")
+	if err != nil {
+		return "", "", err
+	}
+	w := tar.NewWriter(out)
+	for _, folder := range []string{"dev", "etc", "proc", "run", "sys", "tmp"} {
+		mode := int64(0o755)
+		if folder == "tmp" {
+			mode = 0o1777
+		}
+		err = errors.Join(err, w.WriteHeader(&tar.Header{Typeflag: tar.TypeDir, Name: folder + "/", Mode: mode, Format: tar.FormatUSTAR}))
+	}
+	err = errors.Join(err, w.WriteHeader(&tar.Header{Typeflag: tar.TypeReg, Name: "app", Mode: 0o755, Size: stat.Size(), Format: tar.FormatUSTAR}))
+	if err == nil {
+		_, err = io.Copy(w, io.NewSectionReader(f, 0, stat.Size()))
+	}
+	if err = errors.Join(err, w.Close(), out.Close()); err != nil {
+		return "", "", errors.Join(err, os.Remove(out.Name()))
+	}
+	return out.Name(), arch, nil
+}
+
+// DigestFile returns a file's sha256, in hex, and its kmo1 blobRoot, in one pass.
+func DigestFile(path string) (string, merkle.Digest, error) {
+	file, err := os.Open(path)
+	if err != nil {
+		return "", merkle.Digest{}, err
+	}
+	defer file.Close()
+	sha, blob := sha256.New(), merkle.NewBlob()
+	if _, err := io.CopyBuffer(io.MultiWriter(sha, blob), struct{ io.Reader }{file}, make([]byte, 256<<10)); err != nil {
+		return "", merkle.Digest{}, fmt.Errorf("reading %s: %w", path, err)
+	}
+	return hex.EncodeToString(sha.Sum(nil)), blob.Root(), nil
+}

@@ -1,19 +1,20 @@
 package registry
 
 import (
-	"archive/tar"
 	"bytes"
 	"context"
 	"crypto"
-	"crypto/sha256"
-	"debug/elf"
-	"encoding/hex"
+	"crypto/x509"
+	"encoding/base64"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
 	"os"
 	"path/filepath"
+	"regexp"
+	"slices"
+	"strings"
 
 	"github.com/google/go-containerregistry/pkg/name"
 	v1 "github.com/google/go-containerregistry/pkg/v1"
@@ -23,6 +24,7 @@ import (
 	"github.com/google/go-containerregistry/pkg/v1/remote"
 	"github.com/google/go-containerregistry/pkg/v1/types"
 
+	"github.com/kindos/kmo/policy/refusal"
 	"github.com/kindos/kmo/registry/merkle"
 )
 
@@ -38,9 +40,128 @@ const (
 
 // Sealing is what a statement says beyond roots.
 type Sealing struct {
-	Custody []CustodyLink
-	Intent  *map[string]string
+	Custody Custody
+	Intent  *Intent // To is set to the image that is sealed
 }
+
+// ParseCustody reads a chain: a JSON list of links. Nothing in it is verified yet.
+func ParseCustody(file []byte) (c Custody, err error) {
+	if len(file) > maxEnvelope {
+		return nil, refuse("E_LIMIT", "custody", fmt.Sprintf("%d bytes", len(file)), fmt.Sprintf("at most %d", maxEnvelope))
+	}
+	if err := decodeStrict(file, &c); err != nil {
+		return nil, refuse("E_DECODE", "custody", refusal.Clip(err.Error(), 200), "a list of DSSE envelopes, as kmo image link writes them")
+	}
+	return c, nil
+}
+
+// With adds a link that signer signs. Its Previous and Key are set here. A chain with a link that does not hold is refused: nobody can mend it after.
+func (c Custody) With(step CustodyStep, signer crypto.Signer) (Custody, error) {
+	public, err := x509.MarshalPKIXPublicKey(signer.Public())
+	if err != nil {
+		return nil, fmt.Errorf("public key: %v", err)
+	}
+	step.Key, step.Previous = base64.StdEncoding.EncodeToString(public), ""
+	if len(c) > 0 {
+		payload, err := base64.StdEncoding.Strict().DecodeString(c[len(c)-1].Payload)
+		if err != nil {
+			return nil, refuse("E_CUSTODY", "custody", "a link whose payload is no base64", "a chain that holds")
+		}
+		step.Previous = sha256Hex(payload)
+	}
+	raw, err := seal(custodyType, step, signer)
+	if err != nil {
+		return nil, err
+	}
+	var link envelope
+	if err := json.Unmarshal(raw, &link); err != nil {
+		return nil, err
+	}
+	c = append(c[:len(c):len(c)], link)
+	return c, c.holds()
+}
+
+// holds refuses a chain of which a link does not hold or starts from what nobody has made.
+func (c Custody) holds() error {
+	for i, link := range c.Verify() {
+		got := link.Why
+		if got == "" && len(link.Uncovered) > 0 {
+			got = "in " + refusal.Clip(link.Uncovered[0], 200) + ", which no link before has made"
+		}
+		if got != "" {
+			return refuse("E_CUSTODY", fmt.Sprintf("custody: link %d, %s by %s", i, quote(link.Step), quote(link.Principal)), got, "links in order, each signed, naming the one before, from what those before have made")
+		}
+	}
+	return nil
+}
+
+// Verify looks at each link by itself and after those before it.
+func (c Custody) Verify() []CustodyFact {
+	facts, made, before, place := []CustodyFact{}, map[string]bool{}, "", 0
+	for i := range c {
+		f := CustodyFact{In: []string{}, Out: []string{}, Uncovered: []string{}}
+		if i >= maxLinks {
+			f.Why = fmt.Sprintf("more than %d links", maxLinks)
+			return append(facts, f)
+		}
+		step, payload, key, err := c[i].link()
+		if r := refusal.Of(err); r != nil {
+			f.Why = r.Got + "; want " + r.Want
+		} else if err != nil {
+			f.Why = refusal.Clip(err.Error(), 200)
+		}
+		f.Step, f.Principal, f.Key = refusal.Clip(step.Step, 20), refusal.Clip(step.Principal, 60), key
+		f.In, f.Out = append(f.In, step.In...), append(f.Out, step.Out...)
+		at := slices.Index(CustodySteps(), step.Step)
+		switch {
+		case f.Why != "":
+		case step.Previous != before:
+			f.Why = "it follows another link than the one before it"
+		case at < place:
+			f.Why = fmt.Sprintf("%s comes after %s", step.Step, CustodySteps()[place])
+		}
+		place, before = max(place, at), sha256Hex(payload)
+		for _, in := range step.In {
+			if !made[in] {
+				f.Uncovered = append(f.Uncovered, in)
+			}
+		}
+		for _, out := range step.Out {
+			made[out] = true
+		}
+		facts = append(facts, f)
+	}
+	return facts
+}
+
+// link opens one link, with the id of the key that signed it.
+func (e *envelope) link() (step CustodyStep, payload []byte, id string, err error) {
+	const subject = "custody"
+	if e.PayloadType != custodyType || len(e.Signatures) != 1 {
+		return step, nil, "", refuse("E_PAYLOAD_TYPE", subject, fmt.Sprintf("%s with %d signatures", quote(e.PayloadType), len(e.Signatures)), custodyType+" with one")
+	}
+	if payload, err = base64.StdEncoding.Strict().DecodeString(e.Payload); err == nil {
+		err = decodeStrict(payload, &step)
+	}
+	if err != nil {
+		return CustodyStep{}, payload, "", refuse("E_DECODE", subject, refusal.Clip(err.Error(), 200), "one step of a custody chain")
+	}
+	if !slices.Contains(CustodySteps(), step.Step) || step.Principal == "" || len(step.In) > maxLinks || len(step.Out) > maxLinks || slices.ContainsFunc(slices.Concat(step.In, step.Out), func(d string) bool { return !madePattern.MatchString(d) }) {
+		return step, payload, "", refuse("E_DECODE", subject, "a step "+quote(step.Step)+" by "+quote(step.Principal), "one of "+strings.Join(CustodySteps(), ", ")+" by a principal, from and to things named sha256:, git: or kmo1:sha3-256:")
+	}
+	der, err := base64.StdEncoding.Strict().DecodeString(step.Key)
+	if err != nil {
+		return step, payload, "", refuse("E_DECODE", subject, refusal.Clip(err.Error(), 100), "a key in base64")
+	}
+	key, err := x509.ParsePKIXPublicKey(der)
+	if err != nil {
+		return step, payload, "", refuse("E_DECODE", subject, refusal.Clip(err.Error(), 100), "a public key in PKIX form")
+	}
+	id, err = signerOf(e, payload, []crypto.PublicKey{key})
+	return step, payload, id, err
+}
+
+var madePattern = regexp.MustCompile(`^(sha256:[0-9a-f]{64}|git:[0-9a-f]{40}|kmo1:sha3-256:[0-9a-f]{64})$`)
 
 // Root is the root to pin for an image, computed from all of its bytes on all platforms.
 func (s *Store) Root(ctx context.Context, ref Reference) (merkle.Digest, error) {
@@ -96,6 +217,9 @@ func (s *Store) Seal(ctx context.Context, ref Reference, signer crypto.Signer, s
 	if err != nil {
 		return merkle.Digest{}, err
 	}
+	if err := sealing.covers(ref.SHA256, root); err != nil {
+		return merkle.Digest{}, err
+	}
 	statement := &Statement{Type: statementType, PredicateType: predicateType,
 		Subject:   []Subject{{Name: Reference{Host: ref.Host, Repository: ref.Repository, Layout: ref.Layout}.String(), Digest: map[string]string{"sha256": ref.SHA256, "kmo1": root.Hex()}}},
 		Predicate: Predicate{Parameters: Parameters{"sha3-256", merkle.ChunkSize}, Platforms: []PlatformRoot{}, Blobs: []BlobRoot{}, Custody: sealing.Custody, Intent: sealing.Intent}}
@@ -116,6 +240,22 @@ func (s *Store) Seal(ctx context.Context, ref Reference, signer crypto.Signer, s
 	m := v1.Manifest{ArtifactType: StatementArtifact, Subject: &subject}
 	_, err = s.push(ctx, ref, m, memory(emptyConfig, []byte("{}")), memory(envelopeMedia, raw))
 	return root, err
+}
+
+// covers refuses a chain that does not hold or does not end in the image, and completes the intent.
+func (s *Sealing) covers(sha string, root merkle.Digest) error {
+	if s.Intent != nil {
+		s.Intent.To = "sha256:" + sha
+	}
+	if err := s.Custody.holds(); err != nil || len(s.Custody) == 0 {
+		return err
+	}
+	facts := s.Custody.Verify()
+	last := facts[len(facts)-1]
+	if !slices.Contains(last.Out, "sha256:"+sha) && !slices.Contains(last.Out, root.String()) {
+		return refuse("E_CUSTODY", "custody: its last link", "out "+refusal.Clip(strings.Join(last.Out, ", "), 200), "the image: sha256:"+sha)
+	}
+	return nil
 }
 
 // state adds the roots of d and of all below it.
@@ -219,63 +359,6 @@ func (s *Store) PushFile(ctx context.Context, path string, to Reference, as Form
 	}
 	root, err := d.root(roots{blobs: map[string]merkle.Digest{config.desc.Digest.Hex: merkle.BlobRoot(config.data), sha: blobRoot}})
 	return to, root, err
-}
-
-// programLayer writes the one layer of an image that holds a program, and tells for which architecture that was built. The same program is
-// always the same bytes.
-func programLayer(program string) (layer, arch string, err error) {
-	machines := map[elf.Machine]string{elf.EM_X86_64: "amd64", elf.EM_AARCH64: "arm64", elf.EM_386: "386", elf.EM_ARM: "arm", elf.EM_RISCV: "riscv64"}
-	f, err := os.Open(program)
-	if err != nil {
-		return "", "", err
-	}
-	defer f.Close()
-	binary, err := elf.NewFile(f)
-	if err != nil {
-		return "", "", fmt.Errorf("%w; want a program for Linux", err)
-	}
-	arch, known := machines[binary.Machine]
-	if !known {
-		return "", "", fmt.Errorf("a program for %v; want one of amd64, arm64, 386, arm and riscv64", binary.Machine)
-	}
-	stat, err := f.Stat()
-	if err != nil {
-		return "", "", err
-	}
-	out, err := os.CreateTemp("", "kmo-layer-")
-	if err != nil {
-		return "", "", err
-	}
-	w := tar.NewWriter(out)
-	for _, folder := range []string{"dev", "etc", "proc", "run", "sys", "tmp"} {
-		mode := int64(0o755)
-		if folder == "tmp" {
-			mode = 0o1777
-		}
-		err = errors.Join(err, w.WriteHeader(&tar.Header{Typeflag: tar.TypeDir, Name: folder + "/", Mode: mode, Format: tar.FormatUSTAR}))
-	}
-	err = errors.Join(err, w.WriteHeader(&tar.Header{Typeflag: tar.TypeReg, Name: "app", Mode: 0o755, Size: stat.Size(), Format: tar.FormatUSTAR}))
-	if err == nil {
-		_, err = io.Copy(w, io.NewSectionReader(f, 0, stat.Size()))
-	}
-	if err = errors.Join(err, w.Close(), out.Close()); err != nil {
-		return "", "", errors.Join(err, os.Remove(out.Name()))
-	}
-	return out.Name(), arch, nil
-}
-
-// DigestFile returns a file's sha256, in hex, and its kmo1 blobRoot, in one pass.
-func DigestFile(path string) (string, merkle.Digest, error) {
-	file, err := os.Open(path)
-	if err != nil {
-		return "", merkle.Digest{}, err
-	}
-	defer file.Close()
-	sha, blob := sha256.New(), merkle.NewBlob()
-	if _, err := io.CopyBuffer(io.MultiWriter(sha, blob), struct{ io.Reader }{file}, make([]byte, 256<<10)); err != nil {
-		return "", merkle.Digest{}, fmt.Errorf("reading %s: %w", path, err)
-	}
-	return hex.EncodeToString(sha.Sum(nil)), blob.Root(), nil
 }
 
 // piece is a blob to push: a file, or bytes.

@@ -32,6 +32,7 @@ const (
 	payloadType       = "application/vnd.in-toto+json"
 	statementType     = "https://in-toto.io/Statement/v1"
 	predicateType     = "https://kos.dev/image/v1"
+	custodyType       = "application/vnd.kmo.custody.v1+json"
 )
 
 // Bounds of an envelope.
@@ -39,6 +40,7 @@ const (
 	maxEnvelope   = 1 << 20
 	maxSignatures = 32
 	maxJSONDepth  = 16
+	maxLinks      = 64 // of a custody chain, and digests of each side of a link
 )
 
 // Statement is an in-toto statement about one image.
@@ -57,12 +59,20 @@ type Subject struct {
 
 // Predicate is what is stated: the kmo1 roots of an image and of what it is made of, and how it came to be.
 type Predicate struct {
-	Parameters Parameters         `json:"parameters"`
-	IndexRoot  merkle.Digest      `json:"indexRoot,omitzero"` // none for a single manifest
-	Platforms  []PlatformRoot     `json:"platforms"`
-	Blobs      []BlobRoot         `json:"blobs"`
-	Custody    []CustodyLink      `json:"custody,omitempty"`
-	Intent     *map[string]string `json:"intent,omitempty"` // kind, summary, from, to
+	Parameters Parameters     `json:"parameters"`
+	IndexRoot  merkle.Digest  `json:"indexRoot,omitzero"` // none for a single manifest
+	Platforms  []PlatformRoot `json:"platforms"`
+	Blobs      []BlobRoot     `json:"blobs"`
+	Custody    Custody        `json:"custody,omitempty"`
+	Intent     *Intent        `json:"intent,omitempty"`
+}
+
+// Intent says in words why there is this image. Nothing is decided by it.
+type Intent struct {
+	Kind    string `json:"kind"` // feature, fix, security, rollback or config
+	Summary string `json:"summary,omitempty"`
+	From    string `json:"from,omitempty"` // the image before, by digest
+	To      string `json:"to,omitempty"`   // this one
 }
 
 // Parameters are those of kmo1.
@@ -88,12 +98,33 @@ type BlobRoot struct {
 	UncompressedSize int64         `json:"uncompressedSize,omitempty"`
 }
 
-// CustodyLink is one step of how an image came to be.
-type CustodyLink struct {
-	Step      string   `json:"step"` // author, review, build, test, approve, release
-	Principal string   `json:"principal"`
+// Custody is how an image came to be: links in their order, each a DSSE envelope of one [CustodyStep], signed by who took the step.
+type Custody []envelope
+
+// CustodyStep is what one link says.
+type CustodyStep struct {
+	Step      string   `json:"step"`      // one of CustodySteps
+	Principal string   `json:"principal"` // who took it, as the trust root has them
 	In        []string `json:"in,omitempty"`
 	Out       []string `json:"out,omitempty"`
+	Previous  string   `json:"previous,omitempty"` // sha256 of the payload of the link before, in hex; "" for the first
+	Key       string   `json:"key"`                // that signs this link: standard base64 of its PKIX form
+}
+
+// CustodySteps are the steps in the order in which they are taken.
+func CustodySteps() []string {
+	return []string{"author", "review", "build", "test", "approve", "release"}
+}
+
+// CustodyFact is one link as it was verified. Whose the key is, and whether the chain is enough, is for others to say.
+type CustodyFact struct {
+	Step      string   `json:"step"`
+	Principal string   `json:"principal"`
+	Key       string   `json:"key"` // id of the key that signed; "" if none did
+	In        []string `json:"in"`
+	Out       []string `json:"out"`
+	Uncovered []string `json:"uncovered"` // of In what no link before has in Out
+	Why       string   `json:"why"`       // why the link does not hold; "" if it does
 }
 
 type envelope struct {
@@ -250,7 +281,12 @@ func verifierFor(key crypto.PublicKey) (signature.Verifier, error) {
 
 // SignStatement makes the DSSE envelope of an in-toto statement, whatever its predicate, with one signature: Ed25519, ECDSA in ASN.1, RSA-PSS.
 func SignStatement(statement any, signer crypto.Signer) ([]byte, error) {
-	payload, err := json.Marshal(statement)
+	return seal(payloadType, statement, signer)
+}
+
+// seal signs a value as JSON.
+func seal(payloadType string, value any, signer crypto.Signer) ([]byte, error) {
+	payload, err := json.Marshal(value)
 	if err != nil {
 		return nil, err
 	}

@@ -21,6 +21,7 @@ import (
 	"github.com/secure-systems-lab/go-securesystemslib/dsse"
 
 	v1 "github.com/google/go-containerregistry/pkg/v1"
+	"github.com/google/go-containerregistry/pkg/v1/empty"
 	"github.com/google/go-containerregistry/pkg/v1/remote"
 	"github.com/google/go-containerregistry/pkg/v1/types"
 
@@ -266,7 +267,7 @@ func TestT52AStrangerChangesNothing(t *testing.T) {
 	root := rootOf(t, ref)
 	img := wholeOf(t, ref)
 	lie := sampleStatement(ref.SHA256, root)
-	lie.Predicate.Custody = []CustodyLink{{Step: "approve", Principal: "nobody"}}
+	lie.Predicate.Custody = chainOf(t, CustodyStep{Step: "approve", Principal: "nobody"})
 	if err := img.top.state(&lie.Predicate, img.known, map[string]bool{}); err != nil {
 		t.Fatal(err)
 	}
@@ -283,7 +284,7 @@ func TestT52AStrangerChangesNothing(t *testing.T) {
 	s := newStore(t)
 	s.Keys = []crypto.PublicKey{public}
 	d, err := s.Describe(ctx, ref, root, OCI)
-	if err != nil || !d.Proved || d.Signer != "" || d.Manifest != digestOf(t, amd) || d.Platform != "linux/amd64" {
+	if err != nil || !d.Proved || d.Signer != "" || d.Custody != nil || d.Manifest != digestOf(t, amd) || d.Platform != "linux/amd64" {
 		t.Errorf("Describe: got %+v, %v, want this platform's manifest, proved by a stranger's material", d, err)
 	}
 	content, err := s.Fetch(ctx, ref, root, OCI)
@@ -293,10 +294,10 @@ func TestT52AStrangerChangesNothing(t *testing.T) {
 	if body, _ := os.ReadFile(filepath.Join(content.Path, "bin/app")); string(body) != "for amd64" {
 		t.Errorf("got %q, want this platform's", body)
 	}
-	if _, err := newStore(t).Seal(ctx, ref, key, Sealing{Custody: []CustodyLink{{Step: "release", Principal: "ann"}}}); err != nil {
+	if _, err := newStore(t).Seal(ctx, ref, key, Sealing{Custody: releasedBy(t, "ann", ref)}); err != nil {
 		t.Fatal(err)
 	}
-	if d, err := s.Describe(ctx, ref, root, OCI); err != nil || d.Signer == "" || d.Statement.Predicate.Custody[0].Principal != "ann" {
+	if d, err := s.Describe(ctx, ref, root, OCI); err != nil || d.Signer == "" || len(d.Custody) != 1 || d.Custody[0].Principal != "ann" {
 		t.Errorf("a signed statement behind a stranger's: got %+v, %v, want the signed one", d, err)
 	}
 
@@ -418,4 +419,89 @@ func FuzzParseReference(f *testing.F) {
 			t.Errorf("%q prints as %q", text, ref)
 		}
 	})
+}
+
+// chainOf is a chain of links that hold, each signed by a key of its principal's name.
+func chainOf(t *testing.T, steps ...CustodyStep) (c Custody) {
+	t.Helper()
+	for _, step := range steps {
+		key, _ := signingKey(step.Principal)
+		var err error
+		if c, err = c.With(step, key); err != nil {
+			t.Fatal(err)
+		}
+	}
+	return c
+}
+
+func releasedBy(t *testing.T, who string, ref Reference) Custody {
+	t.Helper()
+	return chainOf(t, CustodyStep{Step: "release", Principal: who, Out: []string{"sha256:" + ref.SHA256}})
+}
+
+// TestT76Custody: a chain in which a link is left out, changed, moved, signed by another key or starts from what nobody has made does not hold.
+func TestT76Custody(t *testing.T) {
+	source, built := "git:"+strings.Repeat("a", 40), "sha256:"+strings.Repeat("b", 64)
+	steps := []CustodyStep{
+		{Step: "author", Principal: "ann", Out: []string{source}},
+		{Step: "build", Principal: "ci", In: []string{source}, Out: []string{built}},
+		{Step: "release", Principal: "rob", In: []string{built}, Out: []string{built}},
+	}
+	good := func() Custody { return chainOf(t, steps...) }
+	change := func(c Custody, i int, change func(*CustodyStep), signer string) Custody {
+		step, _, _, err := c[i].link()
+		if err != nil {
+			t.Fatal(err)
+		}
+		change(&step)
+		key, _ := signingKey(signer)
+		raw, err := seal(custodyType, step, key)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := json.Unmarshal(raw, &c[i]); err != nil {
+			t.Fatal(err)
+		}
+		return c
+	}
+	for _, tt := range []struct {
+		name  string
+		chain Custody
+		want  string // of the refusal, "" for none
+	}{
+		{"all of it", good(), ""},
+		{"none", nil, ""},
+		{"a link left out", Custody{good()[0], good()[2]}, "link 1, \"release\" by \"rob\": it follows another link"},
+		{"the first left out", good()[1:], "link 0, \"build\" by \"ci\": it follows another link"},
+		{"two that changed places", Custody{good()[1], good()[0], good()[2]}, "link 0"},
+		{"a link changed, and signed by another key than it names", change(good(), 1, func(s *CustodyStep) { s.Out = nil }, "eve"), "1 signatures, none by a key that counts"},
+		{"a link signed again", change(good(), 1, func(s *CustodyStep) { s.Out = append(s.Out, source) }, "ci"), "link 2, \"release\" by \"rob\": it follows another link"},
+		{"from what nobody has made", change(good(), 2, func(s *CustodyStep) { s.In = []string{"sha256:" + strings.Repeat("c", 64)} }, "rob"), "cccc, which no link before has made"},
+		{"an unknown step", change(good(), 2, func(s *CustodyStep) { s.Step = "bless" }, "rob"), "a step \"bless\""},
+		{"a step out of order", change(good(), 2, func(s *CustodyStep) { s.Step = "author" }, "rob"), "author comes after build"},
+		{"nobody's", change(good(), 2, func(s *CustodyStep) { s.Principal = "" }, "rob"), "by \"\""},
+		{"a thing named otherwise", change(good(), 2, func(s *CustodyStep) { s.Out = []string{"relay:latest"} }, "rob"), "named sha256:"},
+		{"another type", Custody{{PayloadType: payloadType, Payload: good()[0].Payload, Signatures: good()[0].Signatures}}, "E_CUSTODY: custody: link 0"},
+		{"no signature", Custody{{PayloadType: custodyType, Payload: good()[0].Payload}}, "with 0 signatures"},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			err := tt.chain.holds()
+			if tt.want == "" && err != nil || tt.want != "" && (err == nil || !strings.Contains(err.Error(), tt.want) || refusal.Of(err).Code != "E_CUSTODY") {
+				t.Errorf("got %v, want %q", err, tt.want)
+			}
+			file, err := json.Marshal(tt.chain)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if again, err := ParseCustody(file); err != nil || !cmp.Equal(again.Verify(), tt.chain.Verify()) {
+				t.Errorf("read again: %v, %v", again.Verify(), err)
+			}
+		})
+	}
+	ref := toLayout(t, empty.Image)
+	key, _ := signingKey("release")
+	_, err := newStore(t).Seal(context.Background(), ref, key, Sealing{Custody: good()})
+	if got := refusal.Of(err); got == nil || got.Code != "E_CUSTODY" || !strings.Contains(got.Got, built) {
+		t.Errorf("Seal: got %v, want it refused: the chain ends in something else", err)
+	}
 }

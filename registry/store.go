@@ -82,23 +82,6 @@ type Content struct {
 	SetUID []string      `json:"setuid,omitempty"` // paths of set-uid and set-gid files and of those with capabilities, at most 100
 }
 
-// Description is what is known of an image without its layers.
-type Description struct {
-	Ref       string        `json:"ref"`
-	SHA256    string        `json:"sha256"`
-	Root      merkle.Digest `json:"root"`
-	Proved    bool          `json:"proved"`   // the pinned root was recomputed, with a statement's help or from bytes that are here
-	Platform  string        `json:"platform"` // of the chosen member, or as the config says
-	Manifest  string        `json:"manifest"` // sha256 of the chosen manifest
-	Artifact  string        `json:"artifact,omitempty"`
-	Platforms []string      `json:"platforms,omitempty"` // of an index's members
-	Layers    int           `json:"layers"`
-	Size      int64         `json:"size"` // bytes to download, all layers
-	Config    Config        `json:"config"`
-	Statement *Statement    `json:"statement,omitempty"` // the one that proved the root
-	Signer    string        `json:"signer,omitempty"`    // id of the key that counts and signed it; "" for a stranger's
-}
-
 // open validates the store once and makes its folders.
 func (s *Store) open() error {
 	s.once.Do(func() { s.invalid = s.validate() })
@@ -299,6 +282,9 @@ func (s *Store) Describe(ctx context.Context, ref Reference, root merkle.Digest,
 		return d, nil
 	}
 	d.Statement, d.Signer, d.Proved, err = s.proveByStatement(ctx, img, root)
+	if d.Signer != "" && len(d.Statement.Predicate.Custody) > 0 {
+		d.Custody = d.Statement.Predicate.Custody.Verify()
+	}
 	return d, err
 }
 

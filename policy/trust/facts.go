@@ -44,18 +44,6 @@ type Facts struct {
 	Warnings   []string           `json:"warnings,omitempty"` // alarms that refuse nothing by themselves: "E_TIME: …"
 }
 
-// Custody is what is asked of how images came to be.
-type Custody struct {
-	Steps [][]string  `json:"steps"` // by tier, what a chain must have
-	Keys  []Custodian `json:"keys"`  // that may sign links now
-}
-
-// Custodian is one key of the role custody.
-type Custodian struct {
-	Principal string `json:"principal"`
-	Key       string `json:"key"` // spki-sha256: and the hex of its PKIX form
-}
-
 // UnitFacts is what was established about one changed unit.
 type UnitFacts struct {
 	Unit       string        `json:"unit"`
