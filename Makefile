@@ -29,6 +29,7 @@ test: need-engines check cross test-units test-engines ## everything but test-ku
 
 test-units: need ## what needs no engine, with the race detector
 	$(GO) test -race -timeout 30m $(PKGS)
+	$(GO) test -C cmd/kmo-verify-keyless -race -timeout 10m .
 
 test-engines: need-engines ## the backends on their real engines, two at a time, with the race detector
 	$(GO) list ./... | grep -E '$(ENGINES)' | xargs $(GO) test -race -p 2 -timeout 60m
@@ -42,6 +43,7 @@ test-fast: ## the edit loop
 
 check: ## formatting, vet, linters; known vulnerabilities, or a loud word that nobody looked for them
 	$(GO) vet ./...
+	$(GO) vet -C cmd/kmo-verify-keyless .
 	$(GO) tool -modfile=.ci/tools/go.mod golangci-lint run
 	.ci/vulnerabilities || [ $$? -eq 75 ]
 
