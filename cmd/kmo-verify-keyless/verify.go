@@ -48,29 +48,9 @@ func Verify(r Request) (a Answer, err error) {
 	if err != nil {
 		return a, fmt.Errorf("trusted root: %w", err)
 	}
-	var b bundle.Bundle
-	if err := b.UnmarshalJSON(r.Bundle); err != nil {
-		return a, fmt.Errorf("bundle: %w", err)
-	}
-	if !b.MinVersion("v0.3") {
-		return a, errors.New("a bundle of an older version; want v0.3, whose log entry has a proof of inclusion")
-	}
-	envelope, err := b.Envelope()
+	b, payload, err := open(r)
 	if err != nil {
-		return a, fmt.Errorf("bundle: %w; want one with a DSSE envelope", err)
-	}
-	if n := len(envelope.Signatures); n != 1 {
-		return a, fmt.Errorf("%d signatures; want one", n)
-	}
-	if envelope.PayloadType != r.PayloadType {
-		return a, fmt.Errorf("payload type %q; want %q", envelope.PayloadType, r.PayloadType)
-	}
-	entries, err := b.TlogEntries()
-	if err != nil {
-		return a, fmt.Errorf("log entry: %w", err)
-	}
-	if len(entries) != 1 {
-		return a, fmt.Errorf("%d log entries; want one", len(entries))
+		return a, err
 	}
 	// The signature must be in a log, with this certificate and payload, and its time must be vouched for, for the certificate lives minutes.
 	options := []verify.VerifierOption{verify.WithTransparencyLog(1), verify.WithObserverTimestamps(1)}
@@ -86,16 +66,45 @@ func Verify(r Request) (a Answer, err error) {
 		return a, err
 	}
 	// The artifact is the payload itself, whose type was compared: it is no statement about another.
-	result, err := verifier.Verify(&b, verify.NewPolicy(verify.WithoutArtifactUnsafe(), verify.WithCertificateIdentity(identity)))
+	result, err := verifier.Verify(b, verify.NewPolicy(verify.WithoutArtifactUnsafe(), verify.WithCertificateIdentity(identity)))
 	if err != nil {
 		return a, err
 	}
 	if len(result.VerifiedTimestamps) == 0 {
 		return a, errors.New("nobody vouches for the time of the signature")
 	}
+	return Answer{Payload: payload, Issuer: r.Issuer, Subject: r.Subject, Time: result.VerifiedTimestamps[0].Timestamp.UTC()}, nil
+}
+
+// open reads a bundle that has one signature and one log entry, and what is signed.
+func open(r Request) (*bundle.Bundle, []byte, error) {
+	b := &bundle.Bundle{}
+	if err := b.UnmarshalJSON(r.Bundle); err != nil {
+		return nil, nil, fmt.Errorf("bundle: %w", err)
+	}
+	if !b.MinVersion("v0.3") {
+		return nil, nil, errors.New("a bundle of an older version; want v0.3, whose log entry has a proof of inclusion")
+	}
+	envelope, err := b.Envelope()
+	if err != nil {
+		return nil, nil, fmt.Errorf("bundle: %w; want one with a DSSE envelope", err)
+	}
+	if n := len(envelope.Signatures); n != 1 {
+		return nil, nil, fmt.Errorf("%d signatures; want one", n)
+	}
+	if envelope.PayloadType != r.PayloadType {
+		return nil, nil, fmt.Errorf("payload type %q; want %q", envelope.PayloadType, r.PayloadType)
+	}
+	entries, err := b.TlogEntries()
+	if err != nil {
+		return nil, nil, fmt.Errorf("log entry: %w", err)
+	}
+	if len(entries) != 1 {
+		return nil, nil, fmt.Errorf("%d log entries; want one", len(entries))
+	}
 	payload, err := envelope.DecodeB64Payload()
 	if err != nil {
-		return a, fmt.Errorf("payload: %w", err)
+		return nil, nil, fmt.Errorf("payload: %w", err)
 	}
-	return Answer{Payload: payload, Issuer: r.Issuer, Subject: r.Subject, Time: result.VerifiedTimestamps[0].Timestamp.UTC()}, nil
+	return b, payload, nil
 }

@@ -54,8 +54,7 @@ func imageDigestCommand() *cobra.Command {
 			if err != nil {
 				return err
 			}
-			value := map[string]string{"sha256": sum, "kmo1": root.String()}
-			return out.Print(cmd.OutOrStdout(), value, func(w io.Writer) { _, _ = fmt.Fprintf(w, "sha256:%s\n%s\n", sum, root) })
+			return out.Print(cmd.OutOrStdout(), map[string]string{"sha256": sum, "kmo1": root.String()}, func(w io.Writer) { _, _ = fmt.Fprintf(w, "sha256:%s\n%s\n", sum, root) })
 		},
 	}
 	out.Add(cmd)
