@@ -190,7 +190,7 @@ func (j *judgement) trusted(ctx context.Context) (err error) {
 			version = max(version, shared(before.Tree, j.head.Tree, len(j.chain)))
 		}
 	}
-	if accepted > 0 && accepted < version && standing(j.running.Tree, "trust") == standing(j.head.Tree, "trust") {
+	if accepted > 0 && accepted < version && j.running.Tree != nil && standing(j.running.Tree, "trust") == standing(j.head.Tree, "trust") {
 		if _, signed, err := j.chain[accepted-1].Root.openCommit(j.head.Raw, j.head.ID, j.facts.Time); err == nil && j.chain[accepted-1].Root.Owner(signed.Key()) != "" {
 			version = accepted
 		}

@@ -204,3 +204,18 @@ func roleOf(r *Root, name string) *Role {
 	}
 	return nil
 }
+
+// TestRotationWhereNothingRuns: what was accepted first never passed its gate, and a new root comes before the mend.
+func TestRotationWhereNothingRuns(t *testing.T) {
+	w := twoRoots(t)
+	a := w.commit("alice", "", "one")
+	w.begin(Commit{}, a)
+	w.rotate(2, renew(w), "alice", "frank")
+	w.rotated(a, "@root-2", "bob", "carol", "dave")
+	c := w.version("alice-2", "2")
+	facts, err := w.v.Verify(context.Background(), Commit{}, c, w)
+	if err != nil || !facts.Trust || factsOf(t, facts, "@root-2").Missing() != 0 {
+		t.Errorf("%+v %v", facts, err)
+	}
+	w.refused(Commit{}, w.version("alice", "3"), "E_KEY_REVOKED")
+}
