@@ -235,11 +235,11 @@ func TestState(t *testing.T) {
 	})
 	t.Run("T39 cut short", func(t *testing.T) {
 		set(t, now[:len(now)/2])
-		alarm(t, w.verifier(), "move journal.json, trust.json and audit away together")
+		alarm(t, w.verifier(), "name the commit to go on from: kmo state anchor")
 	})
 	t.Run("T39 emptied", func(t *testing.T) {
 		set(t, nil)
-		alarm(t, w.verifier(), "move journal.json, trust.json and audit away together")
+		alarm(t, w.verifier(), "name the commit to go on from: kmo state anchor")
 	})
 	t.Run("T39 changed under a running agent", func(t *testing.T) {
 		set(t, now)
