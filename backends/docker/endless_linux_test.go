@@ -97,6 +97,9 @@ func TestEndlessAnswers(t *testing.T) {
 	apply := func(b *Backend) error { return b.Apply(t.Context(), unit("relay", image, "wait")) }
 	observe := func(b *Backend) error { _, err := b.Observe(t.Context()); return err }
 	exec := func(b *Backend) error {
+		if err := b.ready(t.Context()); err != nil { // which clears the folder of a workload that it does not know
+			return err
+		}
 		_, _, err := b.exec(t.Context(), b.fresh("relay"), "1", []string{"/app"}, &engine.Output{})
 		return err
 	}
